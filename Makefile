@@ -1,0 +1,46 @@
+# `make repro` and `make test` set everything up in .venv first; Python >= 3.11 and make are all they need.
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: help .venv repro test lint smoke lab ablations clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+.venv: .venv/installed  ## the environment, made anew when pyproject.toml changes
+
+.venv/installed: pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null || \
+	  { echo "error: no '$(PYTHON)' found; install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $$("$(PYTHON)" --version) is too old; Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing harmonylib and what it needs into .venv (some minutes and GB the first time)"
+	@"$(PYTHON)" -m venv .venv || \
+	  { echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	.venv/bin/python -m pip install --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+repro: .venv  ## run the chain: `dvc repro` with the settings of params.yaml
+	.venv/bin/dvc repro
+
+test: lint  ## lint, unit tests, then the whole chain under the smoke profile in a temporary clone
+	.venv/bin/python -m pytest
+	.ci/smoke
+
+lint: .venv  ## ruff check and ruff format --check
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+smoke: .venv  ## the whole chain under the smoke profile in a temporary clone
+	.ci/smoke
+
+lab: .venv  ## JupyterLab, to run and change the notebooks by hand
+	.venv/bin/jupyter lab
+
+ablations: .venv  ## the papers' ablation tables
+	.venv/bin/dvc repro ablations/dvc.yaml
+
+clean:  ## remove .venv and tool caches; data, models and reports stay
+	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,34 @@
+"""Image harmonization: DiffHarmony++ and region-wise contrastive learning, reproduced."""
+
+import importlib
+
+from . import compat  # noqa: F401  (first: it makes torchvision importable beside a CPU-only torch)
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "harmonize": "inference",
+    "score": "metrics",
+    "HarmonyVAE": "vae",
+    "DiffHarmonyPipeline": "pipeline",
+    "PromptEmbedding": "pipeline",
+    "RefinementUNet": "refinement",
+    "ContrastiveResUNet": "resunet",
+    "RegionContrastiveLoss": "contrastive",
+    "HarmonyClassifier": "classifier",
+    "HarmonyError": "errors",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name):
+    """Load public names on first use, so that `import harmonylib` is quick."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'harmonylib' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted(set(globals()) | set(_PUBLIC))

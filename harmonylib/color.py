@@ -1,0 +1,190 @@
+"""Classical colour transfer between two sets of pixels, on arrays and (where training needs it) on batched tensors.
+
+Every array transfer is `f(source, reference) -> result` on Nx3 and Mx3 RGB in [0, 1]; the result is Nx3, clipped to
+[0, 1]. Statistics are taken on the encoded (sRGB) values, as the papers do. Equal sets give the source back.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from skimage.color import rgb2ycbcr, ycbcr2rgb
+from skimage.exposure import match_histograms
+
+from .errors import HarmonyError
+from .seeds import rng
+
+# Reinhard et al. 2001: RGB to LMS, and log LMS to l-alpha-beta. Exact inverses are used, not their rounded ones.
+RGB_TO_LMS = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
+LMS_TO_LAB = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ np.array([[1.0, 1, 1], [1, 1, -2], [1, -1, 0]])
+LOG_OFFSET = 1 / 255  # one level added before the logarithm, so that black is finite and the way back is exact
+LOG_MAX = 1.0  # an upper bound on log10(LMS): ten times white, where a far outlier would overflow
+VARIANCE_FLOOR = 1e-8  # a flat region keeps its flatness instead of dividing by zero
+IDT_STEPS = 12
+IDT_QUANTILES = 256
+
+
+def _check(pixels: np.ndarray, name: str) -> np.ndarray:
+    pixels = np.asarray(pixels, dtype=np.float64)
+    if pixels.ndim != 2 or pixels.shape[1] != 3 or len(pixels) == 0:
+        raise HarmonyError(f"{name} pixels must be Nx3 with N > 0, not {pixels.shape}; is the mask empty?")
+    return pixels
+
+
+def _match_mean_std(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    variance = source.var(0)
+    scale = np.where(variance > VARIANCE_FLOOR, reference.std(0) / np.sqrt(np.maximum(variance, VARIANCE_FLOOR)), 1.0)
+    return (source - source.mean(0)) * scale + reference.mean(0)
+
+
+def mean_std(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Mean and standard deviation matching per RGB channel, the plainest baseline."""
+    return _match_mean_std(_check(source, "source"), _check(reference, "reference")).clip(0, 1)
+
+
+def reinhard(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Mean and standard deviation matching in l-alpha-beta (Reinhard et al. 2001, "Color Transfer between Images")."""
+    source, reference = (
+        np.log10(_check(pixels, name) @ RGB_TO_LMS.T + LOG_OFFSET) @ LMS_TO_LAB.T
+        for pixels, name in ((source, "source"), (reference, "reference"))
+    )
+    logs = _match_mean_std(source, reference) @ np.linalg.inv(LMS_TO_LAB).T
+    return ((10 ** logs.clip(max=LOG_MAX) - LOG_OFFSET) @ np.linalg.inv(RGB_TO_LMS).T).clip(0, 1)
+
+
+def _principal(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviations (...x3) and axes (...x3x3, in columns) of covariances, floored where the region is flat."""
+    values, axes = np.linalg.eigh(covariance)
+    return np.sqrt(values.clip(min=0) + VARIANCE_FLOOR), axes
+
+
+def covariance_map(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """The linear map (...x3x3) that turns one covariance into another: principal axes onto principal axes.
+
+    An axis has no direction of its own: it is taken so that it does not turn by more than a right angle.
+    """
+    source_std, source_axes = _principal(source)
+    reference_std, reference_axes = _principal(reference)
+    direction = np.where((source_axes * reference_axes).sum(-2, keepdims=True) < 0, -1.0, 1.0)
+    return (reference_axes * direction * (reference_std / source_std)[..., None, :]) @ source_axes.swapaxes(-1, -2)
+
+
+def xiao_ma(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Mean and covariance matching in RGB (Xiao and Ma 2006, "Color Transfer in Correlated Color Space")."""
+    source, reference = _check(source, "source"), _check(reference, "reference")
+    matrix = covariance_map(np.cov(source.T, bias=True), np.cov(reference.T, bias=True))
+    return ((source - source.mean(0)) @ matrix.T + reference.mean(0)).clip(0, 1)
+
+
+def histogram_match(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Cumulative histogram matching of each YCbCr channel (Fecker et al. 2008, "Histogram-Based Prefiltering for
+    Luminance and Chrominance Compensation of Multiview Video")."""
+    source, reference = rgb2ycbcr(_check(source, "source")), rgb2ycbcr(_check(reference, "reference"))
+    return ycbcr2rgb(match_histograms(source, reference, channel_axis=-1)).clip(0, 1)
+
+
+def _rotations() -> np.ndarray:
+    draws = rng("color", "rotations").standard_normal((IDT_STEPS - 1, 3, 3))
+    return np.concatenate([np.eye(3)[None], np.linalg.qr(draws)[0]])
+
+
+def _quantiles(values: np.ndarray) -> np.ndarray:
+    return np.sort(values)[np.linspace(0, len(values) - 1, IDT_QUANTILES).round().astype(int)]
+
+
+def distribution_transfer(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Iterative N-dimensional distribution transfer in RGB (Pitié et al. 2007, "Automated colour grading using colour
+    distribution transfer"): match the marginals along the axes of one rotation after another.
+
+    The rotations are random but always the same ones; the first is the identity. No regraining.
+    """
+    source, reference = _check(source, "source"), _check(reference, "reference")
+    for rotation in _rotations():
+        rotated, target = source @ rotation.T, reference @ rotation.T
+        matched = np.empty_like(rotated)
+        for axis in range(3):
+            marginals = _quantiles(rotated[:, axis]), _quantiles(target[:, axis])
+            matched[:, axis] = np.interp(rotated[:, axis], *marginals)
+        source = source + (matched - rotated) @ rotation
+    return source.clip(0, 1)
+
+
+TRANSFERS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "reinhard": reinhard,
+    "xiao-ma": xiao_ma,
+    "histogram": histogram_match,
+    "distribution": distribution_transfer,
+}
+BASELINES = {"reinhard": reinhard, "histogram": histogram_match, "mean-std": mean_std}
+
+
+def transfer_region(image, mask, reference_pixels, transfer, strength: float = 1.0) -> np.ndarray:
+    """Give the foreground of `image` the colour statistics of `reference_pixels`.
+
+    image HxWx3 uint8; mask HxW bool; reference_pixels Mx3 in [0, 1]; strength blends from the source (0) to the full
+    transfer (1). Returns HxWx3 uint8, rounded, with the background untouched. Raises HarmonyError for an empty mask.
+    """
+    source = image[mask] / 255.0
+    changed = source + strength * (transfer(source, reference_pixels) - source)
+    result = image.copy()
+    result[mask] = np.rint(changed * 255).astype(np.uint8)
+    return result
+
+
+def harmonize_classically(image: np.ndarray, mask: np.ndarray, method: str) -> np.ndarray:
+    """A classical baseline: the foreground takes the statistics of the image's own background.
+
+    image HxWx3 uint8; mask HxW bool; method one of BASELINES. Returns HxWx3 uint8 with the background untouched.
+    Raises HarmonyError for an unknown method or a mask without foreground or without background.
+    """
+    if method not in BASELINES:
+        raise HarmonyError(f"baseline {method!r} is unknown; use {', '.join(BASELINES)}")
+    if mask.all() or not mask.any():
+        raise HarmonyError("mask has no foreground or no background; the baseline needs both")
+    return transfer_region(image, mask, image[~mask] / 255.0, BASELINES[method])
+
+
+# ---- the same on batches: pixels Bx3xN in [0, 1] with weights Bx1xN in {0, 1} that choose the region ----
+
+
+def _moments(pixels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Region mean (Bx3x1) and covariance (Bx3x3)."""
+    count = weights.sum(2, keepdim=True).clamp(min=1)
+    mean = (pixels * weights).sum(2, keepdim=True) / count
+    centred = (pixels - mean) * weights
+    return mean, centred @ centred.transpose(1, 2) / count
+
+
+def _constant(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=like.dtype, device=like.device)
+
+
+def reinhard_batch(source, source_weights, reference, reference_weights) -> torch.Tensor:
+    """`reinhard` on every image of a batch; Bx3xN, meaningful where source_weights is 1.
+
+    Moments are taken of log LMS and carried to l-alpha-beta, which is linear in it: one 3x3 map does it all.
+    """
+    to_lms, to_lab = _constant(RGB_TO_LMS, source), _constant(LMS_TO_LAB, source)
+    source, reference = (torch.log10(to_lms @ pixels + LOG_OFFSET) for pixels in (source, reference))
+    mean, covariance = _moments(source, source_weights)
+    reference_mean, reference_covariance = _moments(reference, reference_weights)
+    variance, reference_variance = (
+        (to_lab @ moment @ to_lab.T).diagonal(dim1=1, dim2=2).clamp(min=0)
+        for moment in (covariance, reference_covariance)
+    )
+    scale = (reference_variance / variance.clamp(min=VARIANCE_FLOOR)).sqrt().where(variance > VARIANCE_FLOOR, 1.0)
+    matrix = _constant(np.linalg.inv(LMS_TO_LAB), source) @ (scale[..., None] * to_lab)
+    logs = matrix @ (source - mean) + reference_mean
+    return (_constant(np.linalg.inv(RGB_TO_LMS), source) @ (10 ** logs.clamp(max=LOG_MAX) - LOG_OFFSET)).clamp(0, 1)
+
+
+def xiao_ma_batch(source, source_weights, reference, reference_weights) -> torch.Tensor:
+    """`xiao_ma` on every image of a batch; Bx3xN, meaningful where source_weights is 1."""
+    mean, covariance = _moments(source, source_weights)
+    reference_mean, reference_covariance = _moments(reference, reference_weights)
+    pair = torch.stack([covariance, reference_covariance]).cpu().double().numpy()
+    matrix = _constant(covariance_map(*pair), source)
+    return (matrix @ (source - mean) + reference_mean).clamp(0, 1)
+
+
+BATCH_TRANSFERS = {"reinhard": reinhard_batch, "xiao-ma": xiao_ma_batch}

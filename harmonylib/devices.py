@@ -1,0 +1,42 @@
+"""Where to compute and in which precision."""
+
+import contextlib
+
+import torch
+
+from .errors import HarmonyError
+
+
+def pick_device(name: str | None = "auto") -> torch.device:
+    """ "auto" (or None) is cuda, then mps, then cpu. Raises HarmonyError for a device that is not there."""
+    if name in (None, "auto"):
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise HarmonyError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try device: auto") from None
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """True on CUDA with bf16 units and on CPUs with AVX512-bf16 or AMX, where bf16 autocast is 1.3-1.7x faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast(device: torch.device, precision: str = "auto"):
+    """Context for mixed precision: "auto" is bf16 where the hardware has it; "fp32", "bf16" and "fp16" force one.
+
+    Raises HarmonyError for fp16 on a CPU, which has no fp16 kernels worth the name, and for unknown names.
+    """
+    if precision not in ("auto", "fp32", "bf16", "fp16"):
+        raise HarmonyError(f"precision {precision!r} is unknown; use auto, fp32, bf16 or fp16")
+    if precision == "fp16" and device.type == "cpu":
+        raise HarmonyError("precision fp16 does not run on a CPU; use precision: auto or fp32")
+    if precision == "fp32" or (precision == "auto" and not has_bf16(device)):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)

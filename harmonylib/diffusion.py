@@ -1,0 +1,79 @@
+"""Latents, noise and the denoising objective (DiffHarmony++ Eq. 1; channel order as published)."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def scale_latents(latents: torch.Tensor, vae) -> torch.Tensor:
+    """Autoencoder -> diffusion latents: (z - mean) / std per channel where the config has them, else z * factor."""
+    mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+    if mean is None or std is None:
+        return latents * vae.config.scaling_factor
+    shape = (1, -1, 1, 1)
+    return (latents - latents.new_tensor(mean).view(shape)) / latents.new_tensor(std).view(shape)
+
+
+def unscale_latents(latents: torch.Tensor, vae) -> torch.Tensor:
+    """Diffusion latents -> autoencoder latents; the inverse of scale_latents."""
+    mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+    if mean is None or std is None:
+        return latents / vae.config.scaling_factor
+    shape = (1, -1, 1, 1)
+    return latents * latents.new_tensor(std).view(shape) + latents.new_tensor(mean).view(shape)
+
+
+def latent_mask(mask: torch.Tensor, size) -> torch.Tensor:
+    """Bx1xHxW mask -> Bx1xhxw by nearest neighbour (the top-left pixel of each block, as published)."""
+    return F.interpolate((mask >= 0.5).float(), size=tuple(size), mode="nearest")
+
+
+def foreground_weighted_mse(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Published default loss: MSE of (prediction * mask, target * mask) over all of HxW, times clamp(HW/|fg|, 1, 5)."""
+    error = ((prediction.float() - target.float()) * mask).square().mean(dim=(1, 2, 3))
+    weight = (mask[0].numel() / mask.sum(dim=(1, 2, 3)).clamp(min=1)).clamp(1, 5)
+    return (error * weight).mean()
+
+
+def denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, foreground=True) -> torch.Tensor:
+    """One training step's loss (Eq. 1).
+
+    target, condition: BxCxhxw diffusion latents; mask: Bx1xhxw; prompt: 1xTxD. Noise and the uniform time steps come
+    from `generator` on the CPU. The scheduler's config decides between epsilon and v. UNet input: [noisy | mask |
+    condition].
+    """
+    noise = torch.randn(target.shape, generator=generator).to(target.device)
+    steps = torch.randint(0, scheduler.config.num_train_timesteps, (len(target),), generator=generator)
+    steps = steps.to(target.device)
+    noisy = scheduler.add_noise(target, noise, steps)
+    inputs = torch.cat([noisy, mask, condition], dim=1)
+    prediction = unet(inputs, steps, prompt.expand(len(target), -1, -1)).sample
+    goal = noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(target, noise, steps)
+    if foreground:
+        return foreground_weighted_mse(prediction, goal, mask)
+    return F.mse_loss(prediction.float(), goal.float())
+
+
+def training_scheduler(config) -> DDPMScheduler:
+    """The DDPM scheduler of a base's scheduler config (num_train_timesteps, betas and prediction type are kept)."""
+    return DDPMScheduler.from_config(config)
+
+
+def sampling_scheduler(config) -> EulerAncestralDiscreteScheduler:
+    """Euler ancestral with "linspace" time steps (999, 749.25, 499.5, 249.75, 0 at five steps), whatever was saved."""
+    return EulerAncestralDiscreteScheduler.from_config(config, timestep_spacing="linspace", steps_offset=0)
+
+
+def base_scheduler(prediction_type: str) -> DDPMScheduler:
+    """Stable Diffusion's noise schedule (scaled linear, 0.00085 to 0.012)."""
+    return DDPMScheduler(
+        num_train_timesteps=NUM_TRAIN_TIMESTEPS,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type=prediction_type,
+        timestep_spacing="linspace",
+    )

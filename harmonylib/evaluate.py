@@ -1,0 +1,113 @@
+"""Run every method over a test set and score it: one row per method and image."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from .color import harmonize_classically
+from .datasets import TripleSet
+from .devices import autocast, pick_device
+from .images import paste, to_tensor, to_uint8
+from .metrics import score
+from .progress import progress
+from .seeds import generator
+
+CLASSICAL = ("mean-std", "reinhard", "histogram")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named harmonizer: call(composite Bx3xSxS in [-1, 1], mask Bx1xSxS, names) -> Bx3xSxS on any device."""
+
+    name: str
+    call: Callable
+
+
+def identity_method() -> Method:
+    """The composite itself: what every method has to beat."""
+    return Method("composite", lambda composite, mask, names: composite)
+
+
+def classical_method(transfer: str) -> Method:
+    """Foreground statistics matched to the image's own background: "mean-std", "reinhard" or "histogram"."""
+
+    def call(composite, mask, names):
+        pairs = zip(to_uint8(composite), mask[:, 0].numpy() > 0.5, strict=True)
+        return torch.stack([to_tensor(harmonize_classically(image, region, transfer)) for image, region in pairs])
+
+    return Method(transfer, call)
+
+
+def resunet_method(model, name: str = "contrastive-resunet", size: int | None = None, precision="auto") -> Method:
+    """A ContrastiveResUNet, run at `size` (None: the images' own) and resized back."""
+
+    @torch.inference_mode()
+    def call(composite, mask, names):
+        device = next(model.parameters()).device
+        image, region = resize_pair(composite.to(device), mask.to(device), size)
+        with autocast(device, precision):
+            output = model(image, region)
+        return resize(output.float(), composite.shape[-1])
+
+    return Method(name, call)
+
+
+def diffusion_method(pipeline, name: str, seed: int, size: int | None = None, steps: int = 5) -> Method:
+    """A DiffHarmonyPipeline, run at `size` (None: the images' own), with noise seeded per image name."""
+
+    def call(composite, mask, names):
+        image, region = resize_pair(composite, mask, size)
+        generators = [generator(seed, "evaluate", image_name) for image_name in names]
+        output = pipeline(image, region, steps, generator=generators, paste=False, output_type="pt").images
+        return resize(output * 2 - 1, composite.shape[-1])
+
+    return Method(name, call)
+
+
+def resize(image: torch.Tensor, size: int | None) -> torch.Tensor:
+    """Antialiased bilinear resize to size x size."""
+    if size is None or image.shape[-1] == size:
+        return image
+    return F.interpolate(image, size=(size, size), mode="bilinear", antialias=True).clamp(-1, 1)
+
+
+def resize_pair(image, mask, size):
+    """Image bilinear, mask nearest."""
+    return resize(image, size), mask if size is None else F.interpolate(mask, size=(size, size), mode="nearest")
+
+
+def predict(method: Method, data: TripleSet, batch_size: int = 16):
+    """Yield (triple, composite, mask, real, output) as uint8/bool arrays, the composite's background pasted back."""
+    batches = range(0, len(data), batch_size)
+    for start in progress(batches, desc=method.name, unit="batch"):
+        indices = range(start, min(start + batch_size, len(data)))
+        batch = data.batch(indices)
+        names = [data.triples[i].name for i in indices]
+        output = method.call(batch["composite"], batch["mask"], names).float().cpu().clamp(-1, 1)
+        output = to_uint8(paste(output, batch["composite"], batch["mask"]))
+        arrays = zip(
+            to_uint8(batch["composite"]), batch["mask"][:, 0].numpy() > 0.5, to_uint8(batch["real"]), strict=True
+        )
+        for i, (composite, mask, real), array in zip(indices, arrays, output, strict=True):
+            yield data.triples[i], composite, mask, real, array
+
+
+def evaluate(methods: list[Method], data: TripleSet, batch_size: int = 16, protocol: str = "standard") -> pd.DataFrame:
+    """Scores of every method on every triple: columns model, subset, name, photo, foreground_ratio and the metrics.
+
+    The background is the composite's, pasted. Raises HarmonyError for an output of the wrong size or with NaN.
+    """
+    rows = []
+    for method in methods:
+        for triple, _, mask, real, output in predict(method, data, batch_size):
+            about = {"model": method.name, "subset": triple.subset, "name": triple.name, "photo": triple.photo}
+            rows.append(about | {"foreground_ratio": float(mask.mean())} | score(output, real, mask, protocol=protocol))
+    return pd.DataFrame(rows)
+
+
+def put_on(model, device="auto"):
+    """`model` in eval mode on the chosen device."""
+    return model.eval().to(pick_device(device))

@@ -1,0 +1,85 @@
+"""The figures of the notebooks and the report (seaborn and matplotlib)."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+
+FOLDER = Path("reports/figures")
+
+
+def style() -> None:
+    """One look for every figure."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 120, "axes.titlesize": 11, "axes.grid": True})
+
+
+def save(figure, name: str) -> None:
+    """Write reports/figures/<name>.png, byte-stable."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FOLDER / f"{name}.png", bbox_inches="tight", metadata={"Software": None})
+
+
+def image_grid(rows, titles, row_labels=None, masks=None, size: float = 1.9):
+    """A grid of HxWx3 images, a list per row, `titles` over the columns; masks (HxW bool, one per row) are outlined."""
+    figure, axes = plt.subplots(len(rows), len(titles), squeeze=False, figsize=(size * len(titles), size * len(rows)))
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            axis = axes[r, c]
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            if masks is not None and c == 0:
+                axis.contour(masks[r], levels=[0.5], colors="yellow", linewidths=1)
+            if r == 0:
+                axis.set_title(titles[c])
+        if row_labels:
+            axes[r, 0].set_ylabel(row_labels[r], fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def error_map(output: np.ndarray, real: np.ndarray, ceiling: float = 60.0) -> np.ndarray:
+    """Mean absolute difference over RGB as an HxWx3 picture: black is 0, yellow is `ceiling` grey levels or more."""
+    error = np.abs(output.astype(float) - real.astype(float)).mean(-1) / ceiling
+    return (plt.get_cmap("inferno")(np.clip(error, 0, 1))[..., :3] * 255).astype(np.uint8)
+
+
+def training_curve(history, key: str = "loss", title: str = "", log: bool = True):
+    """One quantity of a training history over steps."""
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    points = [(entry["step"], entry[key]) for entry in history if key in entry]
+    sns.lineplot(x=[p[0] for p in points], y=[p[1] for p in points], ax=axis, marker="o" if len(points) < 30 else None)
+    axis.set(xlabel="training step", ylabel=key.replace("_", " "), title=title)
+    if log:
+        axis.set_yscale("log")
+    figure.tight_layout()
+    return figure
+
+
+def cumulative_foreground(ratios: dict[str, np.ndarray]):
+    """Cumulative distribution of the foreground area ratio per data set (DiffHarmony++ Figure 2)."""
+    figure, axis = plt.subplots(figsize=(5.5, 3.4))
+    for name, values in ratios.items():
+        sns.ecdfplot(x=np.asarray(values), ax=axis, label=name)
+    axis.axvline(0.2, color="grey", linestyle=":", linewidth=1)
+    axis.set(xlabel="foreground area ratio", ylabel="share of images at or below", xlim=(0, 1))
+    axis.legend()
+    figure.tight_layout()
+    return figure
+
+
+def metric_bars(summary: dict, metric: str, label: str):
+    """Mean of one metric per method with its 95 % interval over photos (`metrics.summarise` output, key "all")."""
+    figure, axis = plt.subplots(figsize=(6.5, 0.45 * len(summary) + 1.2))
+    names = list(summary)
+    values = [summary[name]["all"][metric] for name in names]
+    sns.barplot(x=values, y=names, ax=axis, orient="h", color=sns.color_palette()[0])
+    for place, name in enumerate(names):
+        low, high = summary[name]["all"]["interval"][metric]
+        if low is not None and np.isfinite([low, high]).all():
+            axis.plot([low, high], [place, place], color="black", linewidth=1.2)
+    axis.set(xlabel=label, ylabel="")
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,138 @@
+"""What each stage trains: a model, a loss closure and batches, handed to the one loop in `training`."""
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from .contrastive import RegionContrastiveLoss, harmonization_loss
+from .datasets import LatentBatches, PixelBatches, TripleSet
+from .devices import pick_device
+from .diffusion import denoising_loss, latent_mask, scale_latents, training_scheduler
+from .resunet import ContrastiveResUNet
+from .training import TrainSettings, train
+from .vae import HarmonyVAE, harmony_vae_loss
+
+
+def harmony_vae(
+    vae,
+    data: TripleSet,
+    task: str,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    loss: str = "l2",
+    decoder: bool = True,
+    crop=0,
+    mask_init: str = "zero",
+    skip_init: str = "zero",
+    device="auto",
+    **loop,
+) -> tuple[HarmonyVAE, list[dict]]:
+    """Train a Harmony-VAE around `vae` (DiffHarmony++ Sec. 3.2, 5.2).
+
+    task: "harmonize" (target real, condition composite) or "inverse". decoder=False trains the conditional encoder only
+    (Table 5). The history carries `skip_norm`, the mean norm of the zero convolutions' weights.
+    """
+    device = pick_device(device)
+    torch.manual_seed(seed)
+    model = HarmonyVAE.from_vae(vae, mask_init=mask_init, skip_init=skip_init).to(device)
+    model.set_trainable(decoder)
+    batches = LatentBatches(data, model, task, settings.batch_size, (seed, "harmony_vae", task), device, crop)
+    observe = lambda m: {"skip_norm": sum(c.weight.norm().item() for c in m.skip_convs()) / len(m.skip_convs())}  # noqa: E731
+    history = train(
+        model,
+        harmony_vae_loss(loss),
+        batches,
+        settings,
+        name=f"harmony-vae {task}",
+        seed=seed,
+        device=device,
+        observe=observe,
+        **loop,
+    )
+    return model.requires_grad_(True), history
+
+
+def diffharmony(
+    base,
+    data: TripleSet,
+    task: str,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    foreground: bool = True,
+    device="auto",
+    **loop,
+):
+    """Fine-tune a base's inpainting UNet to harmonize, or to do the inverse (DiffHarmony++ Eq. 1, Sec. 4.1).
+
+    base: a DiffHarmonyPipeline whose autoencoder stays frozen; its UNet is trained in place. foreground: the published
+    foreground-weighted loss (True) or the plain one. Returns (unet, history).
+    """
+    device = pick_device(device)
+    vae, scheduler = base.vae.to(device).requires_grad_(False), training_scheduler(base.scheduler.config)
+    prompt = base.prompt.embeds.to(device)
+    batches = LatentBatches(data, vae, task, settings.batch_size, (seed, "diffharmony", task), device, pixels=False)
+
+    def loss(unet, batch, generator):
+        target, condition = (
+            scale_latents(_sample(batch[name], generator), vae) for name in ("moments", "condition_moments")
+        )
+        mask = latent_mask(batch["mask"], target.shape[-2:])
+        return {"loss": denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, foreground)}
+
+    history = train(base.unet, loss, batches, settings, name=f"diffharmony {task}", seed=seed, device=device, **loop)
+    return base.unet, history
+
+
+def _sample(moments: torch.Tensor, generator) -> torch.Tensor:
+    posterior = DiagonalGaussianDistribution(moments)
+    noise = torch.randn(posterior.mean.shape, generator=generator)
+    return posterior.mean + posterior.std * noise.to(moments.device)
+
+
+def contrastive_resunet(
+    data: TripleSet,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    base_channels: int = 32,
+    depth: int = 5,
+    residual_convs: int = 3,
+    style: str = "style-fusion",
+    weights=(0.4, 0.5, 0.1),
+    reading: str = "B",
+    patches: int = 256,
+    crop=0,
+    recolor: float = 0.0,
+    device="auto",
+    **loop,
+):
+    """Train the ResUNet with L1, foreground L1 and the region-wise contrastive term (contrastive paper, Eq. 13).
+
+    A weight of 0 switches its term off (Table VI). Returns (model, history).
+    """
+    device = pick_device(device)
+    torch.manual_seed(seed)
+    model = ContrastiveResUNet(base_channels, depth, residual_convs, style)
+    contrast = RegionContrastiveLoss(reading, patches) if weights[2] else None
+    batches = PixelBatches(data, settings.batch_size, (seed, "resunet"), crop, recolor)
+
+    def loss(net, batch, generator):
+        output = net(batch["composite"], batch["mask"])
+        return harmonization_loss(
+            output, batch["real"], batch["mask"], contrast, batch["composite"], weights, generator
+        )
+
+    extra = (contrast,) if contrast else ()
+    history = train(
+        model,
+        loss,
+        batches,
+        settings,
+        name="contrastive resunet",
+        seed=seed,
+        device=device,
+        extra_modules=extra,
+        **loop,
+    )
+    return model, history

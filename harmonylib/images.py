@@ -1,0 +1,107 @@
+"""Reading, writing and converting images and masks.
+
+Arrays are HxWx3 uint8 RGB and HxW bool (True = foreground). Tensors are 3xHxW in [-1, 1] and 1xHxW in {0, 1}.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from .errors import HarmonyError
+from .files import atomic_path
+
+MASK_THRESHOLD = 127
+MAX_PIXELS = 100_000_000
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def open_image(path) -> Image.Image:
+    """Decode an image file completely. Raises HarmonyError naming the file when it is missing, too large or broken."""
+    path = Path(path)
+    try:
+        image = Image.open(path)
+        if image.width * image.height > MAX_PIXELS:
+            raise HarmonyError(f"{path}: {image.width}x{image.height} is over {MAX_PIXELS:,} pixels; make it smaller")
+        image.load()
+    except FileNotFoundError:
+        raise HarmonyError(f"{path}: no such file") from None
+    except HarmonyError:
+        raise
+    except Exception as error:  # Pillow raises many kinds on damaged files
+        raise HarmonyError(f"{path}: not a readable image ({error}); replace the file") from None
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An upright 8-bit RGB copy: EXIF rotation applied, 16-bit scaled, transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float32)
+        values = values / 257.0 if values.max(initial=0) > 255 else values
+        image = Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_image(path) -> np.ndarray:
+    """HxWx3 uint8 RGB."""
+    return np.asarray(to_rgb(open_image(path)))
+
+
+def read_mask(path) -> np.ndarray:
+    """HxW bool, True where the grey value is above 127. Never dithered: PIL's mode "1" conversion is not used."""
+    return np.asarray(to_rgb(open_image(path)).convert("L")) > MASK_THRESHOLD
+
+
+def write_image(path, array: np.ndarray) -> None:
+    """Write HxWx3 uint8 or an HxW bool mask, atomically. JPEG is written at quality 95 without chroma subsampling."""
+    array = array.astype(np.uint8) * 255 if array.dtype == bool else array
+    options = {"quality": 95, "subsampling": 0} if Path(path).suffix.lower() in (".jpg", ".jpeg") else {}
+    with atomic_path(path) as temporary:
+        Image.fromarray(array).save(temporary, **options)
+
+
+def resize_image(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear, antialiased resize of HxWx3 uint8 to (height, width)."""
+    if array.shape[:2] == tuple(size):
+        return array
+    return np.asarray(Image.fromarray(array).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Nearest-neighbour resize of an HxW bool mask to (height, width)."""
+    if mask.shape == tuple(size):
+        return mask
+    return np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST)) > 0
+
+
+def fit(image: np.ndarray, mask: np.ndarray, longest: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Shrink so that the long side is at most `longest` pixels; never enlarge."""
+    height, width = image.shape[:2]
+    factor = 1.0 if longest is None else min(1.0, longest / max(height, width))
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    return resize_image(image, size), resize_mask(mask, size)
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """HxWx3 uint8 -> 3xHxW float32 in [-1, 1]; HxW bool -> 1xHxW float32 in {0, 1}."""
+    if array.dtype == bool:
+        return torch.from_numpy(array.astype(np.float32))[None]
+    return torch.from_numpy(np.array(array, copy=True)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(tensor: torch.Tensor) -> np.ndarray:
+    """...x3xHxW in [-1, 1] -> ...xHxWx3 uint8, clamped and rounded to nearest."""
+    tensor = tensor.detach().float().add(1.0).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    return tensor.movedim(-3, -1).cpu().numpy()
+
+
+def paste(foreground, background, mask):
+    """`foreground` where the mask is set, `background` elsewhere (arrays with an HxW mask, or tensors with Bx1xHxW)."""
+    if isinstance(mask, torch.Tensor):
+        return torch.where(mask > 0.5, foreground, background)
+    return np.where(mask[..., None], foreground, background)

@@ -1,0 +1,118 @@
+"""iHarmony4's layout on disk: `<subset>/{composite_images,masks,real_images}/` and `IHD_train.txt`, `IHD_test.txt`.
+
+A composite `a0002_1_4.jpg` belongs to the mask `a0002_1.png` and to the real photo `a0002.jpg`. Names before the first
+"-" are the scene: `d90000008-3` and `d90000008-7` are captures of one scene and never independent photos.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import HarmonyError
+from .files import atomic_path
+from .images import IMAGE_SUFFIXES, read_image, read_mask, write_image
+
+SUBSETS = ("HCOCO", "HAdobe5k", "HFlickr", "Hday2night")
+SPLITS = ("train", "test")
+COMPOSITES, MASKS, REALS = "composite_images", "masks", "real_images"
+
+
+@dataclass(frozen=True)
+class Triple:
+    """One composite with its mask and its real photo."""
+
+    subset: str
+    name: str
+    composite: Path
+    mask: Path
+    real: Path
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """The (real, mask) pair this composite belongs to, as (subset, mask stem)."""
+        return self.subset, self.mask.stem
+
+    @property
+    def photo(self) -> str:
+        """The photo (scene) the triple comes from: what intervals are bootstrapped over."""
+        return self.real.stem.split("-")[0]
+
+    def load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(composite HxWx3 uint8, mask HxW bool, real HxWx3 uint8). Raises HarmonyError where sizes differ."""
+        composite, mask, real = read_image(self.composite), read_mask(self.mask), read_image(self.real)
+        if not composite.shape[:2] == mask.shape == real.shape[:2]:
+            sizes = f"{composite.shape[1::-1]}, {mask.shape[::-1]}, {real.shape[1::-1]}"
+            raise HarmonyError(f"{self.composite}: composite, mask and real differ in size ({sizes}); make them equal")
+        return composite, mask, real
+
+
+def read_lines(path) -> list[str]:
+    """The non-empty lines of a list file, in order, without duplicates; Windows line ends are fine."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise HarmonyError(f"{path}: no such list; a data set has IHD_train.txt and IHD_test.txt at its root") from None
+    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def _partner(folder: Path, stem: str, composite: Path) -> Path:
+    for suffix in IMAGE_SUFFIXES:
+        if (folder / (stem + suffix)).is_file():
+            return folder / (stem + suffix)
+    raise HarmonyError(f"{composite}: no {folder.name}/{stem}.* for it; add the file or remove the line from the list")
+
+
+def triple_of(root, line: str) -> Triple:
+    """The triple of a line like `HFlickr/composite_images/f55_1_1.jpg`. Raises HarmonyError for a missing partner."""
+    path = Path(line)
+    parts = path.parts[-3:]
+    composite = Path(root, *parts)
+    if len(parts) != 3 or parts[1] != COMPOSITES or path.stem.count("_") < 2:
+        raise HarmonyError(f"{line!r} is not SUBSET/{COMPOSITES}/PHOTO_MASK_VARIANT.jpg; mend the list")
+    if not composite.is_file():
+        raise HarmonyError(f"{composite}: listed but missing; add the file or remove the line from the list")
+    mask_stem = composite.stem.rsplit("_", 1)[0]
+    real_stem = mask_stem.rsplit("_", 1)[0]
+    folder = composite.parent.parent
+    mask = _partner(folder / MASKS, mask_stem, composite)
+    return Triple(parts[0], composite.stem, composite, mask, _partner(folder / REALS, real_stem, composite))
+
+
+def read_triples(root, split: str, subsets=None) -> list[Triple]:
+    """The triples of one split ("train" or "test"), in list order, optionally of some subsets only.
+
+    A root that holds lists and a file `ROOT` naming another folder takes its pictures from there.
+    Raises HarmonyError for a missing folder, list or partner file, or when nothing is left.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise HarmonyError(f"{root}: no such data folder; see data/README.md")
+    pointer = root / "ROOT"
+    pictures = Path(pointer.read_text(encoding="utf-8").strip()) if pointer.is_file() else root
+    triples = [triple_of(pictures, line) for line in read_lines(root / f"IHD_{split}.txt")]
+    triples = [t for t in triples if subsets is None or t.subset in subsets]
+    if not triples:
+        raise HarmonyError(f"{root}: the {split} list has no composites of {', '.join(subsets or SUBSETS)}")
+    return triples
+
+
+def write_list(root, split: str, lines) -> None:
+    """Write IHD_<split>.txt from lines or triples."""
+    lines = [f"{t.subset}/{COMPOSITES}/{t.composite.name}" if isinstance(t, Triple) else t for t in lines]
+    with atomic_path(Path(root) / f"IHD_{split}.txt") as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def write_pair(root, subset: str, photo: str, mask_id: int, real: np.ndarray, mask: np.ndarray, suffix=".jpg") -> str:
+    """Write a (real, mask) pair; returns the mask stem, `PHOTO_MASK`, that its composites are named after."""
+    folder = Path(root) / subset
+    write_image(folder / REALS / f"{photo}{suffix}", real)
+    write_image(folder / MASKS / f"{photo}_{mask_id}.png", mask)
+    return f"{photo}_{mask_id}"
+
+
+def write_composite(root, subset: str, pair: str, variant, composite: np.ndarray, suffix=".jpg") -> str:
+    """Write one composite of a pair; returns its list line."""
+    write_image(Path(root) / subset / COMPOSITES / f"{pair}_{variant}{suffix}", composite)
+    return f"{subset}/{COMPOSITES}/{pair}_{variant}{suffix}"

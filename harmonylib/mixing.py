@@ -1,0 +1,300 @@
+"""Data sets made of generated composites: the γ-mix and Human Harmony (DiffHarmony++ Sec. 4.1, 4.2 and 5.1.2).
+
+Both are written beside their final place and moved there when complete.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import tempfile
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from .errors import HarmonyError
+from .generate import Candidate, Choice, Pair, by_pair, has_latent_foreground, pairs_of, read_candidates, read_manifest
+from .images import paste, read_image, resize_image, write_image
+from .jsonio import write_json
+from .layout import COMPOSITES, read_triples, write_list, write_pair
+from .progress import progress
+from .seeds import rng
+
+SUMMARY = "made_by_harmonylib.json"  # only folders that hold it are ever replaced
+TEST_SHARE = Fraction(7404, 73146)  # iHarmony4's
+HUMAN = "HumanHarmony"
+BORDER = 0.05  # share of the shorter side that counts as a photo's border
+
+
+def mix_count(gamma: float, n_composites: int, n_pairs: int, k: int | None = None) -> int:
+    """⌈γ N₂ / N₁⌉ generated composites per (real, mask) pair (Sec. 4.1).
+
+    γ counts as written in decimals: 0.1 is exactly 1/10. k: candidates there are per pair. Raises HarmonyError for
+    gamma < 0, no pairs, or a count above k.
+    """
+    if not (math.isfinite(gamma) and gamma >= 0):
+        raise HarmonyError(f"gamma is {gamma}; it must be a number >= 0")
+    if n_pairs < 1:
+        raise HarmonyError("there are no (real, mask) pairs to mix into; the training list is empty")
+    count = math.ceil(Fraction(str(gamma)) * n_composites / n_pairs)
+    if k is not None and count > k:
+        raise HarmonyError(
+            f"gamma {gamma} asks for {count} generated composites per pair ({n_composites} composites, {n_pairs} "
+            f"pairs) but there are {k}; lower gamma or raise k"
+        )
+    return count
+
+
+def mix(root, candidates_root, out, gamma: float, seed: int, subsets=None, strength=(0.0, float("inf"))) -> dict:
+    """Write the training set of `root` plus `mix_count` candidates of each (real, mask) pair, in iHarmony4's layout.
+
+    N₁ and N₂ are counted on the training list per subset; which candidates is drawn from (seed, pair), and a larger
+    gamma keeps those of a smaller one. subsets limits both lists. The test list stays as it is. Files are hard-linked
+    where the disk allows; candidates of another size are brought to the real's, its background pasted back. strength:
+    bounds on the candidates' foreground ΔE. Returns {subset: {"pairs", "composites", "per_pair", "generated"}}.
+    Raises HarmonyError for a bad gamma or a pair with too few usable candidates, before anything is written.
+    """
+    train = read_triples(root, "train", subsets)
+    test = read_triples(root, "test", subsets) if Path(root, "IHD_test.txt").is_file() else []
+    candidates = by_pair(read_candidates(candidates_root, strength)) if gamma else {}
+    k = read_manifest(candidates_root)["settings"]["k"] if gamma else None
+    report, chosen = {}, []
+    for subset in dict.fromkeys(triple.subset for triple in train):
+        composites = [triple for triple in train if triple.subset == subset]
+        pairs = pairs_of(composites)
+        count = mix_count(gamma, len(composites), len(pairs), k)
+        chosen += [(pair, c) for pair in pairs for c in _draw(candidates.get(pair.key, []), pair, count, gamma, seed)]
+        report[subset] = {"pairs": len(pairs), "composites": len(composites), "per_pair": count,
+                          "generated": count * len(pairs)}  # fmt: skip
+    if {triple.name for triple in train} & {candidate.path.stem for _, candidate in chosen}:
+        raise HarmonyError(f"{root}: has generated composites already; mix into the original set")
+    with _replacing(out, root, candidates_root) as folder:
+        lines = [_add(folder, candidate, pair) for pair, candidate in progress(chosen, desc="mixing", unit="image")]
+        for triple in (*train, *test):
+            for path in (triple.composite, triple.mask, triple.real):
+                _link(path, folder / triple.subset / path.parent.name / path.name)
+        write_list(folder, "train", [*train, *lines])
+        if test:
+            write_list(folder, "test", test)
+        write_json(folder / SUMMARY, {"gamma": gamma, "seed": seed, "strength": list(strength), "subsets": report})
+    return report
+
+
+def _draw(group: list[Candidate], pair: Pair, count: int, gamma: float, seed: int) -> list[Candidate]:
+    if count > len(group):
+        raise HarmonyError(
+            f"{'/'.join(pair.key)}: gamma {gamma} asks for {count} generated composites but {len(group)} are usable; "
+            "lower gamma, raise k or widen the strength bounds"
+        )
+    order = rng(seed, "mix", *pair.key).permutation(len(group))[:count]
+    return [group[i] for i in sorted(order)]
+
+
+def _add(folder: Path, candidate: Candidate, pair: Pair) -> Path:
+    """Put one candidate into the set at the real's size; returns its list line."""
+    target = folder / pair.subset / COMPOSITES / candidate.path.name
+    with Image.open(candidate.path) as file, Image.open(pair.real) as real_file:
+        same = file.size == real_file.size
+    if same:
+        _link(candidate.path, target)
+    else:
+        real, mask = pair.load()
+        write_image(target, paste(resize_image(read_image(candidate.path), mask.shape), real, mask))
+    return str(target.relative_to(folder))
+
+
+def _link(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another disk, or one without hard links
+        shutil.copyfile(source, target)
+
+
+@contextlib.contextmanager
+def _replacing(out, *sources):
+    """Yield a new folder beside `out` that takes its place on success and vanishes on failure."""
+    out = Path(out).resolve()
+    for source in sources:
+        source = Path(source).resolve()
+        if out == source or out in source.parents:
+            raise HarmonyError(f"{out}: holds what the new set is made from; choose another folder")
+    if out.exists() and not (out / SUMMARY).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise HarmonyError(f"{out}: exists and was not made by this command; remove it or choose another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        folder = temporary / "new"
+        folder.mkdir()
+        yield folder
+        if out.exists():
+            out.rename(temporary / "old")
+        folder.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def photo_pairs_of(paths: list[tuple[Path, Path]], subset: str = HUMAN) -> list[Pair]:
+    """Pairs of photos with one mask each, (image, mask) paths as from `datasets.photo_pairs`.
+
+    The photo's name is its stem with "-" turned into "_", since the layout reads a scene's name before the first "-".
+    Raises HarmonyError when two photos end up with one name.
+    """
+    names = [image.stem.replace("-", "_") for image, _ in paths]
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise HarmonyError(f"{count} photos are named {name} (folders ignored, '-' read as '_'); rename them")
+    return [Pair(subset, f"{name}_1", name, *files) for name, files in zip(names, paths, strict=True)]
+
+
+def clean_photos(pairs: list[Pair], size: int | None = None, foreground=(0.01, 0.95), min_side: int = 64,
+                 min_border_std: float = 6.0) -> tuple[list[Pair], dict[str, list[str]]]:  # fmt: skip
+    """Leave out photos that cannot teach harmonization; returns (kept, {reason: names}).
+
+    Reasons: "small" (a side under min_side pixels), "foreground" (share outside the bounds, or nothing left on the
+    latent grid at `size`) and "plain" (the border outside the foreground varies by less than min_border_std grey
+    levels: product shots, which the paper removed by means it does not tell, and studio backdrops).
+    """
+    kept, dropped = [], {"small": [], "foreground": [], "plain": []}
+    for pair in progress(pairs, desc="cleaning", unit="photo"):
+        real, mask = pair.load()
+        width = max(1, round(BORDER * min(mask.shape)))
+        border = ~mask
+        border[width:-width, width:-width] = False
+        if min(mask.shape) < min_side:
+            dropped["small"].append(pair.name)
+        elif not foreground[0] <= mask.mean() <= foreground[1] or not has_latent_foreground(pair.load(size)[1]):
+            dropped["foreground"].append(pair.name)
+        elif not border.any() or real[border].std(0).mean() < min_border_std:
+            dropped["plain"].append(pair.name)
+        else:
+            kept.append(pair)
+    return kept, dropped
+
+
+def imaterialist_masks(csv, images, out) -> int:
+    """iMaterialist-fashion-2020's train.csv and images to `out/{images,masks}`: one union mask a photo (Sec. 5.1.2).
+
+    Segments are run lengths down the columns, counted from 1, at the photo's own size. Photos are hard-linked where the
+    disk allows. Returns the number of photos. Raises HarmonyError for missing columns, runs or photos that do not fit.
+    """
+    columns = ["ImageId", "EncodedPixels", "Height", "Width"]
+    try:
+        table = pd.read_csv(csv, usecols=columns)
+    except (OSError, ValueError) as error:
+        raise HarmonyError(f"{csv}: {error}; give the data set's train.csv") from None
+    photos = table.groupby("ImageId", sort=True)
+    for name, segments in progress(photos, total=len(photos), desc="union masks", unit="photo"):
+        source = next((p for p in (Path(images, f"{name}.jpg"), Path(images, name)) if p.is_file()), None)
+        if source is None:
+            raise HarmonyError(f"{images}: no photo {name}.jpg, which {csv} names")
+        shape = tuple(int(segments[side].iloc[0]) for side in ("Height", "Width"))
+        with Image.open(source) as file:
+            if file.size != shape[::-1]:
+                raise HarmonyError(f"{source}: is {file.size[0]}x{file.size[1]}, {csv} says {shape[1]}x{shape[0]}")
+        mask = union_of_runs(segments["EncodedPixels"], shape, f"{csv}, {name}")
+        write_image(Path(out, "masks", f"{Path(name).stem}.png"), mask)
+        _link(source, Path(out, "images", f"{Path(name).stem}.jpg"))
+    return len(photos)
+
+
+def union_of_runs(encoded, shape: tuple[int, int], source: str) -> np.ndarray:
+    """HxW bool, the union of run-length strings "start length start length ..." (column-major, starts counted from 1).
+
+    Raises HarmonyError naming `source` for runs that leave the image.
+    """
+    flat = np.zeros(shape[0] * shape[1], bool)
+    for text in encoded:
+        words = str(text).split()
+        runs = np.array(words if all(word.isdigit() for word in words) else [0], dtype=np.int64)
+        if len(runs) % 2 or (runs < 1).any() or (runs[::2] + runs[1::2] - 1 > flat.size).any():
+            raise HarmonyError(f"{source}: run lengths do not fit a {shape[1]}x{shape[0]} image")
+        for start, length in runs.reshape(-1, 2):
+            flat[start - 1 : start - 1 + length] = True
+    return flat.reshape(shape, order="F")
+
+
+def build_human_harmony(pairs: list[Pair], choices: list[Choice], out, seed: int, size: int | None = None,
+                        sources: dict[str, tuple[str, str]] | None = None) -> dict:  # fmt: skip
+    """Write real photos, masks and the chosen candidates as an iHarmony4-layout set with a data card (README.md).
+
+    pairs and size as in `generate_candidates`, choices from `select`. Photos are split by iHarmony4's test share (7,404
+    of 73,146), at least one on each side. Reals are written at the candidates' size and in their format, so that no
+    codec tells the two apart. sources: photo name -> (source, licence). Returns the counts that the card shows.
+    Raises HarmonyError for under two photos, a choice without its pair or a candidate of another size.
+    """
+    known = {pair.key: pair for pair in pairs}
+    photos = sorted({known[choice.kept.key].photo for choice in choices if choice.kept.key in known})
+    if len(photos) < 2:
+        raise HarmonyError(f"{len(photos)} photos cannot be split into training and test; give at least 2")
+    n_test = min(max(1, round(len(photos) * TEST_SHARE)), len(photos) - 1)
+    test = set(rng(seed, "human harmony", "split").permutation(photos)[:n_test].tolist())
+    lists, ratios = {"train": [], "test": []}, []
+    with _replacing(
+        out, *{choice.kept.path.parent for choice in choices}, *{pair.real.parent for pair in pairs}
+    ) as folder:
+        for choice in progress(choices, desc="Human Harmony", unit="image"):
+            if choice.kept.key not in known:
+                raise HarmonyError(f"{choice.kept.path}: chosen, but its pair is not given")
+            pair, suffix = known[choice.kept.key], choice.kept.path.suffix
+            real, mask = pair.load(size)
+            with Image.open(choice.kept.path) as file:
+                if file.size != mask.shape[::-1]:
+                    raise HarmonyError(
+                        f"{choice.kept.path}: is {file.size}, not {mask.shape[::-1]}; give the size it was made at"
+                    )
+            photo, number = pair.name.rsplit("_", 1)
+            write_pair(folder, pair.subset, photo, number, real, mask, suffix)
+            line = f"{pair.subset}/{COMPOSITES}/{choice.kept.path.name}"
+            _link(choice.kept.path, folder / line)
+            lists["test" if pair.photo in test else "train"].append(line)
+            ratios.append(float(mask.mean()))
+        for split, lines in lists.items():
+            write_list(folder, split, lines)
+        counts = {"photos": len(photos), "composites": len(choices), **{s: len(lines) for s, lines in lists.items()},
+                  "foreground_over_0.2": float(np.mean(np.array(ratios) > 0.2))}  # fmt: skip
+        origins = Counter((sources or {}).get(photo, ("not stated", "not stated")) for photo in photos)
+        (folder / "README.md").write_text(data_card(counts, origins, choices), encoding="utf-8")
+        write_json(folder / SUMMARY, {"seed": seed, "size": size, **counts})
+    return counts
+
+
+def data_card(counts: dict, origins: dict[tuple[str, str], int], choices: list[Choice]) -> str:
+    """The Markdown data card of a Human Harmony set; origins: (source, licence) -> photos."""
+    candidates = [1 + len(choice.rejected) for choice in choices]
+    rows = "\n".join(f"| {source} | {licence} | {n:,} |" for (source, licence), n in sorted(origins.items()))
+    return f"""# Human Harmony
+
+Real photos of people and, for each, a composite whose foreground colours an inverse harmonization model changed. The
+real photo is the ground truth of its composite. Layout and list files are iHarmony4's.
+
+| | count |
+|---|---|
+| photos | {counts["photos"]:,} |
+| composites | {counts["composites"]:,} |
+| training list | {counts["train"]:,} |
+| test list | {counts["test"]:,} |
+
+{counts["foreground_over_0.2"]:.0%} of the composites have a foreground of more than a fifth of the image.
+
+## How it was made
+
+For each photo and mask the model drew {min(candidates)} to {max(candidates)} usable candidates, and the harmony
+classifier kept the one it found most likely to be a composite. Backgrounds are the photo's own. Photos, not composites,
+were split by iHarmony4's share (7,404 test images of 73,146).
+
+## Sources and licences
+
+| source | licence of the photos | photos |
+|---|---|---|
+{rows}
+
+Composites are derived from these photos and stay under their licences; where these allow research only, so does the
+set. The photos show people: do not use the set to identify them.
+"""

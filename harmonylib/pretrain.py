@@ -1,0 +1,156 @@
+"""The small latent-diffusion base: an autoencoder and a 9-channel inpainting UNet trained on photos.
+
+It is to the `mini` profile what Stable Diffusion inpainting is to `paper`: it has never seen a harmonization pair.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from .datasets import PhotoBatches, inpainting_masks
+from .devices import pick_device
+from .diffusion import base_scheduler, denoising_loss, latent_mask, scale_latents
+from .errors import HarmonyError
+from .pipeline import DiffHarmonyPipeline, PromptEmbedding
+from .training import TrainSettings, train
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """Architecture and training of the small base. size is the training crop in pixels; latents are 1/8 of it."""
+
+    autoencoder: TrainSettings
+    unet: TrainSettings
+    autoencoder_size: int = 64
+    unet_size: int = 96
+    autoencoder_channels: tuple[int, ...] = (16, 32, 64, 128)
+    unet_channels: tuple[int, ...] = (64, 128)
+    layers: int = 1
+    latent_channels: int = 4
+    prompt_dim: int = 32
+    kl_weight: float = 1e-5
+
+
+def build_autoencoder(channels, layers: int = 1, latent_channels: int = 4) -> AutoencoderKL:
+    """A diffusers AutoencoderKL of Stable Diffusion's topology with other widths (four widths: 1/8 latents)."""
+    return AutoencoderKL(
+        block_out_channels=tuple(channels),
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=layers,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+    )
+
+
+def build_unet(channels, layers: int = 1, latent_channels: int = 4, prompt_dim: int = 32) -> UNet2DConditionModel:
+    """A 9-channel (for 4-channel latents) UNet of Stable Diffusion's kind; self-attention from the second level on."""
+    deeper = len(channels) - 1
+    return UNet2DConditionModel(
+        in_channels=2 * latent_channels + 1,
+        out_channels=latent_channels,
+        block_out_channels=tuple(channels),
+        layers_per_block=layers,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * deeper),
+        up_block_types=(*("CrossAttnUpBlock2D",) * deeper, "UpBlock2D"),
+        cross_attention_dim=prompt_dim,
+        attention_head_dim=32,
+        norm_num_groups=16,
+    )
+
+
+def autoencoder_loss(kl_weight: float):
+    """L1 reconstruction plus a small KL term."""
+
+    def loss(vae, batch, generator):
+        posterior = vae.encode(batch["real"]).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean.device)
+        reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample
+        l1 = F.l1_loss(reconstruction.float(), batch["real"])
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return {"loss": l1 + kl_weight * kl, "l1": l1, "kl": kl}
+
+    return loss
+
+
+@torch.no_grad()
+def measure_latents(vae, make_batch, batches: int = 8) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation of the posterior means, for `latents_mean` and `latents_std`."""
+    device = next(vae.parameters()).device
+    latents = torch.cat([vae.encode(make_batch(step)["real"].to(device)).latent_dist.mean for step in range(batches)])
+    return [latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()]
+
+
+def pretrain_autoencoder(vae, photos, settings: BaseSettings, seed, **loop) -> list[dict]:
+    """Train `vae` on random crops, then write its latent statistics into its config. Returns the history."""
+    make_batch = PhotoBatches(photos, settings.autoencoder_size, settings.autoencoder.batch_size, seed)
+    loss = autoencoder_loss(settings.kl_weight)
+    history = train(vae, loss, make_batch, settings.autoencoder, name="base autoencoder", seed=seed, **loop)
+    statistics = PhotoBatches(photos, settings.unet_size, 32, seed)
+    mean, std = measure_latents(vae, statistics)
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    return history
+
+
+def pretrain_unet(unet, vae, prompt, photos, settings: BaseSettings, seed, *, device="auto", **loop):
+    """Train `unet` to inpaint: input [noisy latents | mask | latents of the masked image], v-prediction."""
+    scheduler = base_scheduler("v_prediction")
+    vae = vae.to(pick_device(device)).eval().requires_grad_(False)
+    batches = PhotoBatches(photos, settings.unet_size, settings.unet.batch_size, seed, scale=(0.4, 1.0))
+
+    def make_batch(step):
+        batch = batches(step)
+        return {"real": batch["real"], "mask": inpainting_masks(batch["mask"], seed, "inpainting", step)}
+
+    def loss(model, batch, generator):
+        with torch.no_grad():
+            images = torch.cat([batch["real"], batch["real"] * (batch["mask"] < 0.5)])
+            target, condition = scale_latents(vae.encode(images).latent_dist.mean, vae).chunk(2)
+        mask = latent_mask(batch["mask"], target.shape[-2:])
+        embeds = prompt.to(target.device)
+        value = denoising_loss(model, scheduler, target, condition, mask, embeds, generator, foreground=False)
+        return {"loss": value}
+
+    return train(unet, loss, make_batch, settings.unet, name="base UNet", seed=seed, device=device, **loop)
+
+
+def open_base(settings, seed: int) -> DiffHarmonyPipeline:
+    """The base that the `base` section of params.yaml names, as a pipeline on the CPU.
+
+    source "pipeline": a saved DiffHarmonyPipeline folder; "stable-diffusion": an SD inpainting folder or hub id, with
+    `vae` replacing its autoencoder; "small": the small base with random weights.
+    """
+    if settings.source == "pipeline":
+        return DiffHarmonyPipeline.from_pretrained(settings.path, device="cpu")
+    if settings.source == "stable-diffusion":
+        vae = AutoencoderKL.from_pretrained(settings.vae) if settings.vae else None
+        return DiffHarmonyPipeline.from_stable_diffusion(settings.path, vae, device="cpu")
+    if settings.source != "small":
+        raise HarmonyError(f"base.source {settings.source!r} is unknown; use small, pipeline or stable-diffusion")
+    torch.manual_seed(seed)
+    prompt = PromptEmbedding(1, BaseSettings.prompt_dim)
+    vae = build_autoencoder(settings.autoencoder_channels)
+    return DiffHarmonyPipeline(vae, build_unet(settings.unet_channels), base_scheduler("v_prediction"), prompt)
+
+
+def continue_training(pipeline, pairs, settings, seed: int, device="auto", **loop) -> dict[str, list[dict]]:
+    """Train the parts of `pipeline` whose number of steps in `settings` is above 0, on (image, mask) arrays.
+
+    Returns {"autoencoder": history, "unet": history}, an empty history for a part that is kept as it is.
+    """
+    common = {"batch_size": settings.batch_size, "learning_rate": settings.learning_rate, "schedule": "cosine"}
+    base = BaseSettings(
+        autoencoder=TrainSettings(steps=settings.autoencoder_steps, ema_decay=0.995, **common),
+        unet=TrainSettings(steps=settings.unet_steps, ema_decay=0.998, **common),
+        autoencoder_size=min(64, settings.size),
+        unet_size=settings.size,
+    )
+    histories = {"autoencoder": [], "unet": []}
+    if base.autoencoder.steps:
+        histories["autoencoder"] = pretrain_autoencoder(pipeline.vae, pairs, base, seed, device=device, **loop)
+    if base.unet.steps:
+        prompt = pipeline.prompt.embeds
+        histories["unet"] = pretrain_unet(pipeline.unet, pipeline.vae, prompt, pairs, base, seed, device=device, **loop)
+    return histories

@@ -1,0 +1,165 @@
+"""Where the benchmark comes from: the embedded photos, a folder of photos and masks, or iHarmony4 itself."""
+
+import re
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from skimage.metrics import peak_signal_noise_ratio
+
+from .benchmark import BenchmarkSettings, make_benchmark
+from .datasets import photo_pairs
+from .errors import HarmonyError
+from .files import atomic_path
+from .images import read_image, read_mask, resize_image
+from .layout import SPLITS, Triple, read_triples, write_list
+from .parallel import parallel_map
+from .photos import load_photos
+from .recipes import RecipeSettings, foreground_delta_e
+from .seeds import rng
+
+TEST_SHARE = 0.1  # of a folder's photos
+PSNR_SIDE = 256  # pixels; the papers score composites at this size
+
+
+@dataclass(frozen=True)
+class PhotoFile:
+    """A photo of a folder that reads like `photos.Photo`, decoded when asked for, so that folders of any size fit."""
+
+    name: str
+    split: str
+    image_file: Path
+    mask_file: Path
+
+    @property
+    def image(self) -> np.ndarray:
+        """HxWx3 uint8."""
+        return _decode(self.image_file, self.mask_file)[0]
+
+    @property
+    def masks(self) -> dict[str, np.ndarray]:
+        """{"foreground": HxW bool}. Raises HarmonyError for a mask of another size, an empty or a full one."""
+        return {"foreground": _decode(self.image_file, self.mask_file)[1]}
+
+
+@lru_cache(maxsize=8)
+def _decode(image_file: Path, mask_file: Path) -> tuple[np.ndarray, np.ndarray]:
+    image, mask = read_image(image_file), read_mask(mask_file)
+    if image.shape[:2] != mask.shape:
+        raise HarmonyError(f"{mask_file}: mask is {mask.shape[::-1]} but its photo is {image.shape[1::-1]}; resize it")
+    if mask.all() or not mask.any():
+        kind = "no background" if mask.all() else "no foreground"
+        raise HarmonyError(f"{mask_file}: the mask has {kind} (white is foreground); mend it or remove the photo")
+    return image, mask
+
+
+def folder_photos(path, seed: int) -> list[PhotoFile]:
+    """The photos of `images/` + `masks/` below path, a seeded tenth (at least two) of them for the test split.
+
+    Names are cut down to letters and digits and made unique, because iHarmony4's file names give "-" and "_" a meaning.
+    Raises HarmonyError when there is no such folder, a photo has no mask, or there are fewer than four photos.
+    """
+    pairs = photo_pairs(path)
+    if len(pairs) < 4:
+        raise HarmonyError(f"{path}: {len(pairs)} photos; give at least four, two for each split")
+    tests = set(rng(seed, "test photos").permutation(len(pairs))[: max(2, round(TEST_SHARE * len(pairs)))].tolist())
+    labels = _labels(image.stem for image, _ in pairs)
+    splits = ("test" if index in tests else "train" for index in range(len(pairs)))
+    return [PhotoFile(label, split, *files) for label, split, files in zip(labels, splits, pairs, strict=True)]
+
+
+def _labels(stems) -> list[str]:
+    labels, used = [], set()
+    for number, stem in enumerate(stems):
+        label = re.sub(r"[^A-Za-z0-9]", "", stem) or "photo"
+        while label.lower() in used:
+            label += f"x{number}"
+        used.add(label.lower())
+        labels.append(label)
+    return labels
+
+
+def prepare(data, root, seed: int) -> pd.DataFrame:
+    """Fill root with the benchmark that the settings section `data` asks for, replacing what is there.
+
+    data.source: "embedded" and "photos" (a folder, data.path) make composites by our recipes; "iharmony4" writes only
+    the lists, with the subsets of data.subsets, and a file ROOT that names data.path; numbers and sizes are then the
+    data set's own. Returns one row per composite: subset, split, name, photo, plausible, tries (0: not ours), reason.
+    Raises HarmonyError for an unknown source, a missing or unfit folder, or a broken list.
+    """
+    root = Path(root)
+    if data.source == "embedded":
+        return _make(root, load_photos(), data, seed)
+    if data.source not in ("photos", "iharmony4"):
+        raise HarmonyError(f"params.yaml: data.source {data.source!r} is unknown; use embedded, photos or iharmony4")
+    path = _data_folder(data, root)
+    return _make(root, folder_photos(path, seed), data, seed) if data.source == "photos" else _point(root, path, data)
+
+
+def _data_folder(data, root: Path) -> Path:
+    if not data.path:
+        raise HarmonyError(f"params.yaml: data.source {data.source} needs data.path, the folder to read")
+    path = Path(data.path).resolve()
+    if not path.is_dir():
+        raise HarmonyError(f"params.yaml: data.path {data.path}: no such folder; see data/README.md")
+    if root.resolve() in (path, *path.parents):
+        raise HarmonyError(f"params.yaml: data.path {data.path} lies in {root}, which this stage replaces; move it")
+    return path
+
+
+def _make(root: Path, photos, data, seed: int) -> pd.DataFrame:
+    amounts = BenchmarkSettings(
+        train_pairs=data.train_pairs,
+        test_pairs=data.test_pairs,
+        train_variants=data.train_variants,
+        test_variants=data.test_variants,
+        size=data.size,
+        region_share=data.region_share,
+    )
+    return make_benchmark(root, photos, amounts, RecipeSettings(), seed, data.subsets).drop(columns="delta_e")
+
+
+def _point(root: Path, path: Path, data) -> pd.DataFrame:
+    triples = {split: read_triples(path, split, data.subsets) for split in SPLITS}
+    shutil.rmtree(root, ignore_errors=True)
+    for split in SPLITS:
+        write_list(root, split, triples[split])
+    with atomic_path(root / "ROOT") as temporary:
+        temporary.write_text(f"{path}\n", encoding="utf-8")
+    rows = pd.DataFrame([_about(triple, split) for split in SPLITS for triple in triples[split]])
+    return rows.assign(plausible=True, tries=0, reason="")
+
+
+def _about(triple: Triple, split: str) -> dict:
+    return {"subset": triple.subset, "split": split, "name": triple.name, "photo": triple.photo}
+
+
+def measure(root, at_most: int, seed: int, workers: int | None = None) -> pd.DataFrame:
+    """What the files of a benchmark hold: subset, split, name, photo, foreground_ratio, delta_e and psnr of composites.
+
+    delta_e: mean CIE76 difference of the foreground; psnr: of the whole composite, both pictures resized to 256 x 256.
+    at_most: composites per subset and split, a seeded sample where there are more. Raises HarmonyError as Triple.load.
+    """
+    jobs = []
+    for split in SPLITS:
+        triples = read_triples(root, split)
+        for subset in dict.fromkeys(t.subset for t in triples):
+            own = [t for t in triples if t.subset == subset]
+            picks = np.sort(rng(seed, "measure", subset, split).permutation(len(own))[:at_most])
+            jobs += [(split, own[pick]) for pick in picks]
+    return pd.DataFrame(parallel_map(_measure, jobs, "measuring composites", "composite", workers))
+
+
+def _measure(job: tuple[str, Triple]) -> dict:
+    split, triple = job
+    composite, mask, real = triple.load()
+    if not mask.any():
+        raise HarmonyError(f"{triple.mask}: the mask has no foreground; remove its composites from the list")
+    small = [resize_image(image, (PSNR_SIDE, PSNR_SIDE)) for image in (real, composite)]
+    with np.errstate(divide="ignore"):  # equal pictures: infinity
+        psnr = float(peak_signal_noise_ratio(*small, data_range=255))
+    change = foreground_delta_e(real, composite, mask)
+    return _about(triple, split) | {"foreground_ratio": float(mask.mean()), "delta_e": change, "psnr": psnr}

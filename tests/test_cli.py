@@ -1,0 +1,97 @@
+"""The command line: exit codes, and one line on stderr for each mistake."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from harmonylib import cli
+from harmonylib.errors import HarmonyError
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "dvc.yaml").touch()
+    for name in ("mini", "smoke"):
+        (tmp_path / f"profiles/{name}.yaml").write_text(f"profile: {name}\nsteps: 3\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments):
+    return cli.run(cli.app, "harmonylib", list(arguments))
+
+
+def test_profile(root, capsys):
+    assert run("profile", "smoke") == 0
+    assert "profile: smoke" in (root / "params.yaml").read_text()
+    assert capsys.readouterr().out == "params.yaml written from profiles/smoke.yaml\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["profile", "smok"], 1, "no profile smok; did you mean smoke"),
+        (["profile"], 2, "Missing argument"),
+        (["profil"], 2, "No such command"),
+        (["profile", "mini", "--fast"], 2, "No such option"),
+    ],
+)
+def test_mistakes(root, capsys, arguments, code, message):
+    assert run(*arguments) == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err and captured.err.count("\n") == 1
+    assert captured.out == "" and not (root / "params.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (HarmonyError("a.png: no such file"), 1, "error: a.png: no such file\n"),
+        (OSError(28, "No space left on device", "out.png"), 1, "error: out.png: No space left on device; make room"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_codes(capsys, error, code, line):
+    application = typer.Typer()
+
+    @application.command()
+    def fail():
+        raise error
+
+    assert cli.run(application, "fail", ["--"]) == code
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_defect_is_not_hidden():
+    application = typer.Typer(pretty_exceptions_enable=False)
+
+    @application.command()
+    def fail():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run(application, "fail", ["--"])
+
+
+def test_installed_command(tmp_path):
+    """The console script itself: outside a repository there is one clear line."""
+    script = Path(sys.executable).with_name("harmonylib")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    ran = subprocess.run([script, "profile", "mini"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 1 and ran.stdout == ""
+    assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([command.name or command.callback.__name__] for command in cli.app.registered_commands)]
+)
+def test_help(capsys, command):
+    assert run(*command, "--help") == 0
+    assert "Usage: harmonylib" in capsys.readouterr().out

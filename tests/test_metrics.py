@@ -1,0 +1,368 @@
+"""Scores with values worked out by hand, protocol by protocol, and the summaries made of them."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from skimage.metrics import structural_similarity
+
+from harmonylib.errors import HarmonyError
+from harmonylib.images import read_image, read_mask
+from harmonylib.metrics import METRICS, PROTOCOLS, buckets, score, summarise
+
+NAMES = tuple(PROTOCOLS)
+
+
+def grey(value, side=256, dtype=np.uint8):
+    return np.full((side, side, 3), value, dtype)
+
+
+def quarter():
+    """The left 64 of 256 columns: a quarter of the area."""
+    mask = np.zeros((256, 256), bool)
+    mask[:, :64] = True
+    return mask
+
+
+@pytest.fixture
+def flat():
+    """Real 100; the prediction is 110 in the foreground (error 10) and 102 in the background (error 2)."""
+    pred = grey(102)
+    pred[quarter()] = 110
+    return pred, grey(100), quarter()
+
+
+@pytest.fixture
+def photo():
+    """A smooth random image, a noisy copy and a mask, 256x256."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    real = np.array(Image.fromarray(coarse).resize((256, 256), Image.Resampling.BICUBIC))
+    pred = np.clip(real + rng.integers(-9, 10, real.shape), 0, 255).astype(np.uint8)
+    return pred, real, quarter()
+
+
+# mse = 1/4 * 10^2 + 3/4 * 2^2 = 28 with the predicted background, 25 with the real one pasted
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    [
+        ("standard", {"mse": 28, "psnr": 10 * math.log10(65025 / 28), "fmse": 100, "bmse": 4}),
+        ("diffharmony", {"mse": 25, "psnr": 34.15140352195873, "fmse": 100, "bmse": 0}),
+        ("saic", {"mse": 28, "psnr": 10 * math.log10(100**2 / 28), "fmse": 100, "bmse": 4}),  # peak: max of real
+        ("hdnet", {"mse": 28, "psnr": 10 * math.log10(65025 / 28), "fmse": 28 * 4, "bmse": 4}),  # whole error / area
+        (
+            "dovenet",
+            {"mse": 28, "psnr": 10 * math.log10((110 - 102) ** 2 / 28), "fmse": 100, "bmse": 4},
+        ),  # range of pred
+        ("iih", {"mse": 28, "psnr": 10 * math.log10(65025 / 28), "fmse": 100, "bmse": 4}),
+    ],
+)
+def test_flat_images_by_hand(flat, protocol, expected):
+    result = score(*flat, protocol)
+    assert set(result) == set(METRICS)
+    for metric, value in expected.items():
+        assert result[metric] == pytest.approx(value, rel=1e-6), metric
+
+
+def test_two_by_two_by_hand():
+    # errors per pixel and channel: (3, 0, 0), (0, 0, 0) / (0, 4, 0), (5, 5, 5); squares 9, 0, 16, 75
+    real = np.full((2, 2, 3), 50, np.uint8)
+    pred = real.copy()
+    pred[0, 0] += np.array([3, 0, 0], np.uint8)
+    pred[1, 0] -= np.array([0, 4, 0], np.uint8)
+    pred[1, 1] += 5
+    result = score(pred, real, np.array([[True, False], [False, True]]), "standard")
+    assert result["mse"] == 100 / 12
+    assert result["fmse"] == (9 + 75) / 6
+    assert result["bmse"] == 16 / 6
+    assert result["psnr"] == pytest.approx(10 * math.log10(65025 * 12 / 100))
+    assert math.isnan(result["ssim"]) and math.isnan(result["fssim"])  # smaller than the window
+
+
+def test_default_protocol(flat):
+    assert score(*flat) == score(*flat, "diffharmony")
+
+
+def test_uint8_differences_do_not_wrap():
+    assert score(grey(0), grey(255), quarter(), "standard")["mse"] == 255**2
+
+
+# A float prediction of 110.6 on 100: rounded 111, truncated 110, kept 110.6
+@pytest.mark.parametrize(
+    ("protocol", "fmse"),
+    [("standard", 121), ("diffharmony", 100), ("hdnet", 100), ("dovenet", 100), ("iih", 100), ("saic", 10.6**2)],
+)
+def test_quantisation_of_float_predictions(protocol, fmse):
+    everything = np.ones((256, 256), bool)
+    assert score(grey(110.6, dtype=np.float32), grey(100), everything, protocol)["fmse"] == pytest.approx(
+        fmse, rel=1e-5
+    )
+
+
+# 260 on 255: clipped to 255 everywhere, but HDNet's cast wraps to 4
+@pytest.mark.parametrize("protocol", NAMES)
+def test_predictions_out_of_range(protocol):
+    mse = score(grey(260.0, dtype=np.float64), grey(255), np.ones((256, 256), bool), protocol)["mse"]
+    assert mse == (251**2 if protocol == "hdnet" else 0)
+
+
+def test_soft_masks_weigh_squared_errors_once(flat):
+    # foreground weight 1/2: sum(m d^2) / sum(m) stays 100, where (m d)^2 would give 50
+    # background: (1/4 * 1/2 * 10^2 + 3/4 * 2^2) / (1/4 * 1/2 + 3/4) = 15.5 / 0.875
+    pred, real, mask = flat
+    result = score(pred, real, mask * 0.5, "saic")
+    assert result["fmse"] == pytest.approx(100)
+    assert result["bmse"] == pytest.approx(15.5 / 0.875)
+
+
+def columns(pattern):
+    """A 256x1024 array whose columns repeat the pattern; only the width is reduced, four times."""
+    return np.tile(np.asarray(pattern), (256, 1024 // len(pattern)))
+
+
+def colour(plane):
+    return np.repeat(plane[..., None], 3, axis=2).astype(np.uint8)
+
+
+def test_resize_filters():
+    # Columns 0 200 200 0 against 0, reduced four times. cv2 linear reads the two middle columns: 200.
+    # Pillow's antialiased triangle weighs distances .5 1.5 2.5 3.5 by 7 5 3 1 (of 32): 200 (7+7+1+1) / 32 = 100;
+    # at both ends two columns fall outside: 200 (7+7+1) / 28 = 107.
+    pred = colour(columns([0, 200, 200, 0]))
+    real, mask = np.zeros_like(pred), np.ones(pred.shape[:2], bool)
+    assert score(pred, real, mask, "saic")["mse"] == 200**2
+    triangle = (254 * 100**2 + 2 * 107**2) / 256
+    for protocol in ("diffharmony", "hdnet", "dovenet"):
+        assert score(pred, real, mask, protocol)["mse"] == pytest.approx(triangle, rel=1e-9)
+    assert score(pred, real, mask, "standard")["mse"] == 200**2 / 2  # not resized
+
+
+def test_bicubic_and_bilinear_resize():
+    # Blocks of four columns of 200 and 0, reduced four times. The triangle leaves a block 200 (7+5) * 2 / 32 = 150, so
+    # its neighbour 50. Bicubic (a = -1/2) weighs distances / 4 = .125 .375 of the own block and 1.625 1.875 of the
+    # next equal one by .9639 .7275 -.0439 -.0068: 200 * 2 * 1.6406 / 4 = 164, so the neighbour gets 36.
+    pred = colour(columns([200] * 4 + [0] * 4))
+    real, mask = np.zeros_like(pred), np.ones(pred.shape[:2], bool)
+    assert score(pred, real, mask, "hdnet")["mse"] == pytest.approx((150**2 + 50**2) / 2, rel=0.005)
+    assert score(pred, real, mask, "iih")["mse"] == pytest.approx((164**2 + 36**2) / 2, rel=0.005)
+
+
+def test_resize_of_masks():
+    # Columns 0 1 0 0: nearest takes the third of four, so nothing is left; linear leaves 1/2 everywhere.
+    mask = columns([0, 1, 0, 0]).astype(bool)
+    pred, real = (colour(columns([value])) for value in (110, 100))
+    for protocol in ("diffharmony", "hdnet", "dovenet", "iih"):
+        result = score(pred, real, mask, protocol)
+        assert math.isnan(result["fmse"]) and math.isnan(result["fssim"])
+    assert score(pred, real, mask, "saic")["fmse"] == pytest.approx(100)
+    assert score(pred, real, mask, "standard")["fmse"] == 100
+
+
+def test_protocols_agree_where_they_do_not_differ(photo):
+    pred, real, mask = photo
+    pred = np.where(mask[..., None], pred, real)  # the real background, so its treatment cannot matter
+    pred[0, 64], real[0, 64] = 255, 255  # and a full range, so the peak cannot either
+    pred[1, 64], real[1, 64] = 0, 0
+    pred[0, 0], real[0, 0] = 255, 255
+    results = [score(pred, real, mask, protocol) for protocol in NAMES]
+    for metric in ("mse", "psnr", "fmse", "bmse"):
+        assert [r[metric] for r in results] == pytest.approx([results[0][metric]] * len(NAMES), rel=1e-6), metric
+
+
+def test_ssim_matches_scikit_image(photo):
+    pred, real, mask = photo
+    gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    for protocol, options in (("standard", gaussian), ("hdnet", {})):
+        value, full = structural_similarity(pred, real, data_range=255, channel_axis=2, full=True, **options)
+        result = score(pred, real, mask, protocol)
+        assert result["ssim"] == pytest.approx(value, abs=2e-6)
+        assert result["fssim"] == pytest.approx(full[mask].mean(), abs=2e-6)
+
+
+def test_ssim_of_flat_images_by_hand():
+    # No variance: only (2 * 100 * 110 + C1) / (100^2 + 110^2 + C1) is left, C1 = 2.55^2 (IIH: 1e-4, inside)
+    inside = np.zeros((256, 256), bool)
+    inside[64:128, 64:128] = True
+    for protocol in ("standard", "hdnet", "dovenet", "saic"):
+        result = score(grey(110), grey(100), inside, protocol)
+        assert result["ssim"] == pytest.approx(22006.5025 / 22106.5025, abs=1e-6)
+        assert result["fssim"] == pytest.approx(22006.5025 / 22106.5025, abs=1e-6)
+    assert score(grey(110), grey(100), inside, "iih")["fssim"] == pytest.approx(22000.0001 / 22100.0001, abs=1e-7)
+
+
+def test_iih_ssim_pads_with_zeros():
+    # In the corner the window covers weight s = q^2 with q = (1 + middle tap) / 2, the rest sees 0. So the means are
+    # 100 s and 110 s, the variances 100^2 and 110^2 times s (1 - s), and the covariance 100 * 110 * s (1 - s).
+    taps = [math.exp(-(k**2) / 4.5) for k in range(-5, 6)]
+    s = ((1 + taps[5] / sum(taps)) / 2) ** 2
+    spread = s * (1 - s)
+    luminance = (2 * 11000 * s**2 + 1e-4) / (22100 * s**2 + 1e-4)
+    structure = (2 * 11000 * spread + 9e-4) / (22100 * spread + 9e-4)
+    corner = np.zeros((256, 256), bool)
+    corner[0, 0] = True
+    assert score(grey(110), grey(100), corner, "iih")["fssim"] == pytest.approx(luminance * structure, rel=1e-9)
+
+
+def test_iih_constants_lower_ssim_in_flat_regions():
+    rng = np.random.default_rng(0)
+    real = grey(120)
+    pred = (real + rng.integers(-1, 2, real.shape)).astype(np.uint8)
+    assert score(pred, real, quarter(), "standard")["ssim"] > 0.95
+    assert score(pred, real, quarter(), "iih")["ssim"] < 0.1
+
+
+@pytest.mark.parametrize("protocol", NAMES)
+def test_real_against_itself(photo, protocol):
+    _, real, mask = photo
+    result = score(real, real, mask, protocol)
+    assert result["mse"] == result["fmse"] == result["bmse"] == 0
+    assert result["ssim"] == pytest.approx(1, abs=1e-6) and result["fssim"] == pytest.approx(1, abs=1e-6)
+    capped = 10 * math.log10(float(real.max()) ** 2 / 1e-6)
+    assert result["psnr"] == (pytest.approx(capped) if protocol == "saic" else math.inf)
+
+
+@pytest.mark.parametrize("protocol", NAMES)
+def test_empty_and_full_masks(flat, protocol):
+    pred, real, mask = flat
+    empty = score(pred, real, np.zeros_like(mask), protocol)
+    assert math.isnan(empty["fmse"]) and math.isnan(empty["fssim"]) and math.isfinite(empty["bmse"])
+    full = score(pred, real, np.ones_like(mask), protocol)
+    assert math.isnan(full["bmse"]) and full["fmse"] == pytest.approx(28)  # here the foreground is the image
+
+
+def test_psnr_peak_of_zero():
+    assert score(grey(90), grey(100), quarter(), "dovenet")["psnr"] == -math.inf  # a flat prediction
+    assert score(grey(90), grey(0), quarter(), "saic")["psnr"] == -math.inf  # a black real image
+
+
+def test_composite_background_is_pasted(flat):
+    pred, real, mask = flat
+    composite = grey(101)
+    result = score(pred, real, mask, "standard", composite=composite)
+    assert (result["fmse"], result["bmse"]) == (100, 1)
+    assert score(pred, real, mask, "diffharmony", composite=composite)["bmse"] == 0  # the real one still wins
+    assert pred[0, 255, 0] == 102  # the caller's array is untouched
+
+
+@pytest.mark.parametrize("protocol", NAMES)
+def test_views_score_like_copies(protocol):
+    rng = np.random.default_rng(1)
+    pred, real = rng.integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
+    mask = rng.random((40, 60)) > 0.5
+    flipped = [array[::-1, ::-1] for array in (pred, real, mask)]
+    expected = score(*(np.ascontiguousarray(array) for array in flipped), protocol)
+    assert score(*flipped, protocol) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"protocol": "lpips"}, "protocol 'lpips'"),
+        ({"pred": grey(1, 128)}, "pred: 128x128 pixels"),
+        ({"pred": grey(1)[..., 0]}, "pred: expected"),
+        ({"pred": Image.new("RGB", (256, 256))}, "pred: expected"),
+        ({"pred": grey(1, dtype=np.int32)}, "got int32"),
+        ({"pred": grey(np.nan, dtype=np.float32)}, "pred: has NaN"),
+        ({"pred": grey(0.5, dtype=np.float32)}, "scale them to 0..255"),
+        ({"real": grey(1, dtype=np.float32)}, "real: expected"),
+        ({"real": np.zeros((256, 256, 4), np.uint8)}, "real: expected"),
+        ({"mask": np.zeros((128, 128), bool)}, "mask: expected"),
+        ({"mask": np.zeros((256, 256), np.uint8)}, "threshold it"),
+        ({"mask": np.zeros((256, 256))}, "threshold it"),
+        ({"mask": np.full((256, 256), 255.0), "protocol": "saic"}, "outside 0..1"),
+        ({"mask": np.full((256, 256), np.nan), "protocol": "saic"}, "NaN"),
+        ({"composite": grey(1, 128)}, "composite: 128x128"),
+    ],
+)
+def test_bad_input(flat, change, words):
+    arguments = dict(zip(("pred", "real", "mask"), flat, strict=True)) | change
+    with pytest.raises(HarmonyError, match=words) as caught:
+        score(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+SAMPLE = Path(os.environ.get("HARMONYLIB_SAMPLE", "/nonexistent"))
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="HARMONYLIB_SAMPLE does not name a folder in iHarmony4's layout")
+def test_genuine_composites():
+    paths = sorted(SAMPLE.glob("*/composite_images/*"))
+    assert paths
+    for path in paths:
+        stem = path.stem.split("_")
+        composite = read_image(path)
+        real = read_image(next(path.parents[1].glob(f"real_images/{stem[0]}.*")))
+        mask = read_mask(next(path.parents[1].glob(f"masks/{stem[0]}_{stem[1]}.*")))
+        result = score(composite, real, mask, "diffharmony")
+        # independently: everything at 256 px by Pillow, errors of the foreground only
+        size = ((256, 256), Image.Resampling.BILINEAR)
+        a, b = (np.asarray(Image.fromarray(array).resize(*size), np.float64) for array in (composite, real))
+        m = np.asarray(Image.fromarray(mask).resize((256, 256), Image.Resampling.NEAREST))
+        fmse = ((a - b)[m] ** 2).mean()
+        assert result["fmse"] == pytest.approx(fmse) and fmse > 1
+        assert result["mse"] == pytest.approx(fmse * m.mean())
+        assert result["psnr"] == pytest.approx(20 * math.log10(255) - 10 * math.log10(fmse * m.mean()))
+        whole = score(composite, real, mask, "hdnet")  # its background differs by JPEG noise, which now counts
+        assert whole["mse"] > result["mse"] and whole["fmse"] == pytest.approx(whole["mse"] / m.mean())
+
+
+@pytest.fixture
+def table():
+    """Two models on two photos of two composites each, one of another subset."""
+    rows = []
+    for model, shift in (("composite", 0.0), ("ours", -4.0)):
+        for name, subset, photo, ratio, mse in (
+            ("a1", "A", "pa", 0.05, 10.0),
+            ("a2", "A", "pa", 0.02, 30.0),
+            ("b1", "B", "pb", 1.0, 50.0),
+            ("b2", "B", "pb", 0.5, 70.0),
+        ):
+            rows.append([name, subset, photo, ratio, model, mse + shift, 30.0, 2 * mse, 0.9, 0.8])
+    names = ["name", "subset", "photo", "foreground_ratio", "model", "mse", "psnr", "fmse", "ssim", "fssim"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def test_summarise(table):
+    result = summarise(table)
+    assert list(result) == ["composite", "ours"] and list(result["ours"]) == ["all", "A", "B"]
+    whole = result["ours"]["all"]
+    assert (whole["n"], whole["photos"], whole["mse"], whole["psnr"]) == (4, 2, 36.0, 30.0)
+    assert whole["interval"]["mse"] == [16.0, 56.0]  # with two photos the extremes are one photo drawn twice
+    assert whole["interval"]["psnr"] == [30.0, 30.0]
+    assert "status" not in whole and result["ours"]["B"]["mse"] == 56.0
+    alone = result["ours"]["A"]  # one photo: a mean but no interval
+    assert np.isnan(alone["interval"]["mse"]).all() and "one photo" in alone["status"]
+
+
+def test_summarise_documents_what_is_not_a_number(table):
+    table.loc[0, ["psnr", "fmse"]] = [np.inf, np.nan]
+    whole = summarise(table)["composite"]["all"]
+    assert whole["psnr"] == math.inf and whole["fmse"] == pytest.approx((60 + 100 + 140) / 3)
+    assert whole["status"] == "psnr: infinite for 1 of 4 images; fmse: undefined, left out for 1 of 4 images"
+
+
+def test_missing_and_repeated_predictions_are_errors(table):
+    with pytest.raises(HarmonyError, match=r"ours: 1 of 4 predictions are missing \(B/b2"):
+        summarise(table.drop(index=7))
+    with pytest.raises(HarmonyError, match="a1 occurs twice for composite"):
+        summarise(pd.concat([table, table.iloc[:1]]))
+    with pytest.raises(HarmonyError, match="no column photo"):
+        summarise(table.drop(columns="photo"))
+    with pytest.raises(HarmonyError, match="no rows"):
+        summarise(table.iloc[:0])
+
+
+def test_buckets(table):
+    # 0.05 belongs to the second bucket, 1.0 stays in the third
+    result = buckets(table)["ours"]
+    assert list(result) == ["all", "0-5%", "5-15%", "15-100%"]
+    assert [result[name]["n"] for name in result] == [4, 1, 1, 2]
+    assert [result[name]["mse"] for name in result] == [36.0, 26.0, 6.0, 56.0]
+    empty = buckets(table, edges=(0, 0.01, 1))["ours"]["0-1%"]
+    assert (empty["n"], empty["photos"], empty["mse"], empty["interval"]["mse"]) == (0, 0, None, [None, None])
+    with pytest.raises(HarmonyError, match="outside"):
+        buckets(table.assign(foreground_ratio=np.nan))

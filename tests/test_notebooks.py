@@ -1,0 +1,177 @@
+"""The notebook runner and the stripper, on tiny notebooks. A kernel costs seconds, so each run checks much."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from harmonylib import notebooks
+from harmonylib.errors import HarmonyError
+
+REPOSITORY = Path(__file__).parents[1]
+PARAMETERS = 'task = "harmonize"  # or "inverse"\nseed = 0\nrate = 1e-4\nfast: bool = True\nlimit = None'
+NOISY = """\
+import sys, os, warnings
+from pathlib import Path
+from tqdm import tqdm
+from tqdm.auto import tqdm as auto_tqdm
+from harmonylib.params import enter_root
+from harmonylib.progress import progress
+enter_root()
+print("in", Path.cwd() == Path("params.yaml").resolve().parent, task, seed, rate, fast, limit)
+warnings.warn("a path and a line number")
+for _ in progress(range(3), desc="ours"): pass
+for _ in tqdm(range(3), desc="plain"): pass
+for _ in auto_tqdm(range(3), desc="auto"): pass
+print("end")
+object()
+"""
+FIGURE = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()\nprint(hash('a string'))"
+
+
+def write(path, *cells):
+    nodes = [v4.new_markdown_cell("# Title"), *(v4.new_code_cell(source) for source in cells)]
+    if len(nodes) > 1:
+        nodes[1].metadata.tags = ["parameters"]
+    nbformat.write(v4.new_notebook(cells=nodes), path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*arguments):
+    return notebooks.run_application(notebooks.app, "notebooks", [str(argument) for argument in arguments])
+
+
+def test_run_is_stable_typed_and_quiet(root, monkeypatch, capfd):
+    write(root / "notebooks/03_x.ipynb", PARAMETERS, NOISY, FIGURE)
+    executed = root / "reports/notebooks/03_x-inverse-3.ipynb"
+    (root / "reports/notebooks").mkdir(parents=True)
+    executed.with_suffix(".failed.ipynb").write_text("of an earlier run")
+    arguments = ["-p", "task=inverse", "-p", "seed=3"]
+    assert command("run", "notebooks/03_x.ipynb", *arguments) == 0
+    first = executed.read_bytes()
+    terminal = capfd.readouterr().err
+    assert "ours: 100%" in terminal and "plain: 100%" in terminal and "a path and a line" in terminal
+
+    monkeypatch.chdir(root / "notebooks")
+    assert command("run", "03_x.ipynb", *arguments) == 0
+    assert executed.read_bytes() == first
+    assert [path.name for path in executed.parent.iterdir()] == [executed.name]
+
+    book = nbformat.read(executed, as_version=4)
+    assert [cell.id for cell in book.cells] == [f"cell-{index}" for index in range(5)]
+    assert book.cells[2].metadata.tags == ["injected-parameters"]
+    stream, result = book.cells[3].outputs
+    assert stream.text == "in True inverse 3 0.0001 True None\nend\n"
+    assert result.data["text/plain"] == "<object at 0x…>"
+    assert "image/png" in book.cells[4].outputs[0].data
+    assert set(book.metadata) == {"kernelspec", "language_info"}
+
+
+def test_a_failing_cell(root, capfd):
+    write(root / "notebooks/a.ipynb", "x = 1", "print('before')", "raise ValueError('the reason\\nand more')", "x")
+    good = root / "reports/notebooks/a.ipynb"
+    good.parent.mkdir(parents=True)
+    good.write_text("the last good run")
+    assert command("run", "notebooks/a.ipynb") == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: notebooks/a.ipynb, cell In [3]: ValueError: the reason;") and error.count("\n") == 1
+    assert error.rstrip().endswith("reports/notebooks/a.failed.ipynb")
+    assert good.read_text() == "the last good run"
+    partial = nbformat.read(root / "reports/notebooks/a.failed.ipynb", as_version=4)
+    assert any(output.get("text") == "before\n" for cell in partial.cells for output in cell.get("outputs", []))
+
+
+def test_a_dying_kernel(root, capfd):
+    write(root / "a.ipynb", "x = 1", "import os; os.kill(os.getpid(), 9)")
+    assert command("run", "a.ipynb") == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: a.ipynb, cell In [2]: the kernel died") and error.count("\n") == 1
+
+
+def test_a_killed_run_leaves_nothing(root):
+    write(root / "a.ipynb", "x = 1", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(root / "tmp")}
+    (root / "tmp").mkdir()
+    process = subprocess.Popen([sys.executable, "-m", "harmonylib.notebooks", "run", "a.ipynb"], env=environment)
+    deadline = time.monotonic() + 120
+    while not ((root / "pid").exists() and (root / "pid").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((root / "pid").read_text()), 0)
+    assert not (root / "reports").exists() and not list((root / "tmp").glob("harmonylib-*"))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        ("tusk=inverse", "no parameter tusk; did you mean task?"),
+        ("colour=1", "no parameter colour (it has task, seed, rate, fast, limit)"),
+        ("seed=x", "parameter seed must be an int, not 'x'"),
+        ("fast=0", "parameter fast must be true or false, not 0"),
+        ("task=3", """parameter task must be a string, not 3 (an int); to pass text: -p task='"3"'"""),
+        ("seed", "-p seed: must be NAME=VALUE"),
+        ("seed=[1", "-p seed=[1, line 1: not valid YAML"),
+    ],
+)
+def test_wrong_parameters_never_start_a_kernel(root, capsys, parameter, message):
+    write(root / "a.ipynb", PARAMETERS)
+    assert command("run", "a.ipynb", "-p", parameter) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (root / "reports").exists()
+
+
+def test_values_are_typed():
+    pairs = ["a=false", "b=1e-4", "c=inverse", "d=[1, 2]", "e=null", "f=", "g=x=y"]
+    assert notebooks.parse_parameters(pairs) == dict(a=False, b=1e-4, c="inverse", d=[1, 2], e=None, f=None, g="x=y")
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}", '{"cells": 3, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}'])
+def test_damaged_notebooks_are_named(root, text):
+    if text is not None:
+        (root / "a.ipynb").write_text(text)
+    with pytest.raises(HarmonyError, match="^a.ipynb: n"):
+        notebooks.read_notebook("a.ipynb")
+
+
+def test_strip(root, capsys):
+    path = write(root / "a.ipynb", PARAMETERS, "1 + 1")
+    book = nbformat.read(path, as_version=4)
+    book.cells[2].update(outputs=[v4.new_output("stream", text="2")], execution_count=7)
+    book.cells[2].metadata.update(collapsed=True)
+    book.metadata.language_info = {"name": "python", "version": "3.9"}
+    nbformat.write(book, path)
+    before = path.read_bytes()
+    assert command("strip", "--check", path) == 1
+    assert path.read_bytes() == before and "strip" in capsys.readouterr().err
+    assert command("strip", path) == 0
+    stripped = path.read_bytes()
+    assert stripped != before and command("strip", "--check", path) == 0
+    assert command("strip", path) == 0 and path.read_bytes() == stripped
+    book = nbformat.read(path, as_version=4)
+    assert book.cells[1].metadata.tags == ["parameters"] and book.cells[1].source == PARAMETERS
+    assert book.cells[2] == {
+        "cell_type": "code", "execution_count": None, "id": "cell-2", "metadata": {}, "outputs": [], "source": "1 + 1"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "notebooks").rglob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_repositorys_notebooks_are_stripped(path):
+    assert not notebooks.strip(path, check=True), f"run: python -m harmonylib.notebooks strip {path}"

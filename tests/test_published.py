@@ -1,0 +1,128 @@
+"""The transcribed tables against themselves and one another: most typos would break a weighted mean."""
+
+import pytest
+
+from harmonylib.errors import HarmonyError
+from harmonylib.published import PAPERS, load
+
+PLUS, CONTRASTIVE = PAPERS
+SUBSETS = ["HCOCO", "HAdobe5k", "HFlickr", "Hday2night"]
+
+
+@pytest.fixture(scope="module")
+def value():
+    """Look-up of one number by (paper, table, row, subset, metric)."""
+    return load().set_index(["paper", "table", "row", "subset", "metric"])["value"].sort_index()
+
+
+def weighted(value, *row_and_metric):
+    paper, table, row, metric = row_and_metric
+    counts = value[CONTRASTIVE, "I", "Testing"].droplevel("metric")
+    return sum(counts[s] * value[paper, table, row, s, metric] for s in SUBSETS) / counts["all"]
+
+
+def test_shape():
+    table = load()
+    assert list(table.columns) == ["paper", "table", "row", "subset", "metric", "value", "note"]
+    assert not table.duplicated(["paper", "table", "row", "subset", "metric"]).any()
+    sizes = table.groupby(["paper", "table"]).size()
+    # Table 1: 12 methods x 15 cells less 2 x 5 dashes; II: 10 x 10 and 7 sizes
+    assert sizes[PLUS].to_dict() == {"1": 170, "2": 12, "3": 42, "4": 18, "5": 12}
+    assert sizes[CONTRASTIVE].to_dict() == {"I": 10, "II": 107, "III": 60, "IV": 21, "V": 10, "VI": 12, "VII": 12}
+    assert table.note.map(type).eq(str).all()
+    assert table[table.value.isna()].row.unique().tolist() == ["Ec, random init"]  # printed NaN
+    assert len(load(PLUS)) + len(load(CONTRASTIVE)) == len(table)
+    with pytest.raises(HarmonyError, match="dovenet"):
+        load("dovenet")
+
+
+def test_the_composite_row_of_table_1_is_s2am(value):
+    for subset in [*SUBSETS, "all"]:
+        ours = value[PLUS, "1", "Composite", subset, "fmse"]
+        assert ours == value[CONTRASTIVE, "III", "S2AM", subset, "fmse"]
+        assert ours != value[CONTRASTIVE, "III", "input composite", subset, "fmse"]
+
+
+def test_averages_are_weighted_by_the_test_images(value):
+    table = load()
+    wrong = set()
+    for row in table[(table.subset == "all") & table.table.isin(["1", "II", "III"])].itertuples():
+        if row.metric == "params_millions":
+            continue
+        mean = weighted(value, row.paper, row.table, row.row, row.metric)
+        if abs(mean - row.value) > 0.011:
+            wrong.add((row.table, row.row, row.metric))
+            assert f"weighted by their test images is {mean:.2f}" in row.note
+        else:
+            assert "weighted by their test images" not in row.note
+    assert wrong == {
+        *(("1", row, metric) for row in ("RainNet", "Li et al.") for metric in ("psnr", "mse")),
+        ("1", "GIFT", "psnr"),
+        ("1", "iS2AM", "mse"),
+        ("1", "SCS-Co", "mse"),
+        *(("1", row, "fmse") for row in ("Composite", "DoveNet", "BargainNet", "RainNet", "SCS-Co")),
+        *(("II", "IIH", metric) for metric in ("mse", "psnr")),
+        ("II", "Ours", "mse"),
+        *(("III", row, "fmse") for row in ("DIH", "S2AM", "DoveNet", "IIH")),
+        ("III", "Ours", "fssim_x100"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("paper", "table", "row", "metric", "mean"),
+    [
+        (CONTRASTIVE, "II", "Ours", "mse", 25.92),
+        (CONTRASTIVE, "II", "IIH", "mse", 39.72),
+        (PLUS, "1", "RainNet", "psnr", 36.18),
+        (PLUS, "1", "RainNet", "mse", 43.12),
+        (PLUS, "1", "SCS-Co", "mse", 20.98),
+        (PLUS, "1", "Li et al.", "psnr", 33.42),
+        (PLUS, "1", "Li et al.", "mse", 108.78),
+        (CONTRASTIVE, "III", "S2AM", "fmse", 537.23),
+    ],
+)
+def test_weighted_means_of_the_slips(value, paper, table, row, metric, mean):
+    assert weighted(value, paper, table, row, metric) == pytest.approx(mean, abs=0.0051)
+
+
+def test_table_3_puts_the_peer_ahead_overall(value):
+    def mean(row, metric, data="iHarmony4"):
+        names = [f"{data} {bucket}" for bucket in ("0-5%", "5-15%", "15-100%")]
+        counts = [value[PLUS, "3", "N_samples", name, "n"] for name in names]
+        return sum(n * value[PLUS, "3", row, name, metric] for n, name in zip(counts, names, strict=True)) / sum(counts)
+
+    assert mean("HDNet512", "psnr") == pytest.approx(41.73, abs=0.005)
+    assert mean("HDNet512", "fmse") == pytest.approx(141.99, abs=0.005)
+    assert mean("DiffHarmony++", "psnr") == pytest.approx(41.64, abs=0.005)
+    assert mean("DiffHarmony++", "fmse") == pytest.approx(153.48, abs=0.005)
+    assert sum(value[PLUS, "3", "N_samples", f"iHarmony4 {b}", "n"] for b in ("0-5%", "5-15%", "15-100%")) == 7404
+    assert sum(value[PLUS, "3", "N_samples", f"Human Harmony {b}", "n"] for b in ("0-5%", "5-15%", "15-100%")) == 2946
+
+
+def test_tables_that_repeat_one_another(value):
+    for metric in ("psnr", "mse", "fmse"):
+        slip = 0.01 if metric == "psnr" else 0  # Table 4 prints 40.98, Table 1 40.97
+        again = value[PLUS, "4", "1024px", "all", metric]
+        assert again == pytest.approx(value[PLUS, "1", "DiffHarmony", "all", metric] + slip, abs=1e-9)
+        assert value[PLUS, "4", "1024px + Harmony-VAE", "all", metric] == value[PLUS, "1", "Ours", "all", metric]
+        again = value[PLUS, "5", "Ec + D, zero init", "all", metric]
+        assert again == value[PLUS, "4", "512px + Harmony-VAE", "all", metric]
+    ours = value[CONTRASTIVE, "II", "Ours", "all", "psnr"]
+    assert (
+        ours
+        == value[CONTRASTIVE, "IV", "Ours", "HAdobe5k 256px", "psnr"]
+        == value[CONTRASTIVE, "VII", "K = 256", "all", "psnr"]
+    )
+    assert value[CONTRASTIVE, "II", "Ours", "HAdobe5k", "psnr"] == 38.33
+    for split in ("Training", "Testing"):
+        counts = value[CONTRASTIVE, "I", split].droplevel("metric")
+        assert counts[SUBSETS].sum() == counts["all"]
+
+
+def test_votes(value):
+    rows = ["Copy-paste", "DIH", "BargainNet", "RainNet", "Ours"]
+    votes = [value[CONTRASTIVE, "V", row, "DIH99", "votes"] for row in rows]
+    assert sum(votes) == 28 * 99
+    for row, count in zip(rows, votes, strict=True):
+        printed = value[CONTRASTIVE, "V", row, "DIH99", "preference_percent"]
+        assert printed == pytest.approx(100 * count / (28 * 99), abs=0.0051)

@@ -1,0 +1,289 @@
+import pytest
+import torch
+
+from harmonylib import ContrastiveResUNet, HarmonyError
+from harmonylib.contrastive import RegionContrastiveLoss, harmonization_loss
+from harmonylib.resunet import STYLES, SpatialSeparatedAttention, pool_mask, region_statistics, soften
+
+
+def features(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 2 + 3
+
+
+def square_mask(batch=2, size=8):
+    mask = torch.zeros(batch, 1, size, size)
+    mask[:, :, 2:5, 1:6] = 1
+    return mask
+
+
+def tiny(**settings):
+    torch.manual_seed(0)
+    model = ContrastiveResUNet(**{"base_channels": 4, "depth": 3, "residual_convs": 1, **settings})
+    torch.nn.init.normal_(model.head.weight, std=0.1)  # the zero head would hide everything before it
+    return model
+
+
+def select(x, mask):
+    return x.movedim(1, -1)[mask[:, 0] > 0.5]
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [({}, 28_368_503), ({"shared_affine": True}, 28_367_543), ({"style": "none"}, 28_366_583)],
+)
+def test_parameter_count_is_the_papers(settings, expected):
+    with torch.device("meta"):
+        count = sum(p.numel() for p in ContrastiveResUNet(**settings).parameters())
+    assert count == expected
+    assert f"{count / 1e6:.2f}" == "28.37"
+
+
+def test_statistics_are_the_regions_and_ignore_the_rest():
+    x, mask = features(2, 3, 8, 8), square_mask()
+    mean, std = region_statistics(x, mask)
+    values = select(x[:1], mask[:1])
+    torch.testing.assert_close(mean[0].flatten(), values.mean(0))
+    torch.testing.assert_close(std[0].flatten(), values.std(0, correction=0))
+    changed = torch.where(mask > 0, x, x * -50 + 1000)
+    assert all(torch.equal(a, b) for a, b in zip(region_statistics(changed, mask), (mean, std), strict=True))
+
+
+def test_statistics_that_cannot_be_computed_are_the_identitys():
+    x, mask = features(1, 2, 4, 4), torch.zeros(1, 1, 4, 4)
+    mean, std = region_statistics(x, mask)
+    assert mean.eq(0).all() and std.eq(1).all()
+    mask[..., 1, 1] = 1
+    mean, std = region_statistics(x, mask)
+    assert torch.equal(mean, x[:, :, 1:2, 1:2]) and std.eq(1).all()
+
+
+def test_style_fusion_uses_encoder_background_for_foreground_and_decoder_background_for_background():
+    decoder, encoder, mask = features(2, 3, 8, 8), features(2, 3, 8, 8, seed=1) * 0.5, square_mask()
+    out = STYLES["style-fusion"](3)(decoder, encoder, mask)
+    for i in range(2):
+        one, fg = slice(i, i + 1), mask[i : i + 1]
+        reference = select(encoder[one], 1 - fg)
+        expected = (select(decoder[one], fg) - reference.mean(0)) / reference.std(0, correction=0)
+        torch.testing.assert_close(select(out[one], fg), expected)
+        background = select(out[one], 1 - fg)
+        torch.testing.assert_close(background.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+        torch.testing.assert_close(background.var(0, correction=0), torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_style_fusion_never_reads_the_other_regions():
+    decoder, encoder, mask = features(2, 3, 8, 8), features(2, 3, 8, 8, seed=1), square_mask()
+    fusion = STYLES["style-fusion"](3)
+    out = fusion(decoder, encoder, mask)
+    assert torch.equal(out, fusion(decoder, torch.where(mask > 0, encoder - 77, encoder), mask))
+    moved = fusion(torch.where(mask > 0, decoder + 5, decoder), encoder, mask)
+    assert torch.equal(select(out, 1 - mask), select(moved, 1 - mask))
+    moved = fusion(torch.where(mask > 0, decoder, decoder * 9), encoder, mask)
+    assert torch.equal(select(out, mask), select(moved, mask))
+    # ... and it does read its own: the encoder's background moves the foreground only
+    moved = fusion(decoder, encoder + 1, mask)
+    assert torch.equal(select(out, 1 - mask), select(moved, 1 - mask))
+    assert (select(out, mask) - select(moved, mask)).min() > 0.1
+
+
+@pytest.mark.parametrize("style", ["adain", "rain"])
+def test_adain_and_rain_give_the_foreground_the_decoder_backgrounds_statistics(style):
+    decoder, encoder, mask = features(1, 3, 8, 8), features(1, 3, 8, 8, seed=1), square_mask(1)
+    decoder = torch.where(mask > 0, decoder * 3 - 10, decoder)
+    out = STYLES[style](3)(decoder, encoder, mask)
+    style_mean, style_std = region_statistics(decoder, 1 - mask)
+    mean, std = region_statistics(out, mask)
+    torch.testing.assert_close(mean, style_mean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(std, style_std, atol=1e-4, rtol=1e-4)
+    background = select(out, 1 - mask)
+    if style == "adain":
+        assert torch.equal(background, select(decoder, 1 - mask))
+    else:
+        torch.testing.assert_close(background.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    assert torch.equal(out, STYLES[style](3)(decoder, encoder * 2, mask))  # the encoder has no say
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_affine_is_one_plus_gamma_and_beta_per_channel_and_region(shared):
+    decoder, encoder, mask = features(1, 2, 8, 8), features(1, 2, 8, 8, seed=1), square_mask(1)
+    module = STYLES["style-fusion"](2, shared)
+    plain = module(decoder, encoder, mask)
+    assert module.gamma.shape == (1 if shared else 2, 2)
+    with torch.no_grad():
+        module.gamma[0] += torch.tensor([1.0, 0.0])
+        module.beta[0] += torch.tensor([0.0, 0.5])
+    out = module(decoder, encoder, mask)
+    changed = torch.stack([plain[:, 0] * 2, plain[:, 1] + 0.5], dim=1)
+    torch.testing.assert_close(out, changed if shared else torch.where(mask > 0, changed, plain))
+
+
+@pytest.mark.parametrize("style", ["style-fusion", "adain", "rain"])
+def test_a_region_that_is_missing_leaves_the_other_as_it_can_be(style):
+    decoder, encoder = features(1, 2, 4, 4), features(1, 2, 4, 4, seed=1)
+    everything = STYLES[style](2)(decoder, encoder, torch.ones(1, 1, 4, 4))
+    torch.testing.assert_close(everything, decoder)  # no background to take a style from
+    nothing = STYLES[style](2)(decoder, encoder, torch.zeros(1, 1, 4, 4))
+    assert nothing.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("style", list(STYLES))
+def test_styles_keep_shape_and_dtype(style, dtype):
+    decoder, encoder, mask = features(2, 4, 8, 8).to(dtype), features(2, 4, 8, 8, seed=1).to(dtype), square_mask()
+    out = STYLES[style](4).to(dtype)(decoder, encoder, mask.to(dtype))
+    assert out.shape == decoder.shape and out.dtype == dtype and out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_keeps_shape_and_dtype_and_counts_as_published(dtype):
+    channels = 32
+    attention = SpatialSeparatedAttention(channels).to(dtype)
+    x = features(2, channels, 8, 8).to(dtype)
+    out = attention(x, square_mask().to(dtype))
+    assert out.shape == x.shape and out.dtype == dtype and out.isfinite().all()
+    gate = 3 * channels**2 // 16 + channels // 16 + channels
+    assert sum(p.numel() for p in attention.parameters()) == 36 * channels**2 + 6 * channels + 3 * gate
+
+
+def test_attention_away_from_the_edge_takes_each_path():
+    x, mask = features(1, 16, 16, 16), torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1
+    attention = SpatialSeparatedAttention(16).eval()
+    out = attention(x, mask)
+    torch.testing.assert_close(out[..., :6], attention.background(x)[..., :6])
+    inside = attention.learn(attention.foreground(x)) + attention.mix(x)
+    torch.testing.assert_close(out[..., 10:], inside[..., 10:])
+    assert not torch.allclose(out[..., 8], inside[..., 8])
+
+
+def test_soft_edge_is_a_normalised_gaussian():
+    impulse = torch.zeros(1, 1, 9, 9)
+    impulse[..., 4, 4] = 1
+    soft = soften(impulse)
+    assert soft.sum() == pytest.approx(1)
+    assert (soft[0, 0, 4, 5] / soft[0, 0, 4, 4]).item() == pytest.approx(0.7788, abs=1e-4)  # exp(-1/4)
+    assert (soft[0, 0, 6, 6] / soft[0, 0, 4, 4]).item() == pytest.approx(0.1353, abs=1e-4)  # exp(-2)
+    assert soft[0, 0, 4, 7] == 0
+    torch.testing.assert_close(soften(torch.ones(1, 1, 5, 5)), torch.ones(1, 1, 5, 5))  # reflected borders
+
+
+def test_pool_mask_averages_two_by_two_and_rounds():
+    mask = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])[None, None]
+    assert pool_mask(mask, 2).tolist() == [[[[1, 0], [0, 0]]]]
+    assert pool_mask(mask, 4).tolist() == [[[[1]]]]  # the upper left 2x2 of each 4x4
+    assert torch.equal(pool_mask(mask, 1), mask)
+
+
+def test_training_starts_at_the_composite():
+    model = ContrastiveResUNet(base_channels=4, depth=3, residual_convs=1)
+    image = torch.rand(2, 3, 16, 24) * 2 - 1
+    assert torch.equal(model(image, torch.ones(2, 1, 16, 24)), image)
+
+
+def masks(kind, batch, height, width):
+    mask = torch.full((batch, 1, height, width), float(kind == "all"))
+    if kind == "one pixel":
+        mask[:, :, height // 2, width // 2] = 1
+    if kind == "all but one pixel":
+        mask = 1 - masks("one pixel", batch, height, width)
+    return mask
+
+
+@pytest.mark.parametrize("size", [(32, 32), (1, 1), (37, 50), (5, 90)])
+@pytest.mark.parametrize("kind", ["none", "all", "one pixel", "all but one pixel"])
+@pytest.mark.parametrize("style", list(STYLES))
+def test_awkward_inputs_are_finite_forward_and_backward(style, kind, size):
+    model, mask = tiny(style=style), masks(kind, 1, *size)
+    for image in (torch.rand(1, 3, *size) * 2 - 1, torch.full((1, 3, *size), 0.3)):
+        output = model(image, mask)
+        assert output.shape == image.shape and output.isfinite().all()
+        output.square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        model.zero_grad()
+        with torch.no_grad():
+            assert model.eval()(image, mask).isfinite().all()
+        model.train()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_full_depth_takes_sizes_that_do_not_divide_by_16_alone_in_a_batch(training):
+    model = tiny(depth=5).train(training)
+    for size in ((1, 1), (17, 31)):
+        image = torch.rand(1, 3, *size) * 2 - 1
+        output = model(image, masks("one pixel", 1, *size))
+        assert output.shape == image.shape and output.isfinite().all()
+
+
+def test_padding_does_not_touch_sizes_that_fit():
+    model, image, mask = tiny().eval(), features(1, 3, 16, 16) / 8, square_mask(1, 16)
+    seen = []
+    model.down[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(image, mask)
+    assert torch.equal(seen[0], torch.cat([image, mask], 1))
+
+
+def test_bf16_autocast_and_bf16_weights_stay_finite_and_close():
+    model, image, mask = tiny().eval(), torch.rand(2, 3, 24, 24) * 2 - 1, square_mask(2, 24)
+    with torch.no_grad():
+        reference = model(image, mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(image, mask)
+        assert output.dtype == torch.float32 and output.isfinite().all()
+        assert (output - reference).abs().mean() < 0.05 * (reference - image).abs().mean()
+        half = model.to(torch.bfloat16)(image.bfloat16(), mask)
+    assert half.dtype == torch.bfloat16 and half.isfinite().all()
+
+
+def test_the_result_for_an_image_does_not_depend_on_its_batch():
+    model, image, mask = tiny().eval(), torch.rand(3, 3, 16, 16) * 2 - 1, square_mask(3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(image, mask)[1:2], model(image[1:2], mask[1:2]), atol=1e-5, rtol=1e-4)
+
+
+def test_save_and_load(tmp_path):
+    model = tiny(style="rain", shared_affine=True).eval()
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    loaded = ContrastiveResUNet.from_pretrained(tmp_path)
+    assert loaded.config.style == "rain" and loaded.config.shared_affine and loaded.config.depth == 3
+    image, mask = torch.rand(1, 3, 20, 20) * 2 - 1, square_mask(1, 20)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(image, mask), model(image, mask))
+
+
+def test_bad_settings_and_shapes_are_named():
+    with pytest.raises(HarmonyError, match="style 'wct' is unknown.*style-fusion"):
+        ContrastiveResUNet(style="wct")
+    with pytest.raises(HarmonyError, match="depth 1"):
+        ContrastiveResUNet(depth=1)
+    with pytest.raises(HarmonyError, match="do not fit"):
+        tiny()(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 9))
+
+
+def test_four_images_are_overfitted_beyond_40_db():
+    """The whole loss, trained from scratch, judged in eval mode (running BatchNorm statistics) on the worst image."""
+    draw = torch.Generator().manual_seed(0)
+    real = torch.nn.functional.interpolate(
+        torch.rand(4, 3, 6, 6, generator=draw) * 1.6 - 0.8, (32, 32), mode="bilinear"
+    )
+    mask = torch.zeros(4, 1, 32, 32)
+    mask[:, :, 8:24, 10:26] = 1
+    cast = 0.2 * torch.randn(4, 3, 1, 1, generator=draw)
+    composite = torch.where(mask > 0, (real * 0.7 + cast).clamp(-1, 1), real)
+
+    def psnr(image):
+        return -10 * torch.log10(((image.clamp(-1, 1) - real) / 2).square().mean((1, 2, 3))).max()
+
+    torch.manual_seed(0)
+    steps, model, contrastive = 180, ContrastiveResUNet(8, 3, 1), RegionContrastiveLoss(patches=16)
+    optimiser = torch.optim.AdamW([*model.parameters(), *contrastive.parameters()], weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps)
+    for _ in range(steps):
+        harmonization_loss(model(composite, mask), real, mask, contrastive, generator=draw)["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        schedule.step()
+    with torch.no_grad():
+        reached = psnr(model.eval()(composite, mask))
+    assert psnr(composite) < 30
+    assert reached > 40

@@ -1,0 +1,104 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from harmonylib.errors import HarmonyError
+from harmonylib.training import Checkpoints, TrainingDiverged, TrainSettings, batch_indices, learning_rate_at, train
+
+
+def problem():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    data, target = torch.randn(64, 4), torch.randn(64, 1)
+
+    def make_batch(step):
+        indices = batch_indices(step, len(data), 8, "test")
+        return {"x": data[indices], "y": target[indices]}
+
+    def loss(net, batch, generator):
+        noise = 0.01 * torch.randn(batch["y"].shape, generator=generator)
+        return {"loss": (net(batch["x"]) - batch["y"] + noise).square().mean()}
+
+    return model, loss, make_batch
+
+
+def run(model, loss, make_batch, steps=40, ema=0.9, **extra):
+    settings = TrainSettings(steps=steps, batch_size=8, learning_rate=0.05, ema_decay=ema, checkpoint_seconds=0)
+    return train(model, loss, make_batch, settings, name="test", seed=0, device="cpu", **extra)
+
+
+def test_loss_falls_and_history_is_recorded():
+    model, loss, make_batch = problem()
+    history = run(model, loss, make_batch, observe=lambda m: {"norm": m.weight.norm().item()})
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert [entry["step"] for entry in history] == list(range(1, 41)) and "norm" in history[-1]
+    assert not model.training
+
+
+def test_same_seed_same_weights():
+    results = []
+    for _ in range(2):
+        model, loss, make_batch = problem()
+        run(model, loss, make_batch)
+        results.append(model.weight.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_ema_is_kept_apart_and_left_in_the_model():
+    model, loss, make_batch = problem()
+    plain, with_ema = copy.deepcopy(model), copy.deepcopy(model)
+    seen = []
+    run(plain, loss, make_batch, ema=0.0)
+    run(with_ema, loss, make_batch, observe=lambda m: seen.append(m.weight.detach().clone()) or {})
+    assert torch.equal(seen[-1], with_ema.weight)  # what was observed last is what is kept
+    assert not torch.allclose(plain.weight, with_ema.weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("killed_at", [7, 19, 33])
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, killed_at):
+    model, loss, make_batch = problem()
+    whole = copy.deepcopy(model)
+    history = run(whole, loss, make_batch)
+
+    def dies(step):
+        if step == killed_at:
+            raise KeyboardInterrupt
+        return make_batch(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(copy.deepcopy(model), loss, dies, checkpoints=tmp_path)
+    assert len(list(tmp_path.rglob("*.pt"))) == 2
+    resumed, steps = copy.deepcopy(model), []
+    again = run(resumed, loss, lambda step: steps.append(step) or make_batch(step), checkpoints=tmp_path)
+    assert steps[0] == killed_at and torch.equal(resumed.weight, whole.weight) and again == history
+    assert not list(tmp_path.rglob("*.pt"))  # a finished run leaves no checkpoint
+
+
+def test_damaged_checkpoint_falls_back(tmp_path):
+    store = Checkpoints(tmp_path, {"a": 1})
+    for step in (1, 2, 3):
+        store.save({"step": step})
+    paths = sorted(tmp_path.rglob("*.pt"))
+    assert len(paths) == 2
+    paths[-1].write_bytes(b"broken")
+    assert store.load()["step"] == 2
+
+
+def test_divergence_is_reported():
+    model, _, make_batch = problem()
+    with pytest.raises(TrainingDiverged, match="not finite"):
+        run(model, lambda net, batch, generator: {"loss": net(batch["x"]).mean() * float("nan")}, make_batch)
+
+
+def test_schedule_and_order():
+    settings = TrainSettings(steps=100, batch_size=1, learning_rate=1.0, warmup=0.1, schedule="cosine")
+    rates = [learning_rate_at(step, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and rates[-1] < 0.001
+    seen = [i for step in range(5) for i in batch_indices(step, 10, 4, 0)]
+    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
+    with pytest.raises(HarmonyError, match="empty"):
+        batch_indices(0, 0, 4, 0)
+    with pytest.raises(HarmonyError, match="schedule"):
+        TrainSettings(steps=1, batch_size=1, schedule="linear")
