@@ -31,6 +31,81 @@ def profile(
     typer.echo(f"{os.path.relpath(write_profile(name))} written from profiles/{name}.yaml")
 
 
+@app.command()
+def harmonize(
+    composite: str = typer.Argument(metavar="COMPOSITE", help="the picture with the pasted foreground"),
+    mask: str = typer.Argument(metavar="MASK", help="its mask, white where the foreground is"),
+    output: str = typer.Option(..., "--output", "-o", help="where to write the harmonized picture"),
+    model: str = typer.Option("diffharmony++", help="diffharmony++, diffharmony, contrastive-resunet or a folder"),
+    seed: int = typer.Option(0, help="seed of the noise"),
+    device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
+    force: bool = typer.Option(False, help="overwrite OUTPUT where it exists"),
+) -> None:
+    """Harmonize one composite; size and background stay as they are."""
+    import numpy as np
+
+    from .images import write_image
+    from .inference import harmonize as run_model
+
+    if os.path.exists(output) and not force:
+        raise HarmonyError(f"{output}: exists already; choose another name or add --force")
+    write_image(output, np.asarray(run_model(composite, mask, model=model, seed=seed, device=device)))
+    typer.echo(output)
+
+
+@app.command()
+def pretrain(
+    photos: str = typer.Argument(metavar="PHOTOS", help="a folder with images/ and masks/, at any depth"),
+    out: str = typer.Argument(metavar="OUT", help="the folder to write"),
+    index: str = typer.Option(None, help="CSV with columns image, mask and split; rows with split=train are used"),
+    autoencoder_steps: int = typer.Option(1200),
+    autoencoder_learning_rate: float = typer.Option(1.5e-3),
+    autoencoder_size: int = typer.Option(64, help="training crop in pixels"),
+    unet_steps: int = typer.Option(1900),
+    unet_learning_rate: float = typer.Option(1e-3),
+    unet_size: int = typer.Option(96, help="training crop in pixels"),
+    batch_size: int = typer.Option(16),
+    seed: int = typer.Option(0),
+    device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
+) -> None:
+    """Train the small latent-diffusion base (autoencoder, then inpainting UNet) on photos with masks."""
+    from . import pretrain as base
+    from .datasets import indexed_pairs, load_pairs, photo_pairs
+    from .training import TrainSettings
+
+    pairs = indexed_pairs(photos, index, "train") if index else photo_pairs(photos)
+    common = {"batch_size": batch_size, "schedule": "cosine"}
+    settings = base.BaseSettings(
+        autoencoder=TrainSettings(
+            autoencoder_steps, learning_rate=autoencoder_learning_rate, ema_decay=0.995, **common
+        ),
+        unet=TrainSettings(unet_steps, learning_rate=unet_learning_rate, ema_decay=0.998, **common),
+        autoencoder_size=autoencoder_size,
+        unet_size=unet_size,
+    )
+    base.pretrain(load_pairs(pairs), out, settings, seed, device, checkpoints=f"{out}/.checkpoints")
+    typer.echo(out)
+
+
+cache_app = typer.Typer(help="The caches of resized images and posterior moments.")
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.callback()
+def _cache_commands() -> None:
+    """Keeps `harmonylib cache` a group of commands."""
+
+
+@cache_app.command("clear")
+def cache_clear() -> None:
+    """Delete the caches of this repository; they are made again when needed."""
+    from .cache import clear
+    from .params import enter_root
+
+    enter_root()
+    typer.echo(f"{clear() / 1e6:.1f} MB freed")
+
+
 def run(application: typer.Typer, name: str, arguments: list[str] | None = None) -> int:
     """Run a typer application and return its exit code: 1 for bad input, 2 for bad usage, 130 for Ctrl-C.
 

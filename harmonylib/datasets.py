@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from . import cache, transforms
@@ -31,6 +32,21 @@ def photo_pairs(root) -> list[tuple[Path, Path]]:
                 raise HarmonyError(f"{image}: no mask named {image.stem}.* in {folder.parent / 'masks'}; add it")
             pairs.append((image, masks[image.stem]))
     return pairs
+
+
+def indexed_pairs(root, index, split: str) -> list[tuple[Path, Path]]:
+    """(image, mask) paths of the rows of one split of a CSV index with columns image, mask (relative to root), split.
+
+    Raises HarmonyError when the index lacks a column or has no such row.
+    """
+    table = pd.read_csv(index, dtype=str)
+    missing = {"image", "mask", "split"} - set(table.columns)
+    if missing:
+        raise HarmonyError(f"{index}: no column {', '.join(sorted(missing))}; an index has image, mask and split")
+    rows = table[table["split"] == split]
+    if rows.empty:
+        raise HarmonyError(f"{index}: no row with split {split}")
+    return [(Path(root, image), Path(root, mask)) for image, mask in zip(rows["image"], rows["mask"], strict=True)]
 
 
 def load_pairs(pairs, longest: int = 256) -> list[tuple[np.ndarray, np.ndarray]]:

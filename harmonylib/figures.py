@@ -17,8 +17,9 @@ def style() -> None:
 
 def save(figure, name: str) -> None:
     """Write reports/figures/<name>.png, byte-stable."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FOLDER / f"{name}.png", bbox_inches="tight", metadata={"Software": None})
+    path = FOLDER / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
 
 
 def image_grid(rows, titles, row_labels=None, masks=None, size: float = 1.9):

@@ -113,7 +113,8 @@ def contrastive_resunet(
     """
     device = pick_device(device)
     torch.manual_seed(seed)
-    model = ContrastiveResUNet(base_channels, depth, residual_convs, style)
+    size = data.composites.shape[1]
+    model = ContrastiveResUNet(base_channels, depth, residual_convs, style, sample_size=size)
     contrast = RegionContrastiveLoss(reading, patches) if weights[2] else None
     batches = PixelBatches(data, settings.batch_size, (seed, "resunet"), crop, recolor)
 

@@ -3,7 +3,8 @@
 It is to the `mini` profile what Stable Diffusion inpainting is to `paper`: it has never seen a harmonization pair.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from .datasets import PhotoBatches, inpainting_masks
 from .devices import pick_device
 from .diffusion import base_scheduler, denoising_loss, latent_mask, scale_latents
 from .errors import HarmonyError
+from .jsonio import write_json
 from .pipeline import DiffHarmonyPipeline, PromptEmbedding
 from .training import TrainSettings, train
 
@@ -33,8 +35,11 @@ class BaseSettings:
     kl_weight: float = 1e-5
 
 
-def build_autoencoder(channels, layers: int = 1, latent_channels: int = 4) -> AutoencoderKL:
-    """A diffusers AutoencoderKL of Stable Diffusion's topology with other widths (four widths: 1/8 latents)."""
+def build_autoencoder(channels, layers: int = 1, latent_channels: int = 4, size: int = 96) -> AutoencoderKL:
+    """A diffusers AutoencoderKL of Stable Diffusion's topology with other widths (four widths: 1/8 latents).
+
+    size: the resolution in pixels that it is meant for (`sample_size` in its config).
+    """
     return AutoencoderKL(
         block_out_channels=tuple(channels),
         down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -42,6 +47,7 @@ def build_autoencoder(channels, layers: int = 1, latent_channels: int = 4) -> Au
         layers_per_block=layers,
         latent_channels=latent_channels,
         norm_num_groups=8,
+        sample_size=size,
     )
 
 
@@ -116,6 +122,26 @@ def pretrain_unet(unet, vae, prompt, photos, settings: BaseSettings, seed, *, de
     return train(unet, loss, make_batch, settings.unet, name="base UNet", seed=seed, device=device, **loop)
 
 
+def pretrain(pairs, out, settings: BaseSettings, seed: int, device="auto", checkpoints=None) -> None:
+    """Train a base from (image, mask) arrays and save it to `out`: a DiffHarmonyPipeline folder in fp16.
+
+    `training.json` beside the weights holds the settings and the loss curves.
+    """
+    torch.manual_seed(seed)
+    channels_last = {"memory_format": torch.channels_last}
+    vae = build_autoencoder(
+        settings.autoencoder_channels, settings.layers, settings.latent_channels, settings.unet_size
+    )
+    loop = {"device": device, "checkpoints": checkpoints}
+    histories = {"autoencoder": pretrain_autoencoder(vae.to(**channels_last), pairs, settings, seed, **loop)}
+    torch.manual_seed(seed)
+    unet = build_unet(settings.unet_channels, settings.layers, settings.latent_channels, settings.prompt_dim)
+    prompt = PromptEmbedding(1, settings.prompt_dim)
+    histories["unet"] = pretrain_unet(unet.to(**channels_last), vae, prompt.embeds, pairs, settings, seed, **loop)
+    DiffHarmonyPipeline(vae, unet, base_scheduler("v_prediction"), prompt).to(torch.float16).save_pretrained(out)
+    write_json(Path(out) / "training.json", {"settings": asdict(settings), "seed": seed, "histories": histories})
+
+
 def open_base(settings, seed: int) -> DiffHarmonyPipeline:
     """The base that the `base` section of params.yaml names, as a pipeline on the CPU.
 
@@ -131,7 +157,7 @@ def open_base(settings, seed: int) -> DiffHarmonyPipeline:
         raise HarmonyError(f"base.source {settings.source!r} is unknown; use small, pipeline or stable-diffusion")
     torch.manual_seed(seed)
     prompt = PromptEmbedding(1, BaseSettings.prompt_dim)
-    vae = build_autoencoder(settings.autoencoder_channels)
+    vae = build_autoencoder(settings.autoencoder_channels, size=settings.size)
     return DiffHarmonyPipeline(vae, build_unet(settings.unet_channels), base_scheduler("v_prediction"), prompt)
 
 

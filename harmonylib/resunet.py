@@ -190,7 +190,8 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
     """The harmonization network of the region-wise contrastive paper; 28.37 M parameters at the defaults.
 
     base_channels double at each of `depth` levels; `residual_convs` follow the first convolution of every block;
-    style is "style-fusion", "adain", "rain" or "none", at the end of every decoder block. The paper does not say what
+    style is "style-fusion", "adain", "rain" or "none", at the end of every decoder block; sample_size is the training
+    size in pixels. The paper does not say what
     the head predicts. Here it predicts the change, output = image + head(features), from a head initialised to zero:
     training starts at the composite, and the output is not squashed. Raises HarmonyError for settings out of range.
     """
@@ -203,6 +204,7 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
         residual_convs: int = 3,
         style: str = "style-fusion",
         shared_affine: bool = False,
+        sample_size: int = 256,
     ):
         super().__init__()
         if style not in STYLES:

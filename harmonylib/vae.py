@@ -199,7 +199,7 @@ class HarmonyVAE(AutoencoderKL):
         return [*encoder.down_block_skip_convs, encoder.mid_block_skip_conv, self.latent_skip_conv]
 
     def set_trainable(self, decoder: bool = True) -> None:
-        """Train the conditional encoder, the skips and (Table 5) the decoder unless `decoder` is False; freeze the rest."""
+        """Train the conditional encoder, the skips and, if `decoder`, the decoder (Table 5); freeze the rest."""
         self.requires_grad_(False)
         for module in (self.conditional_encoder, self.latent_skip_conv, *([self.decoder] if decoder else [])):
             module.requires_grad_(True)

@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+import torch
+
+from harmonylib import cache
+from harmonylib.datasets import (
+    LatentBatches,
+    PhotoBatches,
+    PixelBatches,
+    TripleSet,
+    indexed_pairs,
+    inpainting_masks,
+    load_pairs,
+    photo_pairs,
+)
+from harmonylib.errors import HarmonyError
+from harmonylib.images import write_image
+from harmonylib.layout import read_triples, write_composite, write_list, write_pair
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Three composites of two pairs of 40x48 pixels; the cache lies in tmp_path."""
+    monkeypatch.setattr(cache, "ROOT", tmp_path / "cache")
+    draw, lines = np.random.default_rng(0), []
+    for photo, variants in (("a", 2), ("b", 1)):
+        real = draw.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        mask = np.zeros((40, 48), bool)
+        mask[8:30, 10:30] = True
+        pair = write_pair(tmp_path, "HFlickr", photo, 1, real, mask, suffix=".png")
+        for variant in range(variants):
+            composite = np.where(mask[..., None], 255 - real, real).astype(np.uint8)
+            lines.append(write_composite(tmp_path, "HFlickr", pair, variant, composite, suffix=".png"))
+    write_list(tmp_path, "train", lines)
+    return read_triples(tmp_path, "train")
+
+
+def test_triples_share_their_real_image(data):
+    triples = TripleSet(data, 32)
+    assert len(triples) == 3 and triples.reals.shape == (2, 32, 32, 3) and triples.real_of.tolist() == [0, 0, 1]
+    batch = triples.batch([0, 2])
+    assert batch["mask"].unique().tolist() == [0, 1] and batch["composite"].abs().max() <= 1
+    outside = (batch["mask"] == 0).expand(-1, 3, -1, -1)
+    agree = (batch["composite"] - batch["real"]).abs()[outside] < 0.02
+    assert agree.float().mean() > 0.8  # the resize blends along the mask's edge
+
+
+def test_caches_are_made_once_and_keyed_by_content(data, tiny_vae, monkeypatch):
+    first = TripleSet(data, 32)
+    moments = cache.moments(tiny_vae, first.composites, "cpu")
+    files = sorted(cache.ROOT.glob("*.npy"))
+    monkeypatch.setattr(cache, "read_image", lambda path: pytest.fail("decoded twice"))
+    again = TripleSet(data, 32)
+    assert np.array_equal(first.composites, again.composites)
+    assert sorted(cache.ROOT.glob("*.npy")) == files and not list(cache.ROOT.glob(".*"))
+    torch.nn.init.zeros_(tiny_vae.quant_conv.weight)
+    assert not np.array_equal(cache.moments(tiny_vae, first.composites, "cpu"), moments)  # other weights, other entry
+    assert cache.clear() > 0 and not cache.ROOT.exists()
+
+
+def test_moments_of_mirror_images(data, tiny_vae):
+    triples = TripleSet(data, 32)
+    moments = cache.moments(tiny_vae, triples.reals, "cpu")
+    image = torch.from_numpy(np.array(triples.reals)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        for mirrored, tensor in enumerate((image, image.flip(-1))):
+            expected = tiny_vae.encode(tensor).latent_dist.parameters.numpy()
+            assert np.allclose(moments[mirrored], expected, atol=5e-3)
+
+
+@pytest.mark.parametrize("task", ["harmonize", "inverse"])
+def test_latent_batches_keep_pixels_and_moments_together(data, tiny_vae, task):
+    """Encoding a batch's own pixels gives its moments, mirrored or not; target and condition swap with the task."""
+    batches = LatentBatches(TripleSet(data, 32), tiny_vae, task, 8, "test", "cpu")
+    batch = batches(3)
+    with torch.no_grad():
+        for image, moments in ((batch["target"], batch["moments"]), (batch["condition"], batch["condition_moments"])):
+            assert torch.allclose(tiny_vae.encode(image).latent_dist.parameters, moments, atol=5e-3)
+    again = batches(3)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    inside = (batch["mask"] > 0).expand(-1, 3, -1, -1)
+    assert (batch["target"] - batch["condition"]).abs()[inside].mean() > 0.1
+
+
+def test_latent_crops_are_aligned(data, tiny_vae):
+    batch = LatentBatches(TripleSet(data, 32), tiny_vae, "harmonize", 4, "test", "cpu", crop=16)(0)
+    assert batch["target"].shape[-2:] == (16, 16) and batch["moments"].shape[-2:] == (2, 2)
+    with pytest.raises(HarmonyError, match="task"):
+        LatentBatches(TripleSet(data, 32), tiny_vae, "harmonise", 4, "test", "cpu")
+
+
+def test_pixel_batches_recolour_only_the_foreground(data):
+    batch = PixelBatches(TripleSet(data, 32), 4, "test", recolor=1.0)(0)
+    outside = (batch["mask"] == 0).expand(-1, 3, -1, -1)
+    assert torch.equal(batch["composite"][outside], batch["real"][outside])
+    assert not torch.equal(batch["composite"], batch["real"])
+    assert PixelBatches(TripleSet(data, 32), 4, "test", crop=24)(0)["real"].shape == (4, 3, 24, 24)
+
+
+def test_photos_with_masks(tmp_path):
+    draw = np.random.default_rng(0)
+    for name in ("one", "two"):
+        write_image(tmp_path / "images" / f"{name}.png", draw.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+        write_image(tmp_path / "masks" / f"{name}.png", np.eye(30, 40) > 0)
+    pairs = load_pairs(photo_pairs(tmp_path), longest=20)
+    assert len(pairs) == 2 and pairs[0][0].shape == (15, 20, 3)
+    batch = PhotoBatches(pairs, 16, 4, "test")(0)
+    assert batch["real"].shape == (4, 3, 16, 16) and set(batch["mask"].unique().tolist()) <= {0, 1}
+    (tmp_path / "index.csv").write_text("image,mask,split\nimages/one.png,masks/one.png,train\n")
+    assert len(indexed_pairs(tmp_path, tmp_path / "index.csv", "train")) == 1
+    with pytest.raises(HarmonyError, match="split test"):
+        indexed_pairs(tmp_path, tmp_path / "index.csv", "test")
+    (tmp_path / "masks" / "two.png").unlink()
+    with pytest.raises(HarmonyError, match="no mask"):
+        photo_pairs(tmp_path)
+
+
+def test_inpainting_masks_never_empty():
+    masks = inpainting_masks(torch.zeros(64, 1, 16, 16), "test")
+    assert masks.flatten(1).any(1).all() and set(masks.unique().tolist()) <= {0, 1}

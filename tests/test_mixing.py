@@ -1,0 +1,268 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harmonylib.errors import HarmonyError
+from harmonylib.generate import Candidate, Choice, Pair
+from harmonylib.images import read_image, read_mask, resize_image, write_image
+from harmonylib.jsonio import write_json
+from harmonylib.layout import read_lines, read_triples, write_composite, write_list, write_pair
+from harmonylib.mixing import (
+    build_human_harmony,
+    clean_photos,
+    imaterialist_masks,
+    mix,
+    mix_count,
+    photo_pairs_of,
+    union_of_runs,
+)
+from harmonylib.seeds import rng
+
+K = 5
+VARIANTS = {("HFlickr", "f0_1"): 1, ("HFlickr", "f0_2"): 4, ("HFlickr", "f1_1"): 2, ("Hday2night", "d0_1"): 3}
+
+
+def photo(words, height=40, width=48):
+    mask = np.zeros((height, width), bool)
+    mask[8:30, 8:28] = True
+    return rng(words).integers(0, 256, (height, width, 3), dtype=np.uint8), mask
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """HFlickr: 3 pairs with 1, 4 and 2 composites (N1 = 3, N2 = 7). Hday2night: one pair with 3. One test composite."""
+    root = tmp_path_factory.mktemp("set")
+    lines = []
+    for (subset, name), variants in {**VARIANTS, ("HFlickr", "f9_1"): 1}.items():
+        stem, number = name.split("_")
+        real, mask = photo(stem)
+        write_pair(root, subset, stem, number, real, mask)
+        lines += [write_composite(root, subset, name, v, 255 - real) for v in range(variants)]
+    write_list(root, "train", lines[:-1])
+    write_list(root, "test", lines[-1:])
+    return root
+
+
+def write_candidates(root, shrink=1, unusable=()):
+    records = []
+    for subset, name in VARIANTS:
+        rows = []
+        for index in range(K):
+            real, mask = photo(name.split("_")[0])
+            real[mask] = 10 * index
+            image = resize_image(real, (40 // shrink, 48 // shrink))
+            row = {"index": index, "status": "nan" if (name, index) in unusable else "ok", "strength": 10.0 * index}
+            if row["status"] == "ok":
+                row["file"] = write_composite(root, subset, name, f"g{index}", image, ".png")
+            rows.append(row)
+        records.append({"subset": subset, "pair": name, "inputs": [], "candidates": rows})
+    write_json(root / "manifest.json", {"settings": {"k": K}, "pairs": records})
+    return root
+
+
+@pytest.fixture(scope="module")
+def candidates(tmp_path_factory):
+    return write_candidates(tmp_path_factory.mktemp("candidates"))
+
+
+def generated(out, name):
+    return [line for line in read_lines(out / "IHD_train.txt") if f"/{name}_g" in line]
+
+
+@pytest.mark.parametrize(
+    ("gamma", "n2", "n1", "count"),
+    [(1, 7, 3, 3), (1.0, 6, 3, 2), (0, 7, 3, 0), (0.1, 10, 1, 1), (0.1, 30, 1, 3), (0.7, 100, 10, 7), (1.1, 10, 1, 11),
+     (1e-9, 1, 1000, 1), (1, 7449, 4400, 2)],
+)  # fmt: skip
+def test_mix_count(gamma, n2, n1, count):
+    assert mix_count(gamma, n2, n1) == count
+
+
+@pytest.mark.parametrize("gamma", [-0.1, float("nan"), float("inf")])
+def test_bad_gamma(gamma, root, candidates, tmp_path):
+    with pytest.raises(HarmonyError, match="gamma"):
+        mix(root, candidates, tmp_path / "out", gamma, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_counts_of_uneven_pairs(root, candidates, tmp_path):
+    report = mix(root, candidates, tmp_path / "out", 1.0, seed=0)
+    assert report["HFlickr"] == {"pairs": 3, "composites": 7, "per_pair": 3, "generated": 9}
+    assert report["Hday2night"] == {"pairs": 1, "composites": 3, "per_pair": 3, "generated": 3}
+    assert all(len(generated(tmp_path / "out", name)) == 3 for _, name in VARIANTS)
+    train = read_triples(tmp_path / "out", "train")
+    assert len(train) == 10 + 12 and set(read_lines(root / "IHD_train.txt")) < set(
+        read_lines(tmp_path / "out/IHD_train.txt")
+    )
+    assert (tmp_path / "out" / "IHD_test.txt").read_bytes() == (root / "IHD_test.txt").read_bytes()
+    assert len(read_triples(tmp_path / "out", "test")) == 1
+    for triple in train:
+        composite, mask, real = triple.load()
+        if "_g" in triple.name:
+            assert composite[mask].std() == 0 and real[mask].std() > 0
+    assert not [p for p in tmp_path.iterdir() if p.name != "out"]
+
+
+def test_choice_depends_on_the_seed_and_grows_with_gamma(root, candidates, tmp_path):
+    for name, gamma, seed in (("a", 0.5, 0), ("b", 0.5, 0), ("c", 1.0, 0), ("d", 0.5, 1)):
+        mix(root, candidates, tmp_path / name, gamma, seed)
+    a, b, c, d = (set(read_lines(tmp_path / name / "IHD_train.txt")) for name in "abcd")
+    assert a == b and a < c and a != d
+    subset = mix(root, candidates, tmp_path / "e", 0.5, 0, subsets=["HFlickr"])
+    assert list(subset) == ["HFlickr"] and set(read_lines(tmp_path / "e" / "IHD_train.txt")) < a
+
+
+def test_gamma_zero_needs_no_candidates(root, tmp_path):
+    assert mix(root, tmp_path / "nothing", tmp_path / "out", 0, 0)["HFlickr"]["generated"] == 0
+    assert read_lines(tmp_path / "out" / "IHD_train.txt") == read_lines(root / "IHD_train.txt")
+
+
+def test_more_than_k_is_an_error(root, candidates, tmp_path):
+    with pytest.raises(HarmonyError, match="asks for 7 .* but there are 5"):
+        mix(root, candidates, tmp_path / "out", 3.0, 0)
+    unusable = write_candidates(tmp_path / "unusable", unusable={("f1_1", i) for i in range(3)})
+    with pytest.raises(HarmonyError, match="f1_1: .* 3 .* 2 are usable"):
+        mix(root, unusable, tmp_path / "out", 1.0, 0)
+    assert mix(root, unusable, tmp_path / "out", 0.6, 0)["HFlickr"]["per_pair"] == 2
+    with pytest.raises(HarmonyError, match="strength"):
+        mix(root, candidates, tmp_path / "out2", 1.0, 0, strength=(25, 45))
+
+
+def test_unfinished_candidates_and_mixed_sets_are_refused(root, candidates, tmp_path):
+    with pytest.raises(HarmonyError, match="incomplete"):
+        mix(root, tmp_path, tmp_path / "out", 1.0, 0)
+    mix(root, candidates, tmp_path / "out", 1.0, 0)
+    with pytest.raises(HarmonyError, match="already"):
+        mix(tmp_path / "out", candidates, tmp_path / "twice", 0.1, 0)
+
+
+def test_small_candidates_are_brought_to_the_reals_size(root, tmp_path):
+    small = write_candidates(tmp_path / "small", shrink=2)
+    mix(root, small, tmp_path / "out", 1.0, 0)
+    for triple in read_triples(tmp_path / "out", "train"):
+        composite, mask, real = triple.load()
+        if "_g" in triple.name:
+            assert np.array_equal(composite[~mask], real[~mask])
+            assert abs(int(composite[19, 18, 0]) - 10 * int(triple.name[-1])) <= 1
+
+
+def test_an_interrupted_mix_leaves_the_old_set(root, candidates, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    mix(root, candidates, out, 0.2, 0)
+    before = (out / "IHD_train.txt").read_bytes()
+    monkeypatch.setattr("harmonylib.mixing.write_list", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        mix(root, candidates, out, 1.0, 0)
+    monkeypatch.undo()
+    assert (out / "IHD_train.txt").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    mix(root, candidates, out, 1.0, 0)
+    assert len(read_triples(out, "train")) == 22
+
+
+def test_foreign_folders_are_never_replaced(root, candidates, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path, root, root.parent, candidates):
+        with pytest.raises(HarmonyError, match="choose another folder"):
+            mix(root, candidates, out, 1.0, 0)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def human(folder, names):
+    pairs, choices = [], []
+    for name in names:
+        real, mask = photo(name)
+        write_image(folder / "images" / f"{name}.png", real)
+        write_image(folder / "masks" / f"{name}.png", mask)
+        pairs.append((folder / "images" / f"{name}.png", folder / "masks" / f"{name}.png"))
+    pairs = photo_pairs_of(pairs)
+    for number, pair in enumerate(pairs):
+        real, mask = pair.load(24)
+        real = real.copy()
+        real[mask] = number
+        line = write_composite(folder / "candidates", pair.subset, pair.name, "g3", real, ".png")
+        kept = Candidate(*pair.key, 3, folder / "candidates" / line, 9.0)
+        choices.append(Choice(kept, 0.9, ((Candidate(*pair.key, 0, kept.path, 1.0), 0.1),)))
+    return pairs, choices
+
+
+def test_human_harmony(tmp_path):
+    pairs, choices = human(tmp_path, [f"woman-{n:02d}" for n in range(25)])
+    sources = {"woman_03": ("a museum", "CC0")}
+    counts = build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24, sources=sources)
+    assert (counts["photos"], counts["train"], counts["test"]) == (25, 22, 3)
+    train, test = (read_triples(tmp_path / "out", split) for split in ("train", "test"))
+    assert len({t.photo for t in train}) == 22 and not {t.photo for t in train} & {t.photo for t in test}
+    for triple in (*train, *test):
+        composite, mask, real = triple.load()
+        assert np.array_equal(composite[~mask], real[~mask]) and not np.array_equal(composite, real)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "| a museum | CC0 | 1 |" in card and "| not stated | not stated | 24 |" in card and "| test list | 3 |" in card
+    )
+    again = tmp_path / "again"
+    build_human_harmony(pairs[::-1], choices[::-1], again, 0, size=24)
+    assert {t.name for t in read_triples(again, "test")} == {t.name for t in test}
+
+
+def test_human_harmony_split_is_the_papers(tmp_path):
+    assert round(29103 * 7404 / 73146) == 2946
+    pairs, choices = human(tmp_path, ["a", "b"])
+    assert build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24)["test"] == 1
+    with pytest.raises(HarmonyError, match="at least 2"):
+        build_human_harmony(pairs[:1], choices[:1], tmp_path / "one", 0, size=24)
+    with pytest.raises(HarmonyError, match="size it was made at"):
+        build_human_harmony(pairs, choices, tmp_path / "big", 0)
+    assert not (tmp_path / "big").exists()
+
+
+def test_photo_names_stay_apart():
+    (pair,) = photo_pairs_of([(Path("x/street-1.jpg"), Path("m/street-1.png"))])
+    assert (pair.photo, pair.name) == ("street_1", "street_1_1")
+    with pytest.raises(HarmonyError, match="2 photos are named a_1"):
+        photo_pairs_of([(Path("x/a-1.jpg"), Path("m")), (Path("x/a_1.jpg"), Path("m"))])
+
+
+def test_clean_photos(tmp_path):
+    def pair(name, real, mask):
+        write_image(tmp_path / f"{name}.png", real)
+        write_image(tmp_path / f"{name}_mask.png", mask)
+        return Pair("HumanHarmony", f"{name}_1", name, tmp_path / f"{name}.png", tmp_path / f"{name}_mask.png")
+
+    real, mask = photo("good", 80, 80)
+    white = np.full_like(real, 250)
+    tiny = np.zeros_like(mask)
+    tiny[1:7, 1:7] = True
+    pairs = [pair("good", real, mask), pair("tiny", real, tiny), pair("full", real, mask | True),
+             pair("studio", np.where(mask[..., None], real, white), mask),
+             pair("small", real[:40], mask[:40])]  # fmt: skip
+    kept, dropped = clean_photos(pairs, foreground=(0.001, 0.95))
+    assert [p.photo for p in kept] == ["good"]
+    assert dropped == {"small": ["small_1"], "foreground": ["tiny_1", "full_1"], "plain": ["studio_1"]}
+
+
+def test_imaterialist_union_masks(tmp_path):
+    real, _ = photo("fashion", 4, 3)
+    write_image(tmp_path / "photos" / "abc.jpg", real)
+    table = "ImageId,EncodedPixels,Height,Width,ClassId\nabc,1 2 5 1,4,3,0\nabc,2 2,4,3,31\n"
+    (tmp_path / "train.csv").write_text(table)
+    assert imaterialist_masks(tmp_path / "train.csv", tmp_path / "photos", tmp_path / "out") == 1
+    expected = np.array([[1, 1, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]], bool)  # runs go down the columns
+    assert np.array_equal(read_mask(tmp_path / "out" / "masks" / "abc.png"), expected)
+    assert np.array_equal(
+        read_image(tmp_path / "out" / "images" / "abc.jpg"), read_image(tmp_path / "photos" / "abc.jpg")
+    )
+    for runs in ("12 2", "0 1", "3", "x 1"):
+        with pytest.raises(HarmonyError, match="here: run lengths"):
+            union_of_runs([runs], (4, 3), "here")
+    (tmp_path / "train.csv").write_text("ImageId,Height\n")
+    with pytest.raises(HarmonyError, match="train.csv"):
+        imaterialist_masks(tmp_path / "train.csv", tmp_path / "photos", tmp_path / "out")
+
+
+def test_summary_is_plain_json(root, candidates, tmp_path):
+    mix(root, candidates, tmp_path / "out", 1.0, 0)
+    summary = json.loads((tmp_path / "out" / "made_by_harmonylib.json").read_text())
+    assert summary["gamma"] == 1.0 and summary["strength"] == [0.0, None]
