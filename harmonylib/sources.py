@@ -11,7 +11,6 @@ import pandas as pd
 from skimage.metrics import peak_signal_noise_ratio
 
 from .benchmark import BenchmarkSettings, make_benchmark
-from .datasets import photo_pairs
 from .errors import HarmonyError
 from .files import atomic_path
 from .images import read_image, read_mask, resize_image
@@ -62,6 +61,8 @@ def folder_photos(path, seed: int) -> list[PhotoFile]:
     Names are cut down to letters and digits and made unique, because iHarmony4's file names give "-" and "_" a meaning.
     Raises HarmonyError when there is no such folder, a photo has no mask, or there are fewer than four photos.
     """
+    from .datasets import photo_pairs  # here, because it imports all that training needs
+
     pairs = photo_pairs(path)
     if len(pairs) < 4:
         raise HarmonyError(f"{path}: {len(pairs)} photos; give at least four, two for each split")

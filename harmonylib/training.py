@@ -5,6 +5,7 @@ A stage gives it a model, a function from step to batch and a loss closure. Ever
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -127,6 +128,7 @@ class Checkpoints:
             self.folder.rmdir()
 
 
+@functools.cache
 def code_hash() -> str:
     """Hash of harmonylib's own source, so that changed code never resumes an older run."""
     digest = hashlib.sha256()
@@ -158,7 +160,7 @@ def train(
     1/50 of the run. Raises TrainingDiverged when the loss is not finite.
     """
     device = pick_device(device)
-    modules = [model.to(device), *(extra.to(device) for extra in extra_modules)]
+    modules = [m.to(device, memory_format=torch.channels_last) for m in (model, *extra_modules)]
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     ema = EMAModel(model.parameters(), decay=settings.ema_decay) if settings.ema_decay else None

@@ -1,0 +1,137 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from harmonylib.benchmark import BenchmarkSettings, draw_pair, make_benchmark
+from harmonylib.errors import HarmonyError
+from harmonylib.layout import SUBSETS, read_triples
+from harmonylib.photos import Photo
+from harmonylib.recipes import RecipeSettings, foreground_delta_e
+
+SMALL = BenchmarkSettings(train_pairs=5, test_pairs=2, train_variants=2, test_variants=1, size=40, region_share=0.5)
+RECIPES = RecipeSettings()
+
+
+def photo(seed, split, objects=2):
+    """A smooth colourful picture with some texture and elliptical objects."""
+    draw = np.random.default_rng(seed)
+    y, x = np.mgrid[0 : 1 : 60 * 1j, 0 : 1 : 80 * 1j]
+    slopes, base = draw.uniform(-80, 80, (2, 3)), draw.uniform(90, 160, 3)
+    image = base + slopes[0] * (y[..., None] - 0.5) + slopes[1] * (x[..., None] - 0.5) + draw.normal(0, 8, (60, 80, 3))
+    centres = draw.uniform(0.3, 0.7, (objects, 2))
+    masks = {f"object {k}": (y - v) ** 2 + (x - h) ** 2 < 0.06 for k, (v, h) in enumerate(centres)}
+    return Photo(f"photo_{seed}", split, False, "made up", "none", image.clip(0, 255).astype(np.uint8), masks)
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return [photo(seed, "train" if seed < 3 else "test") for seed in range(5)]
+
+
+@pytest.fixture(scope="module")
+def made(photos, tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "benchmark"
+    return root, make_benchmark(root, photos, SMALL, RECIPES, seed=0, workers=1)
+
+
+def contents(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_counts_and_rows(made):
+    root, rows = made
+    assert len(rows) == 4 * (5 * 2 + 2 * 1)
+    assert rows.groupby(["subset", "split"]).size().to_dict() == {
+        (subset, split): count for subset in SUBSETS for split, count in (("train", 10), ("test", 2))
+    }
+    for split in ("train", "test"):
+        triples = read_triples(root, split)
+        assert [t.name for t in triples] == list(rows.loc[rows["split"] == split, "name"])
+        assert [t.photo for t in triples] == list(rows.loc[rows["split"] == split, "photo"])
+    assert len(contents(root)) == len(rows) + 2 * 4 * (5 + 2) + 2  # composites, reals and masks, lists
+    assert not list(root.parent.glob(".*"))
+
+
+def test_train_and_test_come_from_different_photos(made):
+    root, rows = made
+    train, test = (set(rows.loc[rows["split"] == split, "photo"]) for split in ("train", "test"))
+    assert train == {"photo0", "photo1", "photo2"} and test == {"photo3", "photo4"}
+    assert not {t.real for t in read_triples(root, "train")} & {t.real for t in read_triples(root, "test")}
+
+
+def test_every_photo_serves_every_subset_about_equally(made):
+    uses = made[1].query("split == 'train'").groupby(["subset", "photo"]).size()
+    assert len(uses) == 4 * 3 and uses.between(2, 4).all()
+
+
+def test_composites_differ_from_the_real_in_the_foreground_only(made):
+    root, rows = made
+    changes = rows.set_index(["subset", "name"])["delta_e"]
+    for triple in read_triples(root, "train"):
+        composite, mask, real = triple.load()
+        assert max(mask.shape) <= SMALL.size and 0 < mask.mean() < 1
+        assert np.abs(composite.astype(int) - real)[~mask].mean() < 4  # JPEG
+        assert foreground_delta_e(real, composite, mask) == pytest.approx(changes[triple.subset, triple.name], abs=2)
+
+
+def test_variants_of_a_pair_differ(made):
+    triples = read_triples(made[0], "train")
+    for one, two in zip(triples[::2], triples[1::2], strict=True):
+        assert one.pair == two.pair and one.composite.read_bytes() != two.composite.read_bytes()
+
+
+def test_the_seed_decides_every_byte_and_the_number_of_processes_none(made, photos, tmp_path):
+    root, rows = made
+    again = make_benchmark(tmp_path / "again", photos, SMALL, RECIPES, seed=0, workers=2)
+    assert contents(tmp_path / "again") == contents(root)
+    assert again.equals(rows)
+    make_benchmark(tmp_path / "other", photos, SMALL, RECIPES, seed=1, workers=1)
+    same = contents(tmp_path / "other").items() & contents(root).items()
+    assert {name for name, _ in same if "composite_images" in name} == set()
+
+
+def test_more_pairs_leave_the_first_ones_as_they_are(made, photos, tmp_path):
+    more = replace(SMALL, train_pairs=6, train_variants=3)
+    make_benchmark(tmp_path / "more", photos, more, RECIPES, seed=0, subsets=["HFlickr"], workers=1)
+    before = {name: data for name, data in contents(made[0]).items() if name.startswith("HFlickr/")}
+    assert before.items() <= contents(tmp_path / "more").items()
+
+
+def test_an_earlier_set_and_a_half_made_one_are_replaced(photos, tmp_path):
+    root, settings = tmp_path / "benchmark", replace(SMALL, train_pairs=1, test_pairs=1, region_share=0.0)
+    for leftover in (root / "ROOT", tmp_path / ".benchmark.building" / "HCOCO" / "half.jpg"):
+        leftover.parent.mkdir(parents=True, exist_ok=True)
+        leftover.write_text("old")
+    make_benchmark(root, photos, settings, RECIPES, seed=0, subsets=["HCOCO"], workers=1)
+    assert not (root / "ROOT").exists() and not (root / "HCOCO" / "half.jpg").exists()
+    assert len(read_triples(root, "train")) == 2
+
+
+def test_a_failure_leaves_the_earlier_set_alone(made, photos, tmp_path):
+    root = tmp_path / "benchmark"
+    root.mkdir()
+    (root / "keep").write_text("earlier")
+    with pytest.raises(HarmonyError, match="'HNight' is unknown"):
+        make_benchmark(root, photos, SMALL, RECIPES, seed=0, subsets=["HNight"], workers=2)
+    assert contents(root) == {"keep": b"earlier"}
+
+
+def test_a_split_needs_two_photos_and_something_to_make(photos, tmp_path):
+    with pytest.raises(HarmonyError, match="the test split has 1 photos; give at least two"):
+        make_benchmark(tmp_path / "a", photos[:4], SMALL, RECIPES, seed=0)
+    with pytest.raises(HarmonyError, match="nothing to make"):
+        make_benchmark(tmp_path / "b", photos, replace(SMALL, train_pairs=0, test_pairs=0), RECIPES, seed=0)
+    trained = make_benchmark(tmp_path / "c", photos[:4], replace(SMALL, test_pairs=0), RECIPES, 0, ["HFlickr"], 1)
+    assert set(trained["split"]) == {"train"}
+
+
+def test_pairs_are_objects_or_regions_as_the_share_says(photos):
+    whole = replace(SMALL, crops=False, size=80)
+    image, mask = draw_pair(photos[0], 0, replace(whole, region_share=0.0), (0,))
+    np.testing.assert_array_equal(image, photos[0].image)
+    assert any(np.array_equal(mask, own) for own in photos[0].masks.values())
+    region = draw_pair(photos[0], 0, replace(whole, region_share=1.0), (0,))[1]
+    assert not any(np.array_equal(region, own) for own in photos[0].masks.values())
+    drawn = [draw_pair(photos[0], number, replace(SMALL, region_share=0.0), (0,)) for number in range(4)]
+    assert len({image.shape for image, _ in drawn} | {image.tobytes() for image, _ in drawn}) > 4

@@ -1,0 +1,144 @@
+import numpy as np
+import pytest
+
+from harmonylib.errors import HarmonyError
+from harmonylib.layout import read_lines, read_triples, triple_of, write_composite, write_list, write_pair
+
+
+def triple(seed=0, height=20, width=30):
+    draw = np.random.default_rng(seed)
+    real = np.kron(draw.integers(0, 256, (height // 5, width // 5, 3)), np.ones((5, 5, 1))).astype(np.uint8)
+    mask = np.zeros((height, width), bool)
+    mask[5:15, 10:20] = True
+    return np.where(mask[..., None], 255 - real, real), mask, real
+
+
+def write(root, subset="HFlickr", photo="f55", composites=("1",), suffix=".png", seed=0):
+    """One pair with its composites; returns their list lines."""
+    composite, mask, real = triple(seed)
+    pair = write_pair(root, subset, photo, 1, real, mask, suffix)
+    return [write_composite(root, subset, pair, variant, composite, suffix) for variant in composites]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data set with a photo for training and one for testing."""
+    write_list(tmp_path, "train", write(tmp_path, composites=("1", "2")))
+    write_list(tmp_path, "test", write(tmp_path, "HCOCO", "c7", seed=1))
+    return tmp_path
+
+
+def test_triples_come_back_as_written(data):
+    first, second = read_triples(data, "train")
+    assert (first.subset, first.name, second.name) == ("HFlickr", "f55_1_1", "f55_1_2")
+    assert first.pair == second.pair == ("HFlickr", "f55_1") and first.photo == "f55"
+    assert first.composite == data / "HFlickr/composite_images/f55_1_1.png"
+    assert (first.mask, first.real) == (data / "HFlickr/masks/f55_1.png", data / "HFlickr/real_images/f55.png")
+    for loaded, written in zip(first.load(), triple(), strict=True):
+        assert loaded.dtype == written.dtype
+        np.testing.assert_array_equal(loaded, written)
+    (test,) = read_triples(data, "test")
+    np.testing.assert_array_equal(test.load()[2], triple(1)[2])
+
+
+def test_jpeg_is_close_and_its_mask_exact(tmp_path):
+    write_list(tmp_path, "train", write(tmp_path, suffix=".jpg"))
+    composite, mask, real = read_triples(tmp_path, "train")[0].load()
+    np.testing.assert_array_equal(mask, triple()[1])
+    assert np.abs(composite.astype(int) - triple()[0]).mean() < 4
+    assert np.abs(real.astype(int) - triple()[2]).mean() < 4
+
+
+def test_captures_of_one_scene_are_one_photo(tmp_path):
+    lines = [write(tmp_path, "Hday2night", f"d90000008-{capture}")[0] for capture in (3, 7)]
+    write_list(tmp_path, "train", lines)
+    triples = read_triples(tmp_path, "train")
+    assert {t.photo for t in triples} == {"d90000008"} and len({t.pair for t in triples}) == 2
+
+
+def test_subsets_keep_list_order(tmp_path):
+    lines = write(tmp_path, "HFlickr") + write(tmp_path, "HCOCO") + write(tmp_path, "HFlickr", "f56")
+    write_list(tmp_path, "train", lines)
+    assert [t.name for t in read_triples(tmp_path, "train", ["HFlickr"])] == ["f55_1_1", "f56_1_1"]
+    with pytest.raises(HarmonyError, match="no composites of HAdobe5k"):
+        read_triples(tmp_path, "train", ["HAdobe5k"])
+
+
+def test_lists_with_windows_ends_a_byte_order_mark_blank_lines_and_doubles(data):
+    path = data / "IHD_train.txt"
+    line = path.read_text().splitlines()[0]
+    path.write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\r\n  {line}  \r\n".encode())
+    assert read_lines(path) == [line]
+    assert [t.name for t in read_triples(data, "train")] == ["f55_1_1"]
+
+
+def test_absolute_and_prefixed_lines_are_taken_from_the_root(data):
+    line = read_lines(data / "IHD_train.txt")[0]
+    assert triple_of(data, f"/some/other/disk/iHarmony4/{line}").composite == data / line
+
+
+def test_spaces_and_other_alphabets_in_paths(tmp_path):
+    root = tmp_path / "Мои фото 1"
+    write_list(root, "train", write(root, photo="été à"))
+    (found,) = read_triples(root, "train")
+    assert found.photo == "été à" and found.load()[0].shape == (20, 30, 3)
+
+
+def test_a_root_file_says_where_the_pictures_are(data, tmp_path):
+    lists = tmp_path / "lists"
+    for split in ("train", "test"):
+        write_list(lists, split, read_triples(data, split))
+    assert (lists / "IHD_train.txt").read_bytes() == (data / "IHD_train.txt").read_bytes()
+    with pytest.raises(HarmonyError, match="f55_1_1.png: listed but missing"):
+        read_triples(lists, "train")
+    (lists / "ROOT").write_text(f"{data}\n")
+    assert read_triples(lists, "train") == read_triples(data, "train")
+
+
+@pytest.mark.parametrize(
+    "gone, message",
+    [
+        ("composite_images/f55_1_1.png", r"f55_1_1\.png: listed but missing; add the file or remove the line"),
+        ("masks/f55_1.png", r"f55_1_1\.png: no masks/f55_1\.\* for it"),
+        ("real_images/f55.png", r"f55_1_1\.png: no real_images/f55\.\* for it"),
+    ],
+)
+def test_a_missing_partner_is_named(data, gone, message):
+    (data / "HFlickr" / gone).unlink()
+    with pytest.raises(HarmonyError, match=message):
+        read_triples(data, "train")
+
+
+def test_missing_folder_list_and_empty_list(data):
+    with pytest.raises(HarmonyError, match="nowhere: no such data folder"):
+        read_triples(data / "nowhere", "train")
+    (data / "IHD_train.txt").write_text("\r\n\n")
+    with pytest.raises(HarmonyError, match="the train list has no composites"):
+        read_triples(data, "train")
+    (data / "IHD_train.txt").unlink()
+    with pytest.raises(HarmonyError, match=r"IHD_train\.txt: no such list"):
+        read_triples(data, "train")
+
+
+@pytest.mark.parametrize(
+    "line", ["f55_1_1.png", "HFlickr/real_images/f55.png", "HFlickr/composite_images/f55_1.png", "HFlickr"]
+)
+def test_a_line_that_is_no_composite_is_shown(data, line):
+    (data / "IHD_train.txt").write_text(line)
+    with pytest.raises(HarmonyError, match=f"'{line}' is not SUBSET/composite_images"):
+        read_triples(data, "train")
+
+
+def test_other_image_types_are_found_beside(tmp_path):
+    """HAdobe5k has .jpg pictures and .png masks; a partner may be of any type."""
+    (line,) = write(tmp_path, suffix=".jpg")
+    reals = tmp_path / "HFlickr/real_images"
+    (reals / "f55.jpg").rename(reals / "f55.jpeg")
+    assert triple_of(tmp_path, line).real == reals / "f55.jpeg"
+
+
+def test_sizes_that_differ_are_refused(data):
+    found = read_triples(data, "train")[0]
+    write_pair(data, "HFlickr", "f55", 1, triple()[2], triple(height=25)[1], ".png")
+    with pytest.raises(HarmonyError, match=r"f55_1_1\.png: .*differ in size.*\(30, 25\)"):
+        found.load()
