@@ -169,7 +169,7 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         return self.vae.decode(latents, image, mask, generator=generator).sample
 
     @classmethod
-    def from_pretrained(cls, folder, vae=None, device="auto") -> "DiffHarmonyPipeline":
+    def from_pretrained(cls, folder, vae=None, device="auto", torch_dtype=torch.float32) -> "DiffHarmonyPipeline":
         """Load what `save_pretrained` wrote (a folder or hub id). vae replaces the folder's own autoencoder.
 
         Raises HarmonyError naming the part that is missing or damaged.
@@ -179,7 +179,8 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         loaded = {"vae": vae} if vae is not None else {}
         for name in parts.keys() - loaded.keys():
             try:
-                loaded[name] = parts[name].from_pretrained(folder, subfolder=name)
+                dtype = {} if name == "scheduler" else {"torch_dtype": torch_dtype}
+                loaded[name] = parts[name].from_pretrained(folder, subfolder=name, **dtype)
             except Exception as error:
                 reason = str(error).splitlines()[0]
                 raise HarmonyError(

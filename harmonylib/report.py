@@ -40,11 +40,11 @@ FIGURES = (  # (paper's figure, what ours shows, patterns under reports/figures)
 )
 KEY_FIGURES = ("evaluation/qualitative.png", "evaluation/bars_psnr.png")
 
-CLAIMS_INTRO = """<h1>Claims</h1><p>What the papers say, and what this run measured. A positive effect supports the claim;
-claims that something <em>stays the same</em> hold where the whole interval lies within the margin named. A verdict needs
-a number and at least 20 photos. <em>Here</em> is profile {}: {}.</p>"""
-TABLES_INTRO = """<h1>Tables of both papers</h1><p>As printed, and in tinted cells what this run measured. They stand side by
-side to show the layout and the order of methods, not to be compared digit by digit: the data here are
+CLAIMS_INTRO = """<h1>Claims</h1><p>What the papers say, and what this run measured. A positive effect supports the
+claim; claims that something <em>stays the same</em> hold where the whole interval lies within the margin named. A verdict
+needs a number and at least 20 photos. <em>Here</em> is profile {}: {}.</p>"""
+TABLES_INTRO = """<h1>Tables of both papers</h1><p>As printed, and in tinted cells what this run measured. They stand side
+by side to show the layout and the order of methods, not to be compared digit by digit: the data here are
 <strong>{}</strong>.</p>"""
 
 STYLE = """
@@ -212,8 +212,10 @@ def _metrics_page(metrics: dict) -> str:
 def _headline(data: dict) -> str:
     head = "<tr><th></th>" + "".join(f'<th scope="col">{label}</th>' for label in HEADLINE.values()) + "</tr>"
     cells = {(r["row"], r["metric"]): r["text"] for r in rows_of(data["models"], HEADLINE) if r["subset"] == "all"}
-    body = "".join(f'<tr><th scope="row">{text_of(model)}</th>' + "".join(f"<td>{cells[model, m]}</td>" for m in HEADLINE)
-                   + "</tr>" for model in data["models"])  # fmt: skip
+    body = ""
+    for model in data["models"]:
+        values = "".join(f"<td>{cells[model, metric]}</td>" for metric in HEADLINE)
+        body += f'<tr><th scope="row">{text_of(model)}</th>{values}</tr>'
     return scroll(f"<table><thead>{head}</thead><tbody>{body}</tbody></table>", "Test set, averages")
 
 
@@ -224,8 +226,8 @@ def _index_page(data: dict, claims: list[dict], titles: dict, figures: Path, sit
     body = f"""<h1>Image harmonization: two papers, one run</h1>
 <p>DiffHarmony++ (Harmony-VAE and inverse harmonization) and region-wise contrastive learning, made by one pipeline.
 Each page is made from what that pipeline wrote, and each number names its file.</p>
-<p class="note">Profile <strong>{text_of(data["profile"])}</strong>, {text_of(data.get("data", ""))}: n = {data["n"]} test
-composites of {data["photos"]} photos at {data.get("size")} px. Protocol: {text_of(data["protocol"])}.{few}</p>
+<p class="note">Profile <strong>{text_of(data["profile"])}</strong>, {text_of(data.get("data", ""))}: n = {data["n"]}
+test composites of {data["photos"]} photos at {data.get("size")} px. Protocol: {text_of(data["protocol"])}.{few}</p>
 <h2>Test set</h2>{_headline(data)}<p class="soft">Averages over images; small: 95 % interval over photos. Source:
 {source_link("evaluation")}. Beside the printed tables: <a href="tables.html">Tables</a>.</p>
 <h2>The papers' claims</h2><p>{"; ".join(f"{n} × {word}" for word, n in tally.items())}.
@@ -290,8 +292,13 @@ def build_site(notebooks, site="reports/site", metrics="reports/metrics", figure
         claims_body += f"<h2>{text_of(paper)}</h2>{_claims_html(found)}"
         shown = [table_html(t, printed[printed["table"] == t.number], files.get(t.file)) for t in tables]
         tables_body += f"<h2>{text_of(paper)}</h2>{''.join(shown)}"
-    bodies = {"tables": tables_body, "figures": _figures_page(figures, building), "claims": claims_body,
-              "metrics": _metrics_page(files), "index": _index_page(data, claims, titles, figures, building)}  # fmt: skip
+    bodies = {
+        "index": _index_page(data, claims, titles, figures, building),
+        "tables": tables_body,
+        "figures": _figures_page(figures, building),
+        "claims": claims_body,
+        "metrics": _metrics_page(files),
+    }
     for name, body in bodies.items():
         pages[f"{name}.html"] = _page(name.capitalize() if name != "index" else "Report", body, f"{name}.html")
     for name, text in pages.items():

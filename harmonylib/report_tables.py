@@ -13,7 +13,7 @@ ALL = {"all": "Average"}
 
 @dataclass(frozen=True)
 class Table:
-    """A published table: its title, our metrics file, and which of source, row, subset, metric go down and which across.
+    """A published table, our metrics file for it, and which of source, row, subset, metric go down and which across.
 
     split: a column and a separator; its last piece becomes "detail" and what is before it "part".
     """

@@ -1,0 +1,227 @@
+import math
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from harmonylib.claims import CLAIMS, PLUS, Claim, measure_claim
+from harmonylib.errors import HarmonyError
+from harmonylib.jsonio import write_json
+from harmonylib.metrics import buckets, summarise
+from harmonylib.published import load
+from harmonylib.report import build_site, check_site, notebook_html
+from harmonylib.report_tables import TABLES, table_html
+from harmonylib.stats import ABSENT, HOLDS, NOT_RUN, TOO_FEW
+
+MODELS = ("composite", "diffharmony", "diffharmony++", "contrastive-resunet")
+
+
+def a_png(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 20), "teal").save(path)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A tiny fake run: metrics, one figure and one executed notebook."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"model": model, "subset": subset, "name": f"{photo}_1_1", "photo": photo, "foreground_ratio": 0.1}
+        | {m: float(rng.uniform(1, 40)) for m in ("mse", "psnr", "fmse", "ssim", "fssim")}
+        for model in MODELS
+        for subset in ("HCOCO", "HFlickr")
+        for photo in ("a", "b", "c")
+    ]
+    table = pd.DataFrame(rows)
+    paired = {"diffharmony++ vs diffharmony": {"all": {"n": 6, "photos": 3, "psnr": [1.25, 0.5, 2.0]}}}
+    write_json(
+        tmp_path / "metrics/evaluation.json",
+        {"protocol": "standard", "profile": "fake", "data": "embedded demonstration data", "n": 6, "photos": 3, "size": 8}
+        | {"models": summarise(table), "paired": paired, "buckets": {"benchmark": buckets(table)}}
+        | {"counts": {"train": {"HCOCO": 1234}, "test": {"HCOCO": 6}}}
+        | {"cost": {"contrastive-resunet": {"parameters": 28_370_000}}},
+    )  # fmt: skip
+    a_png(tmp_path / "figures/evaluation/qualitative.png")
+    picture = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    cells = [
+        nbformat.v4.new_markdown_cell(
+            "# A *title*\n\nSee [another](05_other.ipynb) and [paper](https://example.org/p)."
+        ),
+        nbformat.v4.new_markdown_cell("## Errors\n\nBlack is right. Yellow is wrong."),
+        nbformat.v4.new_code_cell(
+            "show()",
+            outputs=[nbformat.v4.new_output("display_data", data={"image/png": picture, "text/plain": "<Figure>"})],
+        ),
+    ]
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number}"
+    (tmp_path / "executed").mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "executed/01_one.ipynb")
+    return tmp_path
+
+
+def build(run, notebooks=("01_one",)):
+    return build_site(notebooks, run / "site", run / "metrics", run / "figures", run / "executed")
+
+
+def read(run, page):
+    return (run / "site" / page).read_text(encoding="utf-8")
+
+
+def test_site_is_complete_offline_and_described(run):
+    report = build(run)
+    assert report["profile"] == "fake"
+    assert set(report["pages"]) == {
+        "index.html", "tables.html", "figures.html", "claims.html", "metrics.html", "notebooks/01_one.html"
+    }  # fmt: skip
+    assert sorted(p.relative_to(run / "site").as_posix() for p in (run / "site").rglob("*.html")) == report["pages"]
+    assert check_site(run / "site") == []
+    index = read(run, "index.html")
+    assert "profile" in index.lower() and "3 photos" in index and "no verdict is drawn" in index
+    assert 'src="figures/evaluation/qualitative.png"' in index and "A *title*" in index
+    assert not list(run.glob(".site*"))
+
+
+def test_building_twice_gives_the_same_bytes(run):
+    build(run)
+    first = {path.name: path.read_bytes() for path in (run / "site").rglob("*") if path.is_file()}
+    write_json(run / "metrics/report.json", {"pages": []})  # its own output is no input
+    build(run)
+    assert first == {path.name: path.read_bytes() for path in (run / "site").rglob("*") if path.is_file()}
+
+
+def test_missing_inputs_are_one_clear_line_and_keep_the_old_site(run):
+    build(run)
+    with pytest.raises(HarmonyError, match="02_two.ipynb: no such executed notebook"):
+        build(run, ("02_two",))
+    assert check_site(run / "site") == []
+    (run / "metrics/evaluation.json").unlink()
+    with pytest.raises(HarmonyError, match=r"evaluation\.json: no such file"):
+        build(run)
+
+
+def test_a_broken_page_is_refused(run):
+    notebook = nbformat.read(run / "executed/01_one.ipynb", 4)
+    notebook.cells[1].source = '<img src="https://example.org/x.png" alt="x">'
+    nbformat.write(notebook, run / "executed/01_one.ipynb")
+    with pytest.raises(HarmonyError, match="loaded from the network"):
+        build(run)
+    assert not (run / "site").exists()
+
+
+def test_notebook_figures_are_described_and_dead_links_dropped(run):
+    title, body = notebook_html(run / "executed/01_one.ipynb")
+    assert title == "A *title*"
+    assert 'alt="Figure. Errors: Black is right."' in body
+    assert "05_other.ipynb" not in body and "another" in body
+    assert '<a href="https://example.org/p">paper</a>' in body
+
+
+@pytest.mark.parametrize(
+    "html, problem",
+    [
+        ('<a href="gone.html">x</a>', "broken link gone.html"),
+        ('<a href="#gone">x</a>', "no anchor #gone"),
+        ('<a href="other.html#gone">x</a>', "no anchor other.html#gone"),
+        ('<img src="other.html">', "without alt text"),
+        ('<img alt="" src="other.html">', "without alt text"),
+        ('<link rel="stylesheet" href="https://cdn.example.org/a.css">', "loaded from the network"),
+        ('<img alt="x" src="//cdn.example.org/a.png">', "loaded from the network"),
+        ("<script>1</script>", "script"),
+        ("<style>@import 'https://cdn.example.org/a.css';</style>", "style sheet"),
+    ],
+)
+def test_check_site_finds(tmp_path, html, problem):
+    (tmp_path / "page.html").write_text(html)
+    (tmp_path / "other.html").write_text('<p id="here"></p><a href="https://example.org">cited</a>')
+    (found,) = check_site(tmp_path)
+    assert problem in found and found.startswith("page.html")
+
+
+def test_check_site_wants_pages(tmp_path):
+    assert len(check_site(tmp_path)) == 1
+
+
+def a_claim(**more):
+    return Claim("It helps", PLUS, "Table 4", "file", ("paired", "a vs b", "all"), **more)
+
+
+def judged(effect, photos=40, **more):
+    metrics = {"file": {"profile": "p", "paired": {"a vs b": {"all": {"n": 80, "photos": photos, "psnr": effect}}}}}
+    return measure_claim(a_claim(**more), metrics, load())
+
+
+def test_verdicts_follow_the_interval():
+    assert judged([1.0, 0.5, 1.5])["verdict"] == HOLDS
+    assert judged([1.0, -0.5, 2.5])["verdict"] == ABSENT
+    assert judged([-1.0, -1.5, -0.5])["verdict"] == ABSENT
+    assert judged([1.0, 0.5, 1.5], photos=19)["verdict"] == TOO_FEW
+    assert judged([1.0, None, None])["verdict"] == ABSENT
+    turned = judged([-1.0, -1.5, -0.5], sign=-1)
+    assert (turned["verdict"], turned["effect"], turned["interval"]) == (HOLDS, 1.0, [0.5, 1.5])
+
+
+def test_claims_of_equality_need_the_whole_interval_within_the_margin():
+    assert judged([0.05, -0.1, 0.15], margin=0.2)["verdict"] == HOLDS
+    assert judged([0.05, -0.1, 0.25], margin=0.2)["verdict"] == ABSENT
+    assert judged([-0.3, -0.4, -0.25], margin=0.2)["verdict"] == ABSENT
+
+
+def test_no_verdict_without_a_number():
+    for metrics in (
+        {},
+        {"file": {"profile": "p"}},
+        {"file": {"profile": "p", "paired": {"a vs b": {"all": {"n": 3}}}}},
+    ):
+        result = measure_claim(a_claim(), metrics, load())
+        assert result["verdict"] == NOT_RUN and result["effect"] is None
+
+
+def test_published_effects_are_the_papers_arithmetic():
+    effects = {claim.text: measure_claim(claim, {}, load())["published"] for claim in CLAIMS}
+    assert effects["Harmony-VAE improves on the plain autoencoder"] == "+1.99 dB"  # 40.11 - 38.12
+    assert effects["Harmony-VAE helps more at low resolution than at high"] == "+1.31 dB"  # 1.99 - 0.68
+    assert effects["The contrastive loss helps"] == "+0.49 dB"  # 37.50 - 37.01
+    hdnet = next(value for text, value in effects.items() if "peer (HDNet) leads" in text)
+    assert hdnet == "+0.09 dB"  # 41.73 - 41.64
+    assert all(effects[c.text] for c in CLAIMS if c.place != "Table 1")
+
+
+def test_every_claim_of_a_full_run_traces_to_a_file(run):
+    report = build(run)
+    assert len(report["claims"]) == len(CLAIMS)
+    found = [c for c in report["claims"] if c["effect"] is not None]
+    assert [c["claim"] for c in found] == ["Harmony-VAE improves on the plain autoencoder"]
+    assert found[0]["source"] == "evaluation.json: paired / diffharmony++ vs diffharmony / all / psnr"
+    assert found[0]["verdict"] == TOO_FEW and found[0]["effect"] == 1.25
+    assert "+1.25 dB" in read(run, "claims.html") and 'href="metrics.html#evaluation"' in read(run, "claims.html")
+
+
+def test_all_printed_numbers_stand_in_the_tables(run):
+    build(run)
+    page = read(run, "tables.html")
+    for _, _, tables in TABLES:
+        for table in tables:
+            assert f'id="table-{table.number}"' in page
+    assert page.count("Ours: not run") == 7  # 2, 4, 5, IV, V, VI, VII
+    assert "1,234" in page and "28.37" in page
+    for value in load()["value"]:
+        assert f">{value:g}<" in page or math.isnan(value)
+
+
+def test_our_cells_stand_beside_the_printed_ones():
+    table = next(t for _, _, tables in TABLES for t in tables if t.number == "VI")
+    printed = load("region_wise_contrastive").query("table == 'VI'")
+    part = {"n": 8, "photos": 4, "psnr": 31.234, "mse": None, "fssim": 0.5, "status": "mse: infinite"}
+    part["interval"] = {"psnr": [30.0, 32.0], "fssim": [None, None]}
+    page = table_html(table, printed, {"profile": "mini", "data": "embedded", "models": {"1: L1": {"all": part}}})
+    assert "31.23<small>30.00–32.00</small>" in page and "50.00" in page and "mse: infinite" in page
+    assert "ours, mini" in page and "n = 8 composites of 4 photos" in page and "34.56" in page
+
+
+def test_empty_buckets_are_printed(run):
+    build(run)
+    section = read(run, "tables.html").split('id="table-3"')[1].split("</section>")[0]
+    assert "ours, fake" in section and '<td class="own">0</td>' in section and '<td class="own">6</td>' in section
