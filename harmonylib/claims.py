@@ -1,11 +1,15 @@
 """The papers' claims, and what the metrics files say about each: effect, interval, n, verdict.
 
-Claims about the main chain read evaluation.json (written by notebooks/09_evaluation.ipynb), the others an ablation's
-table_<T>.json (T = 2, 4, 5, IV, VI, VII or "style"), which has the same form with rows named as published:
+Claims about the main chain read evaluation.json, as notebooks/09_evaluation.ipynb writes it; the others an ablation's
+table_<T>.json (T = 2, 4, 5, IV, VI, VII or "style"):
 
-    {"profile", "data",
-     "models": {row: {"all" | subset: {"n", "photos", metric: mean, "interval": {metric: [lo, hi]}, "status"?}}},
-     "paired": {"ROW vs ROW": {"all" | subset: {"n", "photos", metric: [mean, lo, hi], "status"?}}}}
+    {"profile", "n", "photos", "rows": {row: summary, or {subset: summary}},
+     "differences": [{"before", "after", "metric", "improvement", "interval": [lo, hi], "subset"?, "status"?}]}
+
+with summary = {metric: mean, "interval": {metric: [lo, hi]}, "status"?}, rows named as published, and improvements
+positive where "after" is better. Table 4 also compares gains: after "Harmony-VAE gain at low resolution", before
+"Harmony-VAE gain at high resolution"; after "Harmony-VAE + refinement", before "Harmony-VAE". Table IV compares "high
+resolution" with "low resolution".
 """
 
 from dataclasses import dataclass
@@ -47,15 +51,15 @@ def _versus(text, paper, table, a, b, subset="all", place=None, **more):
 LOW, HIGH, WITH = "512px", "1024px", " + Harmony-VAE"
 CLAIMS = (
     Claim("DiffHarmony++ comes closer to the real image than the composite does", PLUS, "Table 1", "evaluation",
-          ("paired", "diffharmony++ vs composite", "all")),
+          ("paired", "diffharmony++ vs composite", "all"), published="its Composite row is another method's"),
     Claim("Harmony-VAE improves on the plain autoencoder", PLUS, "Table 4", "evaluation",
           ("paired", "diffharmony++ vs diffharmony", "all"),
           published=("4", {(LOW + WITH, "all"): 1, (LOW, "all"): -1})),
     Claim("Harmony-VAE helps more at low resolution than at high", PLUS, "Table 4", "table_4",
-          ("paired", "Harmony-VAE gain, low vs high resolution", "all"),
+          ("paired", "Harmony-VAE gain at low resolution vs Harmony-VAE gain at high resolution", "all"),
           published=("4", {(LOW + WITH, "all"): 1, (LOW, "all"): -1, (HIGH + WITH, "all"): -1, (HIGH, "all"): 1})),
     Claim("Refinement adds little once there is Harmony-VAE (under 0.2 dB)", PLUS, "Table 4", "table_4",
-          ("paired", "refinement on Harmony-VAE", "all"), margin=0.2,
+          ("paired", "Harmony-VAE + refinement vs Harmony-VAE", "all"), margin=0.2,
           published=("4", {(HIGH + WITH + " + refinement", "all"): 1, (HIGH + WITH, "all"): -1})),
     _versus("Zero initialisation is needed", PLUS, "5", "Ec + D, zero init", "Ec + D, random init"),
     _versus("Training the decoder too adds to training the conditional encoder", PLUS, "5",
@@ -85,12 +89,29 @@ CLAIMS = (
     *(_versus(f"K = 256 patches are better than {k}", CONTRASTIVE, "VII", "K = 256", f"K = {k}")
       for k in (128, 512, 1024)),
     Claim("Quality is stable across resolutions (within 0.5 dB)", CONTRASTIVE, "Table IV", "table_IV",
-          ("paired", "high vs low resolution", "all"), margin=0.5,
+          ("paired", "high resolution vs low resolution", "all"), margin=0.5,
           published=("IV", {("Ours", "HAdobe5k 1024px"): 1, ("Ours", "HAdobe5k 256px"): -1})),
     Claim("People prefer the contrastive network on real composites", CONTRASTIVE, "Table V", "votes",
           ("paired", "contrastive-resunet vs composite", "all"), "preference_percent",
           published=("V", {("Ours", "DIH99"): 1, ("Copy-paste", "DIH99"): -1})),
 )  # fmt: skip
+
+
+def from_ablation(data: dict) -> dict:
+    """An ablation's file with "models" and "paired" as in evaluation.json; other files as they are."""
+    if "rows" not in data:
+        return data
+    common = {key: data.get(key) for key in ("n", "photos")}
+    models, paired = {}, {}
+    for name, row in data["rows"].items():
+        subsets = {k: v for k, v in row.items() if isinstance(v, dict) and "interval" in v}
+        models[name] = {subset: common | part for subset, part in (subsets or {"all": row}).items()}
+    for d in data.get("differences", []):
+        pair = paired.setdefault(f"{d['after']} vs {d['before']}", {})
+        part = pair.setdefault(d.get("subset", "all"), common | {k: d[k] for k in ("n", "photos", "status") if k in d})
+        if d.get("improvement") is not None:
+            part[d["metric"]] = [d["improvement"], *(d.get("interval") or (None, None))]
+    return data | {"models": models, "paired": paired}
 
 
 def measure_claim(claim: Claim, metrics: dict, published: pd.DataFrame) -> dict:

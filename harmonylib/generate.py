@@ -272,6 +272,13 @@ def select(classifier, candidates: list[Candidate]) -> list[Choice]:
     return choices
 
 
+def pairwise_delta_e(images, mask: np.ndarray) -> float:
+    """Mean foreground ΔE (CIE76) over all pairs of HxWx3 uint8 images; NaN for a single one. mask: HxW bool."""
+    labs = [rgb2lab(image[mask]) for image in images]
+    distances = [np.linalg.norm(a - b, axis=-1).mean() for a, b in combinations(labs, 2)]
+    return float(np.mean(distances)) if distances else float("nan")
+
+
 def candidate_diversity(pairs: list[Pair], candidates: list[Candidate]) -> dict:
     """How much the candidates of a pair differ in the foreground: mean pairwise ΔE (CIE76), near 0 when modes collapse.
 
@@ -282,12 +289,8 @@ def candidate_diversity(pairs: list[Pair], candidates: list[Candidate]) -> dict:
     for key, group in by_pair(candidates).items():
         if key not in known:
             raise HarmonyError(f"candidates of {'/'.join(key)} but no such pair; give the pairs they were made from")
-        labs = []
-        for candidate in group:
-            image = read_image(candidate.path)
-            labs.append(rgb2lab(image[resize_mask(read_mask(known[key].mask), image.shape[:2])]))
-        distances = [np.linalg.norm(a - b, axis=-1).mean() for a, b in combinations(labs, 2)]
-        value = float(np.mean(distances)) if distances else float("nan")
+        images = [read_image(candidate.path) for candidate in group]
+        value = pairwise_delta_e(images, resize_mask(read_mask(known[key].mask), images[0].shape[:2]))
         rows.append({"subset": key[0], "pair": key[1], "n": len(group), "delta_e": value})
     values = [row["delta_e"] for row in rows if row["n"] > 1] or [float("nan")]
     statistics = {"mean": np.mean(values), "median": np.median(values), "min": np.min(values)}

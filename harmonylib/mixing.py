@@ -20,7 +20,8 @@ from .errors import HarmonyError
 from .generate import Candidate, Choice, Pair, by_pair, has_latent_foreground, pairs_of, read_candidates, read_manifest
 from .images import paste, read_image, resize_image, write_image
 from .jsonio import write_json
-from .layout import COMPOSITES, read_triples, write_list, write_pair
+from .layout import COMPOSITES, MASKS, REALS, read_triples, write_list, write_pair
+from .photos import Photo, load_photos, random_crop
 from .progress import progress
 from .seeds import rng
 
@@ -49,13 +50,15 @@ def mix_count(gamma: float, n_composites: int, n_pairs: int, k: int | None = Non
     return count
 
 
-def mix(root, candidates_root, out, gamma: float, seed: int, subsets=None, strength=(0.0, float("inf"))) -> dict:
+def mix(root, candidates_root, out, gamma: float, seed: int, subsets=None, strength=(0.0, float("inf")),
+        leave_out=()) -> dict:  # fmt: skip
     """Write the training set of `root` plus `mix_count` candidates of each (real, mask) pair, in iHarmony4's layout.
 
     N₁ and N₂ are counted on the training list per subset; which candidates is drawn from (seed, pair), and a larger
     gamma keeps those of a smaller one. subsets limits both lists. The test list stays as it is. Files are hard-linked
     where the disk allows; candidates of another size are brought to the real's, its background pasted back. strength:
-    bounds on the candidates' foreground ΔE. Returns {subset: {"pairs", "composites", "per_pair", "generated"}}.
+    bounds on the candidates' foreground ΔE. leave_out: keys of pairs that get nothing (too small for the latent grid);
+    they count in N₁ and N₂. Returns {subset: {"pairs", "composites", "per_pair", "generated"}}.
     Raises HarmonyError for a bad gamma or a pair with too few usable candidates, before anything is written.
     """
     train = read_triples(root, "train", subsets)
@@ -67,9 +70,10 @@ def mix(root, candidates_root, out, gamma: float, seed: int, subsets=None, stren
         composites = [triple for triple in train if triple.subset == subset]
         pairs = pairs_of(composites)
         count = mix_count(gamma, len(composites), len(pairs), k)
-        chosen += [(pair, c) for pair in pairs for c in _draw(candidates.get(pair.key, []), pair, count, gamma, seed)]
+        usable = [pair for pair in pairs if pair.key not in leave_out]
+        chosen += [(pair, c) for pair in usable for c in _draw(candidates.get(pair.key, []), pair, count, gamma, seed)]
         report[subset] = {"pairs": len(pairs), "composites": len(composites), "per_pair": count,
-                          "generated": count * len(pairs)}  # fmt: skip
+                          "generated": count * len(usable)}  # fmt: skip
     if {triple.name for triple in train} & {candidate.path.stem for _, candidate in chosen}:
         raise HarmonyError(f"{root}: has generated composites already; mix into the original set")
     with _replacing(out, root, candidates_root) as folder:
@@ -178,6 +182,56 @@ def clean_photos(pairs: list[Pair], size: int | None = None, foreground=(0.01, 0
     return kept, dropped
 
 
+def human_photos(settings, folder, seed: int) -> tuple[list[Pair], dict[str, tuple[str, str]], set[str] | None]:
+    """What the settings section `human_harmony` asks for: (pairs, photo -> (source, licence), test photos or None).
+
+    source "embedded": settings.pairs crops of the packages' portraits (`portrait_pairs`), tested on those that the
+    benchmark tests on; "photos": the folder settings.path (`datasets.photo_pairs`); "imaterialist": train.csv and
+    train/ in settings.path. What has to be written goes below `folder`. Raises HarmonyError for an unknown source.
+    """
+    from .datasets import photo_pairs  # here, because it imports all that training needs
+
+    if settings.source == "embedded":
+        portraits = [photo for photo in load_photos() if photo.portrait]
+        pairs = portrait_pairs(portraits, folder, settings.pairs, seed)
+        sources = {_label(photo): (photo.credit, photo.licence) for photo in portraits}
+        return pairs, sources, {_label(photo) for photo in portraits if photo.split == "test"}
+    if settings.source not in ("photos", "imaterialist") or not settings.path:
+        raise HarmonyError(
+            f"params.yaml: human_harmony.source {settings.source!r}, path {settings.path!r}: the source is embedded, "
+            "or photos or imaterialist with the path of its folder"
+        )
+    path, origin = Path(settings.path), ("own photos", "not stated")
+    if settings.source == "imaterialist":
+        imaterialist_masks(path / "train.csv", path / "train", folder)
+        path, origin = Path(folder), ("iMaterialist-fashion-2020 (FGVC7)", "see the competition's rules; research use")
+    pairs = photo_pairs_of(photo_pairs(path))
+    return pairs, dict.fromkeys((pair.photo for pair in pairs), origin), None
+
+
+def portrait_pairs(portraits: list[Photo], folder, crops: int, seed: int) -> list[Pair]:
+    """Write `crops` random windows around the person of each portrait in turn below `folder`, and return their pairs.
+
+    All windows of a portrait are one photo: its name stands before the "-" of theirs. Raises HarmonyError for crops
+    under one.
+    """
+    if crops < 1:
+        raise HarmonyError(f"params.yaml: human_harmony.pairs is {crops}; the embedded portraits need at least 1")
+    pairs = []
+    for number in range(crops):
+        photo = portraits[number % len(portraits)]
+        stem = f"{_label(photo)}-{number // len(portraits):03d}"
+        window = random_crop(photo.image, photo.masks["person"], rng(seed, "human harmony", stem))
+        name = write_pair(folder, HUMAN, stem, 1, *window, ".png")
+        files = (Path(folder, HUMAN, part, f"{file}.png") for part, file in ((REALS, stem), (MASKS, name)))
+        pairs.append(Pair(HUMAN, name, _label(photo), *files))
+    return pairs
+
+
+def _label(photo: Photo) -> str:
+    return photo.name.replace("_", "")  # the layout's own mark
+
+
 def imaterialist_masks(csv, images, out) -> int:
     """iMaterialist-fashion-2020's train.csv and images to `out/{images,masks}`: one union mask a photo (Sec. 5.1.2).
 
@@ -221,20 +275,27 @@ def union_of_runs(encoded, shape: tuple[int, int], source: str) -> np.ndarray:
 
 
 def build_human_harmony(pairs: list[Pair], choices: list[Choice], out, seed: int, size: int | None = None,
-                        sources: dict[str, tuple[str, str]] | None = None) -> dict:  # fmt: skip
+                        sources: dict[str, tuple[str, str]] | None = None,
+                        test: set[str] | None = None) -> dict:  # fmt: skip
     """Write real photos, masks and the chosen candidates as an iHarmony4-layout set with a data card (README.md).
 
-    pairs and size as in `generate_candidates`, choices from `select`. Photos are split by iHarmony4's test share (7,404
-    of 73,146), at least one on each side. Reals are written at the candidates' size and in their format, so that no
-    codec tells the two apart. sources: photo name -> (source, licence). Returns the counts that the card shows.
-    Raises HarmonyError for under two photos, a choice without its pair or a candidate of another size.
+    pairs and size as in `generate_candidates`, choices from `select`. The photos of the test list are `test`, or else
+    drawn by iHarmony4's share (7,404 of 73,146), at least one on each side. Reals are written at the candidates' size
+    and in their format, so that no codec tells the two apart. sources: photo name -> (source, licence). Returns the
+    counts that the card shows.
+    Raises HarmonyError for a list without photos, a choice without its pair or a candidate of another size.
     """
     known = {pair.key: pair for pair in pairs}
     photos = sorted({known[choice.kept.key].photo for choice in choices if choice.kept.key in known})
     if len(photos) < 2:
         raise HarmonyError(f"{len(photos)} photos cannot be split into training and test; give at least 2")
     n_test = min(max(1, round(len(photos) * TEST_SHARE)), len(photos) - 1)
-    test = set(rng(seed, "human harmony", "split").permutation(photos)[:n_test].tolist())
+    rule = "by iHarmony4's share (7,404 test images of 73,146)" if test is None else "as the embedded photos are"
+    if test is None:
+        test = set(rng(seed, "human harmony", "split").permutation(photos)[:n_test].tolist())
+    if not 0 < len(test & set(photos)) < len(photos):
+        empty = "training" if test & set(photos) else "test"
+        raise HarmonyError(f"{out}: the {empty} list has no photo left; add some")
     lists, ratios = {"train": [], "test": []}, []
     with _replacing(
         out, *{choice.kept.path.parent for choice in choices}, *{pair.real.parent for pair in pairs}
@@ -260,13 +321,13 @@ def build_human_harmony(pairs: list[Pair], choices: list[Choice], out, seed: int
         counts = {"photos": len(photos), "composites": len(choices), **{s: len(lines) for s, lines in lists.items()},
                   "foreground_over_0.2": float(np.mean(np.array(ratios) > 0.2))}  # fmt: skip
         origins = Counter((sources or {}).get(photo, ("not stated", "not stated")) for photo in photos)
-        (folder / "README.md").write_text(data_card(counts, origins, choices), encoding="utf-8")
+        (folder / "README.md").write_text(data_card(counts, origins, choices, rule), encoding="utf-8")
         write_json(folder / SUMMARY, {"seed": seed, "size": size, **counts})
     return counts
 
 
-def data_card(counts: dict, origins: dict[tuple[str, str], int], choices: list[Choice]) -> str:
-    """The Markdown data card of a Human Harmony set; origins: (source, licence) -> photos."""
+def data_card(counts: dict, origins: dict[tuple[str, str], int], choices: list[Choice], rule: str) -> str:
+    """The Markdown data card of a Human Harmony set; origins: (source, licence) -> photos; rule: how it was split."""
     candidates = [1 + len(choice.rejected) for choice in choices]
     rows = "\n".join(f"| {source} | {licence} | {n:,} |" for (source, licence), n in sorted(origins.items()))
     return f"""# Human Harmony
@@ -287,7 +348,7 @@ real photo is the ground truth of its composite. Layout and list files are iHarm
 
 For each photo and mask the model drew {min(candidates)} to {max(candidates)} usable candidates, and the harmony
 classifier kept the one it found most likely to be a composite. Backgrounds are the photo's own. Photos, not composites,
-were split by iHarmony4's share (7,404 test images of 73,146).
+were split {rule}.
 
 ## Sources and licences
 

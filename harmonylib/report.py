@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from PIL import Image
 
-from .claims import CLAIMS, CONTRASTIVE, PLUS, measure_claim
+from .claims import CLAIMS, CONTRASTIVE, PLUS, from_ablation, measure_claim
 from .errors import HarmonyError
 from .jsonio import read_json
 from .published import load
@@ -24,27 +24,32 @@ from .stats import ABSENT, HOLDS, NOT_RUN, TOO_FEW
 HEADLINE = {"psnr": "PSNR, dB ↑", "mse": "MSE ↓", "fmse": "fMSE ↓", "ssim": "SSIM ↑", "fssim": "fSSIM ↑"}
 
 FIGURES = (  # (paper's figure, what ours shows, patterns under reports/figures)
-    (PLUS, "2", "How large foregrounds are, per data set", ("human_harmony/*cumulative*", "human_harmony/*ratio*")),
+    (
+        PLUS,
+        "2",
+        "How large foregrounds are, per data set",
+        ("human_harmony/*ratio*.png", "data/foreground_ratio.png"),
+    ),
     (PLUS, "3", "What Harmony-VAE repairs in decoding", ("harmony_vae-harmonize/reconstruction.png",)),
     (PLUS, "3", "Methods side by side on test images", ("evaluation/qualitative.png",)),
     (PLUS, "4", "Methods side by side on the Human Harmony test list", ("evaluation/human_harmony.png",)),
     (CONTRASTIVE, "3", "Layout of the preference study", ("votes/*.png",)),
     (CONTRASTIVE, "4", "Every method beside the real photo", ("evaluation/qualitative.png",)),
     (CONTRASTIVE, "5 and 6", "Real composites (DIH99, RealHM)", ("real_composites/*.png",)),
-    (CONTRASTIVE, "7", "What each part of the method changes", ("table_VI/*.png", "ablations/table_VI*.png")),
-    (CONTRASTIVE, "8 and 9", "Style modules over training", ("table_style/*.png", "ablations/table_style*.png")),
-    (CONTRASTIVE, "10", "Background features of encoder and decoder", ("resunet/*feature*.png",)),
-    ("Evaluation", "–", "Differences image by image, with intervals", ("evaluation/paired.png",)),
-    ("Evaluation", "–", "The same prediction, raw and with the background pasted", ("evaluation/paste.png",)),
-    ("Evaluation", "–", "Worst and median images of each model", ("evaluation/failures-*.png",)),
+    (CONTRASTIVE, "7", "What each part of the method changes", ("table_VI/*.png",)),
+    (CONTRASTIVE, "8 and 9", "Style modules over training", ("table_style/*.png",)),
+    (CONTRASTIVE, "10", "Background features of encoder and decoder", ("resunet/encoder_decoder.png",)),
+    ("Evaluation", "", "Differences image by image, with intervals", ("evaluation/paired.png",)),
+    ("Evaluation", "", "The same prediction, raw and with the background pasted", ("evaluation/paste.png",)),
+    ("Evaluation", "", "Worst and median images of each model", ("evaluation/failures-*.png",)),
 )
 KEY_FIGURES = ("evaluation/qualitative.png", "evaluation/bars_psnr.png")
 
 CLAIMS_INTRO = """<h1>Claims</h1><p>What the papers say, and what this run measured. A positive effect supports the
-claim; claims that something <em>stays the same</em> hold where the whole interval lies within the margin named. A verdict
-needs a number and at least 20 photos. <em>Here</em> is profile {}: {}.</p>"""
-TABLES_INTRO = """<h1>Tables of both papers</h1><p>As printed, and in tinted cells what this run measured. They stand side
-by side to show the layout and the order of methods, not to be compared digit by digit: the data here are
+claim; claims that something <em>stays the same</em> hold where the whole interval lies within the margin named. A
+verdict needs a number and at least 20 photos. <em>Here</em> is profile {}: {}.</p>"""
+TABLES_INTRO = """<h1>Tables of both papers</h1><p>As printed, and in tinted cells what this run measured. They stand
+side by side to show the layout and the order of methods, not to be compared digit by digit: the data here are
 <strong>{}</strong>.</p>"""
 
 STYLE = """
@@ -61,38 +66,45 @@ footer{margin-top:3rem;padding-bottom:2rem;font-size:.85rem}
 .scroll,.output_html,.output_area{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;margin:.5rem 0}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
-th{background:var(--tint);font-weight:600}tbody th,td.text{text-align:left}thead th{text-align:center}
-th.own,td.own{background:var(--own)}td small{display:block;white-space:nowrap;font-size:.78rem}td.text{min-width:9rem}
+th{background:var(--tint);font-weight:600}tbody th{text-align:left}thead th{text-align:center}
+th.own,td.own{background:var(--own)}td small{display:block;white-space:nowrap;font-size:.78rem}
+tbody th{min-width:5rem}.cards tbody th{min-width:14rem}
 .badge{white-space:nowrap;border-radius:1rem;padding:.1rem .6rem;background:var(--tint);font-weight:600}
 .holds{background:#d7efdd}.absent{background:#fbe3cf}img,svg{max-width:100%;height:auto}figure{margin:1.5rem 0}
 figcaption{color:var(--soft);font-size:.9rem}
 pre{overflow-x:auto;background:var(--tint);padding:.7rem .9rem;border-radius:.4rem;font-size:.82rem;line-height:1.45}
-.output_area pre{background:none;padding:.3rem .9rem;margin:.3rem 0}.prompt,.anchor-link{display:none}
+.output_area pre{background:none;padding:.3rem .9rem;margin:.3rem 0}.prompt{display:none}
 .note{background:var(--tint);border-left:4px solid var(--accent);padding:.6rem 1rem;max-width:46rem}
-@media(max-width:40rem){body{font-size:16px}h1{font-size:1.5rem}header,main,footer{padding:0 .9rem}th,td{
-  padding:.25rem .4rem}}
+@media(max-width:40rem){.cards,.cards tbody,.cards tr,.cards th{display:block}.cards thead{display:none}
+.cards tr{margin-bottom:1.2rem}.cards td{display:flex;justify-content:space-between;gap:1rem}
+.cards td::before{content:attr(data-label);color:var(--soft)}
+body{font-size:16px}h1{font-size:1.5rem}header,main,footer{padding:0 .9rem}th,td{padding:.25rem .4rem}}
 """
 
 
 def _claims_html(claims: list[dict]) -> str:
     styles = {HOLDS: "holds", ABSENT: "absent"}
-    head = "".join(f'<th scope="col">{name}</th>' for name in
-                   ("Claim", "Where", "Paper", "Here", "95 % interval", "n", "Verdict", "Source"))  # fmt: skip
+    names = ("Verdict", "Here", "95 % interval", "n", "Paper", "Where", "Source")
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", *names))
     body = ""
     for c in claims:
         unit = {"psnr": " dB", "preference_percent": " points"}.get(c["metric"], "")
-        here = "–" if c["effect"] is None else f"{c['effect']:+.2f}{unit}"
         lo, hi = c["interval"]
-        interval = "–" if lo is None else f"{lo:+.2f} to {hi:+.2f}"
-        n = "–" if c["n"] is None else f"{c['n']} of {c['photos']} photos"
         file = c["source"].split(".json")[0]
-        source = "–" if c["profile"] is None else source_link(file) + small(f"profile {c['profile']}")
-        verdict_cell = f'<span class="badge {styles.get(c["verdict"], "")}">{c["verdict"]}</span>{small(c["status"])}'
-        cells = (text_of(c["published"] or "–"), here, interval, n)
-        body += f'<tr><th scope="row">{text_of(c["claim"])}</th><td class="text">{text_of(c["place"])}</td>'
-        body += "".join(f"<td>{cell}</td>" for cell in cells) + f'<td class="text">{verdict_cell}</td>'
-        body += f'<td class="text">{source}</td></tr>'
-    return scroll(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", "Claims of the papers")
+        cells = (
+            f'<span class="badge {styles.get(c["verdict"], "")}">{c["verdict"]}</span>{small(c["status"])}',
+            "–" if c["effect"] is None else f"{c['effect']:+.2f}{unit}".replace("-", "−"),
+            "–" if lo is None else f"{lo:+.2f} to {hi:+.2f}".replace("-", "−"),
+            "–" if c["n"] is None else f"{c['n']} of {c['photos']} photos",
+            text_of(c["published"]),
+            text_of(c["place"]),
+            f"no {file}.json" if c["profile"] is None else source_link(file) + small(f"profile {c['profile']}"),
+        )
+        labelled = zip(names, cells, strict=True)
+        body += f'<tr><th scope="row">{text_of(c["claim"])}</th>'
+        body += "".join(f'<td data-label="{name}"><div>{cell}</div></td>' for name, cell in labelled) + "</tr>"
+    table = f'<table class="cards"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return scroll(table, "Claims of the papers")
 
 
 class _Page(HTMLParser):
@@ -135,7 +147,7 @@ def check_site(folder) -> list[str]:
             target = (path.parent / unquote(file)).resolve() if file else path
             if not target.is_file():
                 problems.append(f"{name}: broken link {link}")
-            elif anchor and target in pages and unquote(anchor) not in pages[target].ids:
+            elif anchor and target in pages and not {anchor, unquote(anchor)} & pages[target].ids:
                 problems.append(f"{name}: no anchor {link}")
     return problems
 
@@ -164,7 +176,7 @@ def notebook_html(path) -> tuple[str, str]:
             if "image/png" in output.get("data", {}):
                 alt = re.sub(r"[*_`$]", "", f"{heading}: {sentence}".strip(": "))[:240]
                 output.metadata["image/png"] = {"alt": f"Figure. {alt}"}
-    body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
+    body, _ = HTMLExporter(template_name="basic", exclude_anchor_links=True).from_notebook_node(notebook)
     body = re.sub(r'(?s)<a href="(?!#|[a-z]+:)[^"]*">(.*?)</a>', r"\1", body)
     return title, body
 
@@ -185,7 +197,8 @@ def _figures_page(folder: Path, site: Path) -> str:
     body = "<h1>Figures</h1><p>The papers' figures and what this run has to put beside them.</p>"
     for paper, number, caption, patterns in FIGURES:
         found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-        body += f"<h2>{text_of(paper)}" + (f", Figure {number}" if number != "–" else "") + "</h2>"
+        heading = f"<h2>{text_of(paper)}" + (f", Figure {number}" if number else "") + "</h2>"
+        body += heading if heading not in body else ""
         shown = [_figure(p, folder, site, f"{caption} ({p.stem})" if len(found) > 1 else caption) for p in found]
         body += "".join(shown) or f"<p>{text_of(caption)}: {NOT_RUN}.</p>"
     return body
@@ -268,7 +281,8 @@ def build_site(notebooks, site="reports/site", metrics="reports/metrics", figure
     from pygments.formatters import HtmlFormatter
 
     site, figures = Path(site), Path(figures)
-    files = {path.stem: read_json(path) for path in sorted(Path(metrics).glob("*.json")) if path.stem != "report"}
+    written = {path.stem: read_json(path) for path in sorted(Path(metrics).glob("*.json")) if path.stem != "report"}
+    files = {name: from_ablation(file) for name, file in written.items()}
     data = files.get("evaluation") or read_json(Path(metrics, "evaluation.json"))
     building = site.with_name(f".{site.name}.building")
     shutil.rmtree(building, ignore_errors=True)
@@ -279,25 +293,25 @@ def build_site(notebooks, site="reports/site", metrics="reports/metrics", figure
         titles[name], body = notebook_html(Path(executed, f"{name}.ipynb"))
         code = HtmlFormatter(style="default").get_style_defs(".highlight")
         pages[f"notebooks/{name}.html"] = _page(titles[name], body, "index.html#notebooks", "../", code)
-    about = text_of(data.get("data", ""))
+    label = data.get("data", "")
     claims, claims_body, tables_body = (
         [],
-        CLAIMS_INTRO.format(text_of(data["profile"]), about),
-        TABLES_INTRO.format(about),
+        CLAIMS_INTRO.format(text_of(data["profile"]), text_of(label)),
+        TABLES_INTRO.format(text_of(label)),
     )
     for paper, key, tables in TABLES:
         printed = load(key)
         found = [measure_claim(claim, files, printed) for claim in CLAIMS if claim.paper == paper]
         claims += found
         claims_body += f"<h2>{text_of(paper)}</h2>{_claims_html(found)}"
-        shown = [table_html(t, printed[printed["table"] == t.number], files.get(t.file)) for t in tables]
+        shown = [table_html(t, printed[printed["table"] == t.number], files.get(t.file), label) for t in tables]
         tables_body += f"<h2>{text_of(paper)}</h2>{''.join(shown)}"
     bodies = {
         "index": _index_page(data, claims, titles, figures, building),
         "tables": tables_body,
         "figures": _figures_page(figures, building),
         "claims": claims_body,
-        "metrics": _metrics_page(files),
+        "metrics": _metrics_page(written),
     }
     for name, body in bodies.items():
         pages[f"{name}.html"] = _page(name.capitalize() if name != "index" else "Report", body, f"{name}.html")

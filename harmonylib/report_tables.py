@@ -46,6 +46,8 @@ TABLES = (
         Table("VII", "Number of patches", "table_VII", ("source", "row"), ("metric",)),
     )),
 )  # fmt: skip
+METRIC_NAMES = {"psnr": "PSNR", "mse": "MSE", "fmse": "fMSE", "fssim_x100": "fSSIM ×100", "ssim_x100": "SSIM ×100",
+                "params_millions": "M parameters", "preference_percent": "preference, %"}  # fmt: skip
 SCALED = {"fssim_x100": ("fssim", 100), "ssim_x100": ("ssim", 100)}
 
 
@@ -67,7 +69,7 @@ def rows_of(models: dict, wanted, subset=lambda name: name) -> list[dict]:
     for (model, parts), metric in itertools.product(models.items(), wanted):
         key, factor = SCALED.get(metric, (metric, 1))
         for name, part in parts.items():
-            value, (lo, hi) = part.get(key), part.get("interval", {}).get(key, (None, None))
+            value, (lo, hi) = part.get(key), part.get("interval", {}).get(key) or (None, None)
             if value is None:
                 text = "–" + small(part.get("status"))
             elif metric == "n":
@@ -111,32 +113,47 @@ def _own(table: Table, data: dict, wanted: list[str]) -> list[dict]:
     return rows_of(models, wanted)
 
 
-def table_html(table: Table, printed: pd.DataFrame, data: dict | None) -> str:
-    """One published table as an HTML section with our cells, if there are any, beside it."""
+def table_html(table: Table, printed: pd.DataFrame, data: dict | None, label: str = "") -> str:
+    """One published table as an HTML section with our cells, if any, beside it; label says what our data are."""
     wanted = list(dict.fromkeys(printed["metric"]))
-    rows = [r | {"source": "published", "text": f"{r['value']:g}" if r["value"] == r["value"] else "NaN"}
-            for r in printed[["row", "subset", "metric", "value"]].to_dict("records")]  # fmt: skip
-    source = f"ours, {data.get('profile')}" if data else ""
-    rows += [r | {"source": source} for r in _own(table, data, wanted)] if data else []
+    rows = [
+        r | {"source": "published", "text": _as_printed(r["value"], r["metric"])} for r in printed.to_dict("records")
+    ]
+    own = [r | {"source": f"ours, {data.get('profile')}"} for r in _own(table, data, wanted)] if data else []
+    rows = own + rows if "source" in table.across else rows + own
     for row in rows:
         if table.split:
             column, separator = table.split
             row["part"], _, row["detail"] = row[column].rpartition(separator)
         row["subset"] = ALL.get(row["subset"], row["subset"])
-        row["metric"] = row["metric"].replace("_x100", " ×100").replace("_", " ")
+        row["metric"] = METRIC_NAMES.get(row["metric"], row["metric"])
     cells = {(tuple(r[k] for k in table.down), tuple(r[k] for k in table.across)): r for r in rows}
     about = "Ours: not run" + (" (<code>make ablations</code>)" if table.file.startswith("table_") else "") + "."
     if data:
-        about = f"Ours: profile {text_of(data.get('profile'))}, <strong>{text_of(data.get('data', ''))}</strong>; "
+        about = f"Ours: profile {text_of(data.get('profile'))}, <strong>{text_of(data.get('data', label))}</strong>; "
         about += f"{_count(data)}; small: 95 % interval over photos. Source: {source_link(table.file)}."
-        if "fssim ×100" in {r["metric"] for r in rows} and table.number == "III":
+        if table.number == "III":
             about += " Printed fSSIM follows IIH's definition, ours the standard one: not comparable."
-    notes = list(dict.fromkeys(note for note in printed["note"] if note))
-    remarks = "".join(f"<li>{text_of(note)}</li>" for note in notes)
+    notes = {}
+    for row in printed[printed["note"] != ""].to_dict("records"):
+        cell = (row["row"], row["subset"], METRIC_NAMES.get(row["metric"], row["metric"]))
+        notes.setdefault(row["note"], []).append(", ".join(part for part in cell if part != "all"))
+    remarks = ""
+    for note, places in notes.items():
+        where = "; ".join(places) if len(places) <= 6 else f"{len(places)} cells"
+        remarks += f"<li>{text_of(where)}: {text_of(note)}</li>"
     remarks = f"<details><summary>Remarks on the printed numbers ({len(notes)})</summary><ul>{remarks}</ul></details>"
     title = f"Table {table.number}: {table.title}"
     return (f'<section id="table-{table.number}"><h3>{text_of(title)}</h3><p class="soft">{about}</p>'
             f"{scroll(_grid(cells, len(table.down)), title)}{remarks if notes else ''}</section>")  # fmt: skip
+
+
+def _as_printed(value: float, metric: str) -> str:
+    if value != value:
+        return "NaN"
+    if metric in ("n", "votes"):
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if round(value, 2) == value else f"{value:g}"
 
 
 def _count(data: dict) -> str:

@@ -47,10 +47,14 @@ class TrainSettings:
     checkpoint_seconds: float = 60.0
 
     @classmethod
-    def of(cls, section) -> "TrainSettings":
-        """The training fields of a section of params.yaml; its other keys are the stage's own."""
+    def of(cls, section, task: str = "harmonize") -> "TrainSettings":
+        """The training fields of a section of params.yaml; its other keys are the stage's own.
+
+        Of the two tasks "harmonize" takes `steps` and "inverse" `inverse_steps`.
+        """
         names = [field.name for field in fields(cls)]
-        return cls(**{name: getattr(section, name) for name in names if hasattr(section, name)})
+        values = {name: getattr(section, name) for name in names if hasattr(section, name)}
+        return cls(**values | ({"steps": section.inverse_steps} if task == "inverse" else {}))
 
     def __post_init__(self):
         if self.steps < 0 or self.batch_size < 1:
@@ -162,7 +166,9 @@ def train(
     device = pick_device(device)
     modules = [m.to(device, memory_format=torch.channels_last) for m in (model, *extra_modules)]
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimiser = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type != "mps"
+    )
     ema = EMAModel(model.parameters(), decay=settings.ema_decay) if settings.ema_decay else None
     store = (
         Checkpoints(

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from harmonylib.layout import read_lines, read_triples, write_composite, write_l
 from harmonylib.mixing import (
     build_human_harmony,
     clean_photos,
+    human_photos,
     imaterialist_masks,
     mix,
     mix_count,
@@ -130,6 +132,13 @@ def test_more_than_k_is_an_error(root, candidates, tmp_path):
         mix(root, candidates, tmp_path / "out2", 1.0, 0, strength=(25, 45))
 
 
+def test_pairs_can_be_left_out(root, tmp_path):
+    tiny = write_candidates(tmp_path / "tiny", unusable={("f1_1", i) for i in range(K)})
+    report = mix(root, tiny, tmp_path / "out", 1.0, 0, leave_out={("HFlickr", "f1_1")})
+    assert report["HFlickr"] == {"pairs": 3, "composites": 7, "per_pair": 3, "generated": 6}
+    assert not generated(tmp_path / "out", "f1_1") and len(generated(tmp_path / "out", "f0_1")) == 3
+
+
 def test_unfinished_candidates_and_mixed_sets_are_refused(root, candidates, tmp_path):
     with pytest.raises(HarmonyError, match="incomplete"):
         mix(root, tmp_path, tmp_path / "out", 1.0, 0)
@@ -216,6 +225,42 @@ def test_human_harmony_split_is_the_papers(tmp_path):
     with pytest.raises(HarmonyError, match="size it was made at"):
         build_human_harmony(pairs, choices, tmp_path / "big", 0)
     assert not (tmp_path / "big").exists()
+
+
+def test_human_harmony_split_can_be_given(tmp_path):
+    pairs, choices = human(tmp_path, ["a", "b", "c"])
+    counts = build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24, test={"a", "b"})
+    assert (counts["train"], counts["test"]) == (1, 2)
+    assert {t.photo for t in read_triples(tmp_path / "out", "test")} == {"a", "b"}
+    assert "7,404" not in (tmp_path / "out" / "README.md").read_text()
+    for names, missing in (({"a", "b", "c"}, "training"), ({"x"}, "test")):
+        with pytest.raises(HarmonyError, match=f"the {missing} list has no photo"):
+            build_human_harmony(pairs, choices, tmp_path / "none", 0, size=24, test=names)
+
+
+def test_embedded_portraits(tmp_path):
+    settings = SimpleNamespace(source="embedded", path=None, pairs=5)
+    pairs, sources, test = human_photos(settings, tmp_path, 0)
+    assert [p.name for p in pairs] == [f"{n}_1" for n in ("astronaut-000", "gracehopper-000", "astronaut-001",
+                                                          "gracehopper-001", "astronaut-002")]  # fmt: skip
+    assert {p.photo for p in pairs} == set(sources) == {"astronaut", "gracehopper"} and test == {"gracehopper"}
+    windows = [pair.load() for pair in pairs]
+    assert len({real.tobytes() for real, _ in windows}) == 5
+    assert all(0.02 <= mask.mean() <= 0.8 for _, mask in windows)
+    again, _, _ = human_photos(settings, tmp_path / "again", 0)
+    assert all(np.array_equal(a.load()[0], b[0]) for a, b in zip(again, windows, strict=True))
+
+
+def test_people_of_a_folder(tmp_path):
+    human(tmp_path, ["a-1", "b"])
+    settings = SimpleNamespace(source="photos", path=str(tmp_path), pairs=0)
+    pairs, sources, test = human_photos(settings, tmp_path / "work", 0)
+    assert [p.photo for p in pairs] == ["a_1", "b"] == list(sources) and test is None
+    for source, path in (("photo", str(tmp_path)), ("photos", None)):
+        with pytest.raises(HarmonyError, match="human_harmony.source"):
+            human_photos(SimpleNamespace(source=source, path=path, pairs=0), tmp_path, 0)
+    with pytest.raises(HarmonyError, match="at least 1"):
+        human_photos(SimpleNamespace(source="embedded", path=None, pairs=0), tmp_path, 0)
 
 
 def test_photo_names_stay_apart():

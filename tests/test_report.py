@@ -1,12 +1,10 @@
-import math
-
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from harmonylib.claims import CLAIMS, PLUS, Claim, measure_claim
+from harmonylib.claims import CLAIMS, PLUS, Claim, from_ablation, measure_claim
 from harmonylib.errors import HarmonyError
 from harmonylib.jsonio import write_json
 from harmonylib.metrics import buckets, summarise
@@ -38,7 +36,7 @@ def run(tmp_path):
     paired = {"diffharmony++ vs diffharmony": {"all": {"n": 6, "photos": 3, "psnr": [1.25, 0.5, 2.0]}}}
     write_json(
         tmp_path / "metrics/evaluation.json",
-        {"protocol": "standard", "profile": "fake", "data": "embedded demonstration data", "n": 6, "photos": 3, "size": 8}
+        {"protocol": "standard", "profile": "fake", "data": "embedded demonstration data", "n": 6, "photos": 3}
         | {"models": summarise(table), "paired": paired, "buckets": {"benchmark": buckets(table)}}
         | {"counts": {"train": {"HCOCO": 1234}, "test": {"HCOCO": 6}}}
         | {"cost": {"contrastive-resunet": {"parameters": 28_370_000}}},
@@ -179,6 +177,43 @@ def test_no_verdict_without_a_number():
         assert result["verdict"] == NOT_RUN and result["effect"] is None
 
 
+def test_an_ablation_file_is_read_for_claims_and_tables(run):
+    """As ablations/table_VI_losses.ipynb writes it."""
+    rows = {"1: L1": {"psnr": 30.5, "interval": {"psnr": [30.0, 31.0]}, "published": {"psnr": 34.56}, "runs": []}}
+    rows["2: L1 + Lpixel"] = {"psnr": None, "interval": {"psnr": None}, "status": "0 of 2 seeds finished"}
+    difference = {"before": "1: L1", "after": "2: L1 + Lpixel", "metric": "psnr"}
+    file = {"profile": "fake", "n": 80, "photos": 40, "rows": rows}
+    measured = file | {"differences": [difference | {"improvement": 0.5, "interval": [0.25, 0.75]}]}
+    unmeasured = file | {"differences": [difference | {"improvement": None, "interval": [None, None]}]}
+    claim = next(c for c in CLAIMS if c.text == "The foreground loss helps")
+    result = measure_claim(claim, {"table_VI": from_ablation(measured)}, load())
+    assert (result["verdict"], result["effect"], result["interval"], result["n"]) == (HOLDS, 0.5, [0.25, 0.75], 80)
+    assert measure_claim(claim, {"table_VI": from_ablation(unmeasured)}, load())["verdict"] == NOT_RUN
+    write_json(run / "metrics/table_VI.json", measured)
+    assert build(run)["claims"][CLAIMS.index(claim)]["verdict"] == HOLDS
+    page = read(run, "tables.html")
+    assert "30.50<small>30.00–31.00</small>" in page and "0 of 2 seeds finished" in page
+    assert "n = 80 composites of 40 photos" in page and page.count("Ours: not run") == 6
+
+
+def test_an_ablation_by_subset(run):
+    """Table 2: rows hold subsets, differences name theirs."""
+    part = {"psnr": 30.5, "interval": {"psnr": [30.0, 31.0]}, "n": 9, "photos": 3}
+    difference = {"before": "base", "after": "augmented", "metric": "psnr", "improvement": 1.5, "interval": [1.0, 2.0]}
+    file = {
+        "profile": "fake",
+        "n": 18,
+        "photos": 3,
+        "rows": {"base": {"HFlickr": part}, "augmented": {"HFlickr": part}},
+    }
+    write_json(run / "metrics/table_2.json", file | {"differences": [difference | {"subset": "HFlickr"}]})
+    claims = {c["claim"]: c for c in build(run)["claims"]}
+    assert claims["Augmentation helps small sets: HFlickr"]["effect"] == 1.5
+    assert claims["Augmentation helps small sets: HFlickr"]["verdict"] == TOO_FEW
+    assert claims["Augmentation helps small sets: Hday2night"]["verdict"] == NOT_RUN
+    assert "30.50" in read(run, "tables.html").split('id="table-2"')[1].split("</section>")[0]
+
+
 def test_published_effects_are_the_papers_arithmetic():
     effects = {claim.text: measure_claim(claim, {}, load())["published"] for claim in CLAIMS}
     assert effects["Harmony-VAE improves on the plain autoencoder"] == "+1.99 dB"  # 40.11 - 38.12
@@ -208,7 +243,7 @@ def test_all_printed_numbers_stand_in_the_tables(run):
     assert page.count("Ours: not run") == 7  # 2, 4, 5, IV, V, VI, VII
     assert "1,234" in page and "28.37" in page
     for value in load()["value"]:
-        assert f">{value:g}<" in page or math.isnan(value)
+        assert any(f">{form}<" in page for form in (f"{value:.2f}", f"{value:,.0f}", f"{value:g}", "NaN"))
 
 
 def test_our_cells_stand_beside_the_printed_ones():
