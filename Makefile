@@ -40,6 +40,7 @@ lab: .venv  ## JupyterLab, to run and change the notebooks by hand
 
 ablations: .venv  ## the papers' ablation tables
 	.venv/bin/dvc repro ablations/dvc.yaml
+	.venv/bin/dvc repro --single-item --force report
 
 clean:  ## remove .venv and tool caches; data, models and reports stay
 	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info

@@ -115,6 +115,12 @@ class TripleSet:
     def __len__(self) -> int:
         return len(self.triples)
 
+    @property
+    def key(self) -> list:
+        """What identifies the data to checkpoints: the cache entries' names, which are hashes of the contents."""
+        arrays = [Path(array.filename).stem for array in (self.composites, self.reals, self.masks)]
+        return [*arrays, self.real_of.tolist(), self.mask_of.tolist()]
+
     def batch(self, indices, images: bool = True) -> dict[str, torch.Tensor]:
         """{"mask": Bx1xSxS in {0, 1}, "composite", "real": Bx3xSxS in [-1, 1]} of the given triples."""
         indices = list(indices)

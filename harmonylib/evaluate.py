@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from .color import harmonize_classically
 from .datasets import TripleSet
 from .devices import autocast, pick_device
+from .errors import HarmonyError
 from .images import paste, to_tensor, to_uint8
 from .metrics import score
 from .progress import progress
@@ -86,8 +87,11 @@ def predict(method: Method, data: TripleSet, batch_size: int = 16):
         indices = range(start, min(start + batch_size, len(data)))
         batch = data.batch(indices)
         names = [data.triples[i].name for i in indices]
-        output = method.call(batch["composite"], batch["mask"], names).float().cpu().clamp(-1, 1)
-        output = to_uint8(paste(output, batch["composite"], batch["mask"]))
+        output = method.call(batch["composite"], batch["mask"], names).float().cpu()
+        if output.shape != batch["composite"].shape or not output.isfinite().all():
+            shapes = f"{tuple(output.shape)} for {tuple(batch['composite'].shape)}"
+            raise HarmonyError(f"{method.name}: predictions of shape {shapes} or with NaN; mend the method")
+        output = to_uint8(paste(output.clamp(-1, 1), batch["composite"], batch["mask"]))
         arrays = zip(
             to_uint8(batch["composite"]), batch["mask"][:, 0].numpy() > 0.5, to_uint8(batch["real"]), strict=True
         )

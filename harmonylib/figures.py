@@ -16,10 +16,18 @@ def style() -> None:
 
 
 def save(figure, name: str) -> None:
-    """Write reports/figures/<name>.png, byte-stable."""
+    """Write reports/figures/<name>.png, byte-stable, and close the figure for pyplot (see `_finished`)."""
     path = FOLDER / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def _finished(figure):
+    """Laid out, and closed for pyplot: a cell displays it, and the inline backend not once more when the cell ends."""
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
 
 
 def image_grid(rows, titles, row_labels=None, masks=None, size: float = 1.9):
@@ -37,8 +45,7 @@ def image_grid(rows, titles, row_labels=None, masks=None, size: float = 1.9):
                 axis.set_title(titles[c])
         if row_labels:
             axes[r, 0].set_ylabel(row_labels[r], fontsize=9)
-    figure.tight_layout()
-    return figure
+    return _finished(figure)
 
 
 def error_map(output: np.ndarray, real: np.ndarray, ceiling: float = 60.0) -> np.ndarray:
@@ -55,8 +62,7 @@ def training_curve(history, key: str = "loss", title: str = "", log: bool = True
     axis.set(xlabel="training step", ylabel=key.replace("_", " "), title=title)
     if log:
         axis.set_yscale("log")
-    figure.tight_layout()
-    return figure
+    return _finished(figure)
 
 
 def cumulative_foreground(ratios: dict[str, np.ndarray]):
@@ -67,8 +73,7 @@ def cumulative_foreground(ratios: dict[str, np.ndarray]):
     axis.axvline(0.2, color="grey", linestyle=":", linewidth=1)
     axis.set(xlabel="foreground area ratio", ylabel="share of images at or below", xlim=(0, 1))
     axis.legend()
-    figure.tight_layout()
-    return figure
+    return _finished(figure)
 
 
 def metric_bars(summary: dict, metric: str, label: str):
@@ -82,5 +87,4 @@ def metric_bars(summary: dict, metric: str, label: str):
         if low is not None and np.isfinite([low, high]).all():
             axis.plot([low, high], [place, place], color="black", linewidth=1.2)
     axis.set(xlabel=label, ylabel="")
-    figure.tight_layout()
-    return figure
+    return _finished(figure)

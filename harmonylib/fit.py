@@ -3,10 +3,12 @@
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from .cache import weights_digest
 from .contrastive import RegionContrastiveLoss, harmonization_loss
 from .datasets import LatentBatches, PixelBatches, TripleSet
 from .devices import pick_device
 from .diffusion import denoising_loss, latent_mask, scale_latents, training_scheduler
+from .errors import HarmonyError
 from .resunet import ContrastiveResUNet
 from .training import TrainSettings, train
 from .vae import HarmonyVAE, harmony_vae_loss
@@ -25,7 +27,7 @@ def harmony_vae(
     mask_init: str = "zero",
     skip_init: str = "zero",
     device="auto",
-    **loop,
+    checkpoints=None,
 ) -> tuple[HarmonyVAE, list[dict]]:
     """Train a Harmony-VAE around `vae` (DiffHarmony++ Sec. 3.2, 5.2).
 
@@ -37,7 +39,11 @@ def harmony_vae(
     model = HarmonyVAE.from_vae(vae, mask_init=mask_init, skip_init=skip_init).to(device)
     model.set_trainable(decoder)
     batches = LatentBatches(data, model, task, settings.batch_size, (seed, "harmony_vae", task), device, crop)
-    observe = lambda m: {"skip_norm": sum(c.weight.norm().item() for c in m.skip_convs()) / len(m.skip_convs())}  # noqa: E731
+
+    def observe(vae):
+        norms = [conv.weight.norm().item() for conv in vae.skip_convs()]
+        return {"skip_norm": sum(norms) / len(norms)}
+
     history = train(
         model,
         harmony_vae_loss(loss),
@@ -47,7 +53,8 @@ def harmony_vae(
         seed=seed,
         device=device,
         observe=observe,
-        **loop,
+        checkpoints=checkpoints,
+        key=[data.key, loss, decoder, crop],
     )
     return model.requires_grad_(True), history
 
@@ -60,17 +67,24 @@ def diffharmony(
     *,
     seed: int,
     foreground: bool = True,
+    mask_start: str = "base",
     device="auto",
-    **loop,
+    checkpoints=None,
 ):
     """Fine-tune a base's inpainting UNet to harmonize, or to do the inverse (DiffHarmony++ Eq. 1, Sec. 4.1).
 
     base: a DiffHarmonyPipeline whose autoencoder stays frozen; its UNet is trained in place. foreground: the published
-    foreground-weighted loss (True) or the plain one. Returns (unet, history).
+    foreground-weighted loss (True) or the plain one. mask_start: "base" keeps the base's weights for the mask channel
+    (as published); "zero" (ours) sets them to zero, so that training starts from copying the composite instead of from
+    filling a hole, which small bases need. Returns (unet, history). Raises HarmonyError for an unknown mask_start.
     """
+    if mask_start not in ("base", "zero"):
+        raise HarmonyError(f"mask_start {mask_start!r} is unknown; use base (as published) or zero")
     device = pick_device(device)
     vae, scheduler = base.vae.to(device).requires_grad_(False), training_scheduler(base.scheduler.config)
     prompt = base.prompt.embeds.to(device)
+    if mask_start == "zero":
+        base.unet.conv_in.weight.data[:, vae.config.latent_channels] = 0.0
     batches = LatentBatches(data, vae, task, settings.batch_size, (seed, "diffharmony", task), device, pixels=False)
 
     def loss(unet, batch, generator):
@@ -80,7 +94,17 @@ def diffharmony(
         mask = latent_mask(batch["mask"], target.shape[-2:])
         return {"loss": denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, foreground)}
 
-    history = train(base.unet, loss, batches, settings, name=f"diffharmony {task}", seed=seed, device=device, **loop)
+    history = train(
+        base.unet,
+        loss,
+        batches,
+        settings,
+        name=f"diffharmony {task}",
+        seed=seed,
+        device=device,
+        checkpoints=checkpoints,
+        key=[data.key, foreground, weights_digest(vae)],
+    )
     return base.unet, history
 
 
@@ -105,7 +129,7 @@ def contrastive_resunet(
     crop=0,
     recolor: float = 0.0,
     device="auto",
-    **loop,
+    checkpoints=None,
 ):
     """Train the ResUNet with L1, foreground L1 and the region-wise contrastive term (contrastive paper, Eq. 13).
 
@@ -134,6 +158,7 @@ def contrastive_resunet(
         seed=seed,
         device=device,
         extra_modules=extra,
-        **loop,
+        checkpoints=checkpoints,
+        key=[data.key, weights, reading, patches, crop, recolor],
     )
     return model, history

@@ -24,12 +24,7 @@ from .stats import ABSENT, HOLDS, NOT_RUN, TOO_FEW
 HEADLINE = {"psnr": "PSNR, dB ↑", "mse": "MSE ↓", "fmse": "fMSE ↓", "ssim": "SSIM ↑", "fssim": "fSSIM ↑"}
 
 FIGURES = (  # (paper's figure, what ours shows, patterns under reports/figures)
-    (
-        PLUS,
-        "2",
-        "How large foregrounds are, per data set",
-        ("human_harmony/*ratio*.png", "data/foreground_ratio.png"),
-    ),
+    (PLUS, "2", "How large foregrounds are, per data set", ("human_harmony/cumulative_foreground.png",)),
     (PLUS, "3", "What Harmony-VAE repairs in decoding", ("harmony_vae-harmonize/reconstruction.png",)),
     (PLUS, "3", "Methods side by side on test images", ("evaluation/qualitative.png",)),
     (PLUS, "4", "Methods side by side on the Human Harmony test list", ("evaluation/human_harmony.png",)),
@@ -64,11 +59,11 @@ h1{font-size:1.9rem;line-height:1.2;margin:1.6rem 0 .6rem}h2{font-size:1.35rem;m
 h3{margin:1.6rem 0 .4rem}p,li{max-width:46rem}.soft,caption,small,footer{color:var(--soft)}
 footer{margin-top:3rem;padding-bottom:2rem;font-size:.85rem}
 .scroll,.output_html,.output_area{overflow-x:auto;max-width:100%}
-table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;margin:.5rem 0}
-th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
+table{border:0;border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;margin:.5rem 0}
+th,td{padding:.3rem .6rem;border:0;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
 th{background:var(--tint);font-weight:600}tbody th{text-align:left}thead th{text-align:center}
 th.own,td.own{background:var(--own)}td small{display:block;white-space:nowrap;font-size:.78rem}
-tbody th{min-width:5rem}.cards tbody th{min-width:14rem}
+tbody th{min-width:5rem}.cards tbody th{min-width:14rem}.cards td:nth-child(2){text-align:left}
 .badge{white-space:nowrap;border-radius:1rem;padding:.1rem .6rem;background:var(--tint);font-weight:600}
 .holds{background:#d7efdd}.absent{background:#fbe3cf}img,svg{max-width:100%;height:auto}figure{margin:1.5rem 0}
 figcaption{color:var(--soft);font-size:.9rem}
@@ -95,7 +90,7 @@ def _claims_html(claims: list[dict]) -> str:
             f'<span class="badge {styles.get(c["verdict"], "")}">{c["verdict"]}</span>{small(c["status"])}',
             "–" if c["effect"] is None else f"{c['effect']:+.2f}{unit}".replace("-", "−"),
             "–" if lo is None else f"{lo:+.2f} to {hi:+.2f}".replace("-", "−"),
-            "–" if c["n"] is None else f"{c['n']} of {c['photos']} photos",
+            "–" if c["n"] is None else f"{c['n']} images, {c['photos']} photos",
             text_of(c["published"]),
             text_of(c["place"]),
             f"no {file}.json" if c["profile"] is None else source_link(file) + small(f"profile {c['profile']}"),

@@ -120,7 +120,7 @@ def table_html(table: Table, printed: pd.DataFrame, data: dict | None, label: st
         r | {"source": "published", "text": _as_printed(r["value"], r["metric"])} for r in printed.to_dict("records")
     ]
     own = [r | {"source": f"ours, {data.get('profile')}"} for r in _own(table, data, wanted)] if data else []
-    rows = own + rows if "source" in table.across else rows + own
+    rows += own
     for row in rows:
         if table.split:
             column, separator = table.split
@@ -168,6 +168,8 @@ def _grid(cells: dict, depth: int) -> str:
     def ordered(position):
         labels = list(dict.fromkeys(key[position] for key in cells))  # by first appearance on every level
         ranks = [{v: i for i, v in enumerate(dict.fromkeys(x[k] for x in labels))} for k in range(len(labels[0]))]
+        if position:  # wide tables start with our columns: what is right of the window is seen by few
+            ranks[0] |= {v: -1 for v in ranks[0] if v.startswith("ours, ")}
         return sorted(labels, key=lambda label: [rank[v] for rank, v in zip(ranks, label, strict=True)])
 
     down, across = ordered(0), ordered(1)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import EMAModel
 
+from .cache import weights_digest
 from .devices import autocast, pick_device
 from .errors import HarmonyError
 from .files import atomic_path
@@ -47,13 +48,15 @@ class TrainSettings:
     checkpoint_seconds: float = 60.0
 
     @classmethod
-    def of(cls, section, task: str = "harmonize") -> "TrainSettings":
-        """The training fields of a section of params.yaml; its other keys are the stage's own.
+    def of(cls, run, name: str, task: str = "harmonize") -> "TrainSettings":
+        """The training fields of section `name` of the run's settings; the section's other keys are the stage's own.
 
         Of the two tasks "harmonize" takes `steps` and "inverse" `inverse_steps`.
         """
+        section = getattr(run, name)
         names = [field.name for field in fields(cls)]
         values = {name: getattr(section, name) for name in names if hasattr(section, name)}
+        values["precision"] = run.precision
         return cls(**values | ({"steps": section.inverse_steps} if task == "inverse" else {}))
 
     def __post_init__(self):
@@ -160,8 +163,9 @@ def train(
 
     loss(model, batch, generator) returns a dict of scalar tensors with "loss"; make_batch(step) returns a dict of CPU
     tensors. extra_modules are trained along (a loss's own MLP). observe(model) -> dict of numbers is called
-    `observations` times with the EMA weights. Returns the history: a list of {"step", "loss", ...}, each the mean over
-    1/50 of the run. Raises TrainingDiverged when the loss is not finite.
+    `observations` times with the EMA weights. checkpoints: a folder for resume points, keyed by settings, starting
+    weights, code and `key` (data and options of the loss). Returns the history: a list of {"step", "loss", ...}, each
+    the mean over 1/50 of the run. Raises TrainingDiverged when the loss is not finite.
     """
     device = pick_device(device)
     modules = [m.to(device, memory_format=torch.channels_last) for m in (model, *extra_modules)]
@@ -172,7 +176,15 @@ def train(
     ema = EMAModel(model.parameters(), decay=settings.ema_decay) if settings.ema_decay else None
     store = (
         Checkpoints(
-            checkpoints, {"settings": asdict(settings), "name": name, "seed": seed, "key": key, "code": code_hash()}
+            checkpoints,
+            {
+                "settings": asdict(settings),
+                "name": name,
+                "seed": seed,
+                "start": weights_digest(model),
+                "key": key,
+                "code": code_hash(),
+            },
         )
         if checkpoints
         else None
