@@ -12,6 +12,7 @@ FOLDER = Path("reports/figures")
 def style() -> None:
     """One look for every figure."""
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    np.random.seed(0)  # the jitter and error bars of seaborn draw from the global state
     plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 120, "axes.titlesize": 11, "axes.grid": True})
 
 

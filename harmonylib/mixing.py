@@ -163,7 +163,8 @@ def clean_photos(pairs: list[Pair], size: int | None = None, foreground=(0.01, 0
 
     Reasons: "small" (a side under min_side pixels), "foreground" (share outside the bounds, or nothing left on the
     latent grid at `size`) and "plain" (the border outside the foreground varies by less than min_border_std grey
-    levels: product shots, which the paper removed by means it does not tell, and studio backdrops).
+    levels: product shots, which the paper removed by means it does not tell, and studio backdrops). Raises HarmonyError
+    when no photo is left.
     """
     kept, dropped = [], {"small": [], "foreground": [], "plain": []}
     for pair in progress(pairs, desc="cleaning", unit="photo"):
@@ -179,6 +180,9 @@ def clean_photos(pairs: list[Pair], size: int | None = None, foreground=(0.01, 0
             dropped["plain"].append(pair.name)
         else:
             kept.append(pair)
+    if not kept:
+        reasons = ", ".join(f"{len(names)} {reason}" for reason, names in dropped.items())
+        raise HarmonyError(f"no photo is left after cleaning ({reasons}); give others or a larger size")
     return kept, dropped
 
 
@@ -328,7 +332,8 @@ def build_human_harmony(pairs: list[Pair], choices: list[Choice], out, seed: int
 
 def data_card(counts: dict, origins: dict[tuple[str, str], int], choices: list[Choice], rule: str) -> str:
     """The Markdown data card of a Human Harmony set; origins: (source, licence) -> photos; rule: how it was split."""
-    candidates = [1 + len(choice.rejected) for choice in choices]
+    candidates = sorted({1 + len(choice.rejected) for choice in choices})
+    drawn = " to ".join(str(n) for n in dict.fromkeys((candidates[0], candidates[-1])))
     rows = "\n".join(f"| {source} | {licence} | {n:,} |" for (source, licence), n in sorted(origins.items()))
     return f"""# Human Harmony
 
@@ -346,9 +351,8 @@ real photo is the ground truth of its composite. Layout and list files are iHarm
 
 ## How it was made
 
-For each photo and mask the model drew {min(candidates)} to {max(candidates)} usable candidates, and the harmony
-classifier kept the one it found most likely to be a composite. Backgrounds are the photo's own. Photos, not composites,
-were split {rule}.
+For each photo and mask the model drew {drawn} usable candidates, and the harmony classifier kept the one it found most
+likely to be a composite. Backgrounds are the photo's own. Photos, not composites, were split {rule}.
 
 ## Sources and licences
 
