@@ -65,6 +65,7 @@ def pretrain(
     unet_learning_rate: float = typer.Option(1e-3),
     unet_size: int = typer.Option(96, help="training crop in pixels"),
     batch_size: int = typer.Option(16),
+    colour_weight: float = typer.Option(2.0, help="weight of the block means in the autoencoder's loss"),
     seed: int = typer.Option(0),
     device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
 ) -> None:
@@ -82,6 +83,7 @@ def pretrain(
         unet=TrainSettings(unet_steps, learning_rate=unet_learning_rate, ema_decay=0.998, **common),
         autoencoder_size=autoencoder_size,
         unet_size=unet_size,
+        colour_weight=colour_weight,
     )
     base.pretrain(load_pairs(pairs), out, settings, seed, device, checkpoints=f"{out}/.checkpoints")
     typer.echo(out)

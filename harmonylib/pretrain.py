@@ -33,6 +33,7 @@ class BaseSettings:
     latent_channels: int = 4
     prompt_dim: int = 32
     kl_weight: float = 1e-5
+    colour_weight: float = 2.0
 
 
 def build_autoencoder(channels, layers: int = 1, latent_channels: int = 4, size: int = 96) -> AutoencoderKL:
@@ -67,16 +68,21 @@ def build_unet(channels, layers: int = 1, latent_channels: int = 4, prompt_dim: 
     )
 
 
-def autoencoder_loss(kl_weight: float):
-    """L1 reconstruction plus a small KL term."""
+def autoencoder_loss(kl_weight: float, colour_weight: float):
+    """L1 reconstruction, L1 of 8x8 block means, and a small KL term.
+
+    Block means carry colour and light. Without their term a small autoencoder spends its four channels on edges and
+    reproduces a grey picture, which is of no use to harmonization.
+    """
 
     def loss(vae, batch, generator):
         posterior = vae.encode(batch["real"]).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean.device)
-        reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample
-        l1 = F.l1_loss(reconstruction.float(), batch["real"])
+        reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        l1 = F.l1_loss(reconstruction, batch["real"])
+        colour = F.l1_loss(F.avg_pool2d(reconstruction, 8), F.avg_pool2d(batch["real"], 8))
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return {"loss": l1 + kl_weight * kl, "l1": l1, "kl": kl}
+        return {"loss": l1 + colour_weight * colour + kl_weight * kl, "l1": l1, "colour": colour, "kl": kl}
 
     return loss
 
@@ -92,7 +98,7 @@ def measure_latents(vae, make_batch, batches: int = 8) -> tuple[list[float], lis
 def pretrain_autoencoder(vae, photos, settings: BaseSettings, seed, **loop) -> list[dict]:
     """Train `vae` on random crops, then write its latent statistics into its config. Returns the history."""
     make_batch = PhotoBatches(photos, settings.autoencoder_size, settings.autoencoder.batch_size, seed)
-    loss = autoencoder_loss(settings.kl_weight)
+    loss = autoencoder_loss(settings.kl_weight, settings.colour_weight)
     history = train(vae, loss, make_batch, settings.autoencoder, name="base autoencoder", seed=seed, **loop)
     statistics = PhotoBatches(photos, settings.unet_size, 32, seed)
     mean, std = measure_latents(vae, statistics)
