@@ -58,14 +58,14 @@ def pretrain(
     photos: str = typer.Argument(metavar="PHOTOS", help="a folder with images/ and masks/, at any depth"),
     out: str = typer.Argument(metavar="OUT", help="the folder to write"),
     index: str = typer.Option(None, help="CSV with columns image, mask and split; rows with split=train are used"),
-    autoencoder_steps: int = typer.Option(1200),
-    autoencoder_learning_rate: float = typer.Option(1.5e-3),
+    autoencoder_steps: int = typer.Option(6500),
+    autoencoder_learning_rate: float = typer.Option(2e-3),
     autoencoder_size: int = typer.Option(64, help="training crop in pixels"),
     unet_steps: int = typer.Option(1900),
     unet_learning_rate: float = typer.Option(1e-3),
-    unet_size: int = typer.Option(96, help="training crop in pixels"),
+    unet_size: int = typer.Option(64, help="training crop in pixels"),
     batch_size: int = typer.Option(16),
-    colour_weight: float = typer.Option(2.0, help="weight of the block means in the autoencoder's loss"),
+    chroma_weight: float = typer.Option(4.0, help="weight of chroma beside luma in the autoencoder's loss"),
     seed: int = typer.Option(0),
     device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
 ) -> None:
@@ -83,7 +83,7 @@ def pretrain(
         unet=TrainSettings(unet_steps, learning_rate=unet_learning_rate, ema_decay=0.998, **common),
         autoencoder_size=autoencoder_size,
         unet_size=unet_size,
-        colour_weight=colour_weight,
+        chroma_weight=chroma_weight,
     )
     base.pretrain(load_pairs(pairs), out, settings, seed, device, checkpoints=f"{out}/.checkpoints")
     typer.echo(out)

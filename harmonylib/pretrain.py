@@ -21,23 +21,23 @@ from .training import TrainSettings, train
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """Architecture and training of the small base. size is the training crop in pixels; latents are 1/8 of it."""
+    """Architecture and training of the small base. sizes are training crops in pixels; latents are 1/4 of them."""
 
     autoencoder: TrainSettings
     unet: TrainSettings
     autoencoder_size: int = 64
-    unet_size: int = 96
-    autoencoder_channels: tuple[int, ...] = (16, 32, 64, 128)
+    unet_size: int = 64
+    autoencoder_channels: tuple[int, ...] = (16, 32, 64)
     unet_channels: tuple[int, ...] = (64, 128)
     layers: int = 1
     latent_channels: int = 4
     prompt_dim: int = 32
     kl_weight: float = 1e-5
-    colour_weight: float = 2.0
+    chroma_weight: float = 4.0
 
 
-def build_autoencoder(channels, layers: int = 1, latent_channels: int = 4, size: int = 96) -> AutoencoderKL:
-    """A diffusers AutoencoderKL of Stable Diffusion's topology with other widths (four widths: 1/8 latents).
+def build_autoencoder(channels, layers: int = 1, latent_channels: int = 4, size: int = 64) -> AutoencoderKL:
+    """A diffusers AutoencoderKL of Stable Diffusion's topology with other widths (three: 1/4 latents, four: 1/8).
 
     size: the resolution in pixels that it is meant for (`sample_size` in its config).
     """
@@ -68,21 +68,25 @@ def build_unet(channels, layers: int = 1, latent_channels: int = 4, prompt_dim: 
     )
 
 
-def autoencoder_loss(kl_weight: float, colour_weight: float):
-    """L1 reconstruction, L1 of 8x8 block means, and a small KL term.
+YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))  # ITU-R BT.601
 
-    Block means carry colour and light. Without their term a small autoencoder spends its four channels on edges and
-    reproduces a grey picture, which is of no use to harmonization.
+
+def autoencoder_loss(kl_weight: float, chroma_weight: float):
+    """L1 of pixels and of 8x8 block means in YCbCr with heavier chroma, and a small KL term.
+
+    With plain RGB L1 a small autoencoder spends its four channels on edges and reproduces a grey picture, which is of
+    no use to harmonization: natural photos vary far less in chroma than in luma.
     """
 
     def loss(vae, batch, generator):
         posterior = vae.encode(batch["real"]).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean.device)
         reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        l1 = F.l1_loss(reconstruction, batch["real"])
-        colour = F.l1_loss(F.avg_pool2d(reconstruction, 8), F.avg_pool2d(batch["real"], 8))
+        difference = torch.einsum("ij,bjhw->bihw", torch.tensor(YCBCR).to(noise.device), reconstruction - batch["real"])
+        luma, cb, cr = (d.abs().mean() + F.avg_pool2d(d, 8).abs().mean() for d in difference.unbind(1))
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        return {"loss": l1 + colour_weight * colour + kl_weight * kl, "l1": l1, "colour": colour, "kl": kl}
+        value = luma + chroma_weight * (cb + cr) + kl_weight * kl
+        return {"loss": value, "luma": luma, "chroma": cb + cr, "kl": kl}
 
     return loss
 
@@ -98,7 +102,7 @@ def measure_latents(vae, make_batch, batches: int = 8) -> tuple[list[float], lis
 def pretrain_autoencoder(vae, photos, settings: BaseSettings, seed, **loop) -> list[dict]:
     """Train `vae` on random crops, then write its latent statistics into its config. Returns the history."""
     make_batch = PhotoBatches(photos, settings.autoencoder_size, settings.autoencoder.batch_size, seed)
-    loss = autoencoder_loss(settings.kl_weight, settings.colour_weight)
+    loss = autoencoder_loss(settings.kl_weight, settings.chroma_weight)
     history = train(vae, loss, make_batch, settings.autoencoder, name="base autoencoder", seed=seed, **loop)
     statistics = PhotoBatches(photos, settings.unet_size, 32, seed)
     mean, std = measure_latents(vae, statistics)
