@@ -10,7 +10,7 @@ from . import cache, transforms
 from .errors import HarmonyError
 from .images import IMAGE_SUFFIXES, fit, read_image, read_mask, to_tensor
 from .progress import progress
-from .recipes import recolor_batch
+from .recipes import recolor_batch, restyle
 from .seeds import generator, rng
 from .training import batch_indices
 
@@ -177,8 +177,8 @@ class LatentBatches:
 class PixelBatches:
     """make_batch(step) for image-to-image models: random crop and flip of "composite", "real", "mask" together.
 
-    crop: side of the random window (0: the whole square). recolor: share of each batch whose composite is made anew
-    from its real image by the batched recipes, so that small sets do not run out of composites.
+    crop: side of the random window (0: the whole square). recolor: share of each batch that is made anew, so that small
+    sets do not run out of composites: the real image restyled as a whole, then its foreground by the batched recipes.
     """
 
     def __init__(self, data: TripleSet, batch_size: int, seed, crop=0, recolor: float = 0.0):
@@ -190,9 +190,12 @@ class PixelBatches:
         if draw.random() < 0.5:
             batch = {name: value.flip(-1) for name, value in batch.items()}
         if self.recolor:
-            fresh = recolor_batch(batch["real"], batch["mask"], generator(self.seed, "recolor", step))
+            seeds = draw.integers(2**62, size=self.batch_size)
+            real = restyle(batch["real"] / 2 + 0.5, [np.random.default_rng(n) for n in seeds]) * 2 - 1
+            composite = recolor_batch(real, batch["mask"], generator(self.seed, "recolor", step))
             chosen = torch.from_numpy(draw.random(self.batch_size) < self.recolor).view(-1, 1, 1, 1)
-            batch["composite"] = torch.where(chosen, fresh, batch["composite"])
+            batch["real"] = torch.where(chosen, real, batch["real"])
+            batch["composite"] = torch.where(chosen, composite, batch["composite"])
         if self.crop:
             top, left = (int(draw.integers(batch["mask"].shape[-1] - self.crop + 1)) for _ in range(2))
             batch = {k: v[..., top : top + self.crop, left : left + self.crop] for k, v in batch.items()}

@@ -151,6 +151,17 @@ def relight(image, mask, parameters):
     return ((image * 2 ** (stops / GAMMA) / MID_GREY) ** (1 + contrast) * MID_GREY).clip(0, 1)
 
 
+def restyle(image: torch.Tensor, rngs, settings: RecipeSettings = DEFAULTS) -> torch.Tensor:
+    """The whole photo by another retoucher under another light: Bx3xHxW in [0, 1], one numpy generator an image.
+
+    Ours, no recipe of iHarmony4's: both regions change alike and stay in harmony, so that a network that sees few
+    photos learns how regions relate instead of the photos' own colours.
+    """
+    everywhere = torch.ones_like(image[:, :1])
+    retouched = retouch(image, everywhere, np.stack([draw_retouch(rng, settings) for rng in rngs]))
+    return relight(retouched, everywhere, np.stack([draw_relight(rng, settings) for rng in rngs]))
+
+
 # ---- the recipes: (real, mask, rng, reference, settings) -> composite ----
 
 

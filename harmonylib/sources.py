@@ -119,6 +119,7 @@ def _make(root: Path, photos, data, seed: int) -> pd.DataFrame:
         test_variants=data.test_variants,
         size=data.size,
         region_share=data.region_share,
+        restyle_share=data.restyle_share,
     )
     return make_benchmark(root, photos, amounts, RecipeSettings(), seed, data.subsets).drop(columns="delta_e")
 

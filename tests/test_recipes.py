@@ -23,6 +23,7 @@ from harmonylib.recipes import (
     plausible,
     recolor_batch,
     relight,
+    restyle,
     retouch,
     transfer_batch,
 )
@@ -281,3 +282,12 @@ def test_recolor_batch_on_cuda_equals_cpu():
     there = recolor_batch(real.cuda(), mask.cuda(), torch.Generator().manual_seed(0))
     assert there.device.type == "cuda"
     assert (there.cpu() - here).abs().max() <= 2 / 255
+
+
+def test_restyle_changes_every_photo_as_a_whole_and_by_its_own_generator():
+    image = torch.full((2, 3, 12, 16), 0.5)
+    first, again = (restyle(image, [np.random.default_rng(n) for n in (0, 1)]) for _ in range(2))
+    assert torch.equal(first, again) and first.shape == image.shape and first.min() >= 0 and first.max() <= 1
+    assert not torch.equal(first[0], first[1])
+    assert ((first - image).abs().amax((1, 2, 3)) > 0.02).all()
+    assert torch.equal(restyle(image[1:], [np.random.default_rng(1)])[0], first[1])

@@ -31,7 +31,9 @@ def folder(tmp_path):
 def data(source, path=None, subsets=("HCOCO", "Hday2night")):
     amounts = {"size": 40, "train_pairs": 3, "test_pairs": 2, "train_variants": 2, "test_variants": 1}
     path = None if path is None else str(path)
-    return SimpleNamespace(source=source, path=path, subsets=list(subsets), region_share=0.0, **amounts)
+    return SimpleNamespace(
+        source=source, path=path, subsets=list(subsets), region_share=0.0, restyle_share=0.0, **amounts
+    )
 
 
 def iharmony4(root):
