@@ -31,26 +31,44 @@ def profile(
     typer.echo(f"{os.path.relpath(write_profile(name))} written from profiles/{name}.yaml")
 
 
+_MODEL = typer.Option("diffharmony++", "--model", help="diffharmony++, diffharmony, contrastive-resunet or a folder")
+_DEVICE = typer.Option("auto", "--device", help="auto, cuda, mps or cpu")
+
+
 @app.command()
 def harmonize(
-    composite: str = typer.Argument(metavar="COMPOSITE", help="the picture with the pasted foreground"),
-    mask: str = typer.Argument(metavar="MASK", help="its mask, white where the foreground is"),
-    output: str = typer.Option(..., "--output", "-o", help="where to write the harmonized picture"),
-    model: str = typer.Option("diffharmony++", help="diffharmony++, diffharmony, contrastive-resunet or a folder"),
+    composite: str = typer.Argument(metavar="COMPOSITE", help="the picture with the pasted foreground, or a folder"),
+    mask: str = typer.Argument(metavar="MASK", help="its mask, white where the foreground is, or a folder"),
+    output: str = typer.Option(..., "--output", "-o", help="the file to write (JPEG is lossy), or a folder"),
+    model: str = _MODEL,
     seed: int = typer.Option(0, help="seed of the noise"),
-    device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
-    force: bool = typer.Option(False, help="overwrite OUTPUT where it exists"),
+    device: str = _DEVICE,
+    strength: float = typer.Option(1.0, help="0 (no change) to 1 (all of it)"),
+    feather: float = typer.Option(0.0, help="pixels inside the mask's edge over which the change fades in"),
+    resize_mask: bool = typer.Option(False, "--resize-mask", help="resize a mask that has another size"),
+    kind: str = typer.Option("png", "--format", help="of the files for a folder: png, jpg, webp, tif or bmp"),
+    force: bool = typer.Option(False, "--force", help="overwrite files that exist"),
 ) -> None:
-    """Harmonize one composite; size and background stay as they are."""
-    import numpy as np
+    """Harmonize a composite, or a folder of them with masks of the same names; size and background stay as they are."""
+    from .batch import plan, run
 
-    from .images import write_image
-    from .inference import harmonize as run_model
+    jobs = plan(composite, mask, output, force, kind)
+    run(jobs, device, model, seed=seed, strength=strength, feather=feather, fit_mask=resize_mask)
+    typer.echo(output if len(jobs) == 1 else f"{len(jobs)} pictures in {output}")
 
-    if os.path.exists(output) and not force:
-        raise HarmonyError(f"{output}: exists already; choose another name or add --force")
-    write_image(output, np.asarray(run_model(composite, mask, model=model, seed=seed, device=device)))
-    typer.echo(output)
+
+@app.command("app")
+def browser_app(
+    port: int = typer.Option(7860, help="0 takes a free one"),
+    host: str = typer.Option("127.0.0.1", help="127.0.0.1 is this computer alone; 0.0.0.0 lets the network in"),
+    model: list[str] = typer.Option([], "--model", help="the folder of a trained model to offer too; may be repeated"),
+    device: str = _DEVICE,
+    browser: bool = typer.Option(True, help="open the page in the browser"),
+) -> None:
+    """Harmonize in the browser, on this computer and offline, until Ctrl-C."""
+    from .app import serve
+
+    serve(port, host, model, device, browser)
 
 
 @app.command()
