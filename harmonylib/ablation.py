@@ -5,17 +5,19 @@ it (columns subset, name, photo and metrics; others are ignored): it trains and 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from . import fit
+from .datasets import TripleSet
 from .errors import HarmonyError
 from .metrics import METRICS, summarise
 from .published import load
 from .stats import paired_difference, verdict
-from .training import TrainingDiverged
+from .training import TrainingDiverged, TrainSettings
 
 HIGHER_IS_BETTER = ("psnr", "ssim", "fssim")
 IMAGE = ["subset", "name", "photo"]
@@ -107,6 +109,19 @@ def run_variants(variants: dict[str, Callable[[int], pd.DataFrame]], seeds: Iter
             except TrainingDiverged as error:
                 failures[name, seed] = str(error)
     return Ablation(tuple(variants), seeds, runs, failures)
+
+
+def train_resunet(run, data: TripleSet, seed: int, observe=None, **changes):
+    """(model, history) of notebook 8's ResUNet, trained for the ablations' steps with some of its settings changed.
+
+    run: the settings of params.yaml; changes: options of `fit.contrastive_resunet`, the rest are those of run.resunet.
+    """
+    settings = replace(TrainSettings.of(run, "resunet"), steps=run.ablations.resunet_steps)
+    known = fit.contrastive_resunet.__kwdefaults__
+    options = {name: value for name, value in vars(run.resunet).items() if name in known} | changes
+    return fit.contrastive_resunet(
+        data, settings, seed=seed, device=run.device, observe=observe, checkpoints="artifacts/checkpoints", **options
+    )
 
 
 def printed(table: str) -> dict:
