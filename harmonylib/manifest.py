@@ -4,7 +4,7 @@
 |---|---|---|
 | iharmony4 | `layout`: lists at the root, or `<subset>/<subset>_{train,test}.txt` | composite, mask, real |
 | photos | `images/` + `masks/` with equal stems at any depth, or a CSV index | mask, real |
-| imaterialist | iMaterialist-fashion-2020: `train.csv`, `train/` | mask (run lengths), real |
+| imaterialist | iMaterialist-fashion-2020: `train.csv`, `train/`; only `ids.txt` if there | mask (run lengths), real |
 | realhm | RealHM: `*_composite.*`, `*_mask.*`, `*_gt.*` at any depth | composite, mask, real (harmonized by hand) |
 | dih99 | DIH99: `images/` + `masks/` with equal stems | composite, mask; there is no ground truth |
 """
@@ -20,11 +20,9 @@ import numpy as np
 import pandas as pd
 
 from .errors import HarmonyError
-from .images import IMAGE_SUFFIXES, read_image, read_mask, write_image
-from .layout import SPLITS, list_lines, pictures_of, triple_of
+from .images import IMAGE_SUFFIXES, open_image, read_mask, write_image
+from .layout import SPLITS, list_lines, pictures_of, read_lines, triple_of
 from .parallel import parallel_map
-
-BORDER = 0.05  # share of the shorter side that counts as a photo's border
 
 
 @dataclass(frozen=True)
@@ -173,25 +171,25 @@ def _realhm(root: Path) -> Iterator[Example | HarmonyError]:
             yield Example("RealHM", "test", stem, parts["mask"][0], composite, parts["gt"][0])
 
 
-def _imaterialist(root: Path, ids=None) -> Iterator[Example | HarmonyError]:
-    """ids: names of photos to take; None: all."""
+def _imaterialist(root: Path) -> Iterator[Example | HarmonyError]:
     csv, columns = root / "train.csv", ["ImageId", "EncodedPixels", "Height", "Width"]
     try:
         table = pd.read_csv(csv, usecols=columns, dtype={"ImageId": str, "EncodedPixels": str}, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise HarmonyError(f"{csv}: {error}; give the data set's train.csv") from None
-    photos = dict(iter(table.groupby("ImageId", sort=True)))
-    for name in photos if ids is None else ids:
-        image = root / "train" / (name if name.endswith(".jpg") else f"{name}.jpg")
+    photos = {name.removesuffix(".jpg"): rows for name, rows in table.groupby("ImageId", sort=True)}
+    chosen = root / "ids.txt"
+    for name in read_lines(chosen) if chosen.is_file() else photos:
+        image = root / "train" / f"{name}.jpg"
         if name not in photos:
-            yield HarmonyError(f"{csv}: no row for {name}, which the list of ids names; mend the list")
+            yield HarmonyError(f"{chosen}: {name} is not in {csv}; mend the list")
         elif not image.is_file():
             yield HarmonyError(f"{image}: no such photo, though {csv} has it; add it or remove its rows")
         else:
             rows = photos[name]
             shape = int(rows["Height"].iloc[0]), int(rows["Width"].iloc[0])
             mask = Runs(tuple(rows["EncodedPixels"]), shape, f"{csv}, {name}")
-            yield Example("iMaterialist", "train", image.stem, mask, real=image)
+            yield Example("iMaterialist", "train", name, mask, real=image)
 
 
 READERS = {
@@ -203,43 +201,21 @@ READERS = {
 }
 
 
-def border_std(image: np.ndarray, mask: np.ndarray) -> float:
-    """How much the border outside the foreground varies: standard deviation in grey levels, mean over RGB.
+def imaterialist_pairs(root, out, workers: int | None = None) -> list[tuple[Path, Path]]:
+    """iMaterialist-fashion-2020 as (image, mask) paths: the union masks (Sec. 5.1.2) are written to `out`.
 
-    The border is a frame of 5 % of the shorter side. Product shots and studio backdrops have next to none; a border
-    that is all foreground has none.
+    `mixing.clean_photos` leaves the product-only photos out. Raises HarmonyError for a broken train.csv or a photo of
+    another size than it says.
     """
-    width = max(1, round(BORDER * min(mask.shape)))
-    border = ~mask
-    border[width:-width, width:-width] = False
-    return float(image[border].std(0).mean()) if border.any() else 0.0
+    found = read_examples(root, "imaterialist")
+    masks = parallel_map(partial(_write_union, Path(out)), found, "union masks", "photo", workers)
+    return [(example.real, mask) for example, mask in zip(found, masks, strict=True)]
 
 
-def imaterialist_pairs(root, out, ids=None, min_border_std: float = 6.0, workers: int | None = None):
-    """iMaterialist-fashion-2020 as (image, mask) paths: union masks (Sec. 5.1.2) are written to `out`.
-
-    The paper removed product-only photos by means it does not tell. Ours: a photo goes when its `border_std` is below
-    min_border_std (0 keeps all), or when it is not among `ids`, if these are given. Returns (pairs, names left out).
-    Raises HarmonyError for a broken train.csv, a photo of another size than it says, or when nothing is left.
-    """
-    found = list(_imaterialist(Path(root), ids))
-    for item in found:
-        if isinstance(item, HarmonyError):
-            raise item
-    write = partial(_write_union, Path(out), min_border_std)
-    masks = list(parallel_map(write, found, "union masks", "photo", workers))
-    pairs = [(e.real, mask) for e, mask in zip(found, masks, strict=True) if mask]
-    if not pairs:
-        raise HarmonyError(f"{root}: all {len(found)} photos look like product shots; lower min_border_std")
-    return pairs, [e.name for e, mask in zip(found, masks, strict=True) if not mask]
-
-
-def _write_union(out: Path, min_border_std: float, example: Example) -> Path | None:
-    image, mask = read_image(example.real), example.read_mask()
-    if image.shape[:2] != mask.shape:
-        size = f"{image.shape[1]}x{image.shape[0]}"
-        raise HarmonyError(f"{example.real}: is {size}, {example.mask.source} says {mask.shape[1]}x{mask.shape[0]}")
-    if border_std(image, mask) < min_border_std:
-        return None
+def _write_union(out: Path, example: Example) -> Path:
+    mask, size = example.read_mask(), open_image(example.real).size
+    if size != mask.shape[::-1]:
+        found = "{}x{}".format(*size)
+        raise HarmonyError(f"{example.real}: is {found}, {example.mask.source} says {mask.shape[1]}x{mask.shape[0]}")
     write_image(out / f"{example.name}.png", mask)
     return out / f"{example.name}.png"

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
+from harmonylib.check import audit
 from harmonylib.errors import HarmonyError
 from harmonylib.images import read_mask, write_image
 from harmonylib.layout import read_triples, write_composite, write_pair
-from harmonylib.manifest import Runs, border_std, detect, imaterialist_pairs, photo_pairs, read_examples, scan
+from harmonylib.manifest import Runs, detect, imaterialist_pairs, photo_pairs, read_examples, scan
 
 MASK = np.zeros((12, 16), bool)
 MASK[3:9, 4:10] = True
@@ -95,32 +96,33 @@ def test_realhm(tmp_path):
 
 @pytest.fixture
 def fashion(tmp_path):
-    """A street photo and a product shot of 16 x 12 pixels; the former has two segments that overlap."""
+    """Two photos of 16 x 12 pixels; one has two segments that overlap."""
     write_image(tmp_path / "train" / "street.jpg", noise())
-    write_image(tmp_path / "train" / "shop.jpg", np.where(MASK[..., None], noise(), np.uint8(250)))
+    write_image(tmp_path / "train" / "shop.jpg", noise(1))
     rows = ["street,1 2 5 1,12,16,0", "street,2 2,12,16,31", "shop,40 6 52 6,12,16,1"]
     (tmp_path / "train.csv").write_text("\n".join(["ImageId,EncodedPixels,Height,Width,ClassId", *rows]))
     return tmp_path
 
 
-def test_imaterialist_unites_segments_and_leaves_product_shots_out(fashion):
+def test_imaterialist_unites_segments(fashion):
     assert detect(fashion) == "imaterialist" and [e.name for e in read_examples(fashion)] == ["shop", "street"]
-    pairs, left_out = imaterialist_pairs(fashion, fashion / "masks", workers=1)
-    assert left_out == ["shop"] and pairs == [(fashion / "train/street.jpg", fashion / "masks/street.png")]
+    (fashion / "ids.txt").write_text("street\r\n")
+    assert imaterialist_pairs(fashion, fashion / "masks", workers=1) == [
+        (fashion / "train/street.jpg", fashion / "masks/street.png")]  # fmt: skip
     expected = np.zeros((12, 16), bool)
     expected[[0, 1, 2, 4], 0] = True  # runs go down the columns
-    np.testing.assert_array_equal(read_mask(pairs[0][1]), expected)
-    assert len(imaterialist_pairs(fashion, fashion / "all", min_border_std=0, workers=1)[0]) == 2
-    assert len(imaterialist_pairs(fashion, fashion / "ids", ids=["street"], workers=1)[1]) == 0
-    for ids, message in ((["shop"], "all 1 photos look like product shots"), (["hat"], "no row for hat")):
-        with pytest.raises(HarmonyError, match=message):
-            imaterialist_pairs(fashion, fashion / "none", ids, workers=1)
+    np.testing.assert_array_equal(read_mask(fashion / "masks/street.png"), expected)
 
 
 def test_imaterialist_damage_is_named(fashion):
+    (fashion / "ids.txt").write_text("street\nhat\n")
+    with pytest.raises(HarmonyError, match=r"ids\.txt: hat is not in .*train\.csv"):
+        read_examples(fashion)
+    (fashion / "ids.txt").unlink()
     write_image(fashion / "train/street.jpg", noise(shape=(9, 16)))
     with pytest.raises(HarmonyError, match=r"street\.jpg: is 16x9, .*train\.csv, street says 16x12"):
         imaterialist_pairs(fashion, fashion / "masks", workers=1)
+    assert [finding.kind for finding in audit(fashion, workers=1).findings] == ["size"]
     (fashion / "train/street.jpg").unlink()
     with pytest.raises(HarmonyError, match=r"street\.jpg: no such photo"):
         read_examples(fashion)
@@ -135,13 +137,3 @@ def test_run_lengths_are_checked():
             Runs((text,), (4, 3), "here").decode()
     assert Runs(("1 12",), (4, 3), "here").decode().all()
     np.testing.assert_array_equal(Runs(("5 2", "6 1"), (4, 3), "").decode()[:, 1], [True, True, False, False])
-
-
-def test_border_of_a_studio_and_of_a_street():
-    image = np.full((40, 40, 3), 200, np.uint8)
-    mask = np.zeros((40, 40), bool)
-    mask[:, 10:30] = True
-    image[mask] = 0
-    assert border_std(image, mask) == 0 and border_std(image, mask | True) == 0
-    image[:, :10] = 180  # half of the border is 20 levels darker
-    assert border_std(image, mask) == pytest.approx(10)
