@@ -13,22 +13,22 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from .errors import HarmonyError
 from .generate import Candidate, Choice, Pair, by_pair, has_latent_foreground, pairs_of, read_candidates, read_manifest
 from .images import paste, read_image, resize_image, write_image
 from .jsonio import write_json
-from .layout import COMPOSITES, MASKS, REALS, read_triples, write_list, write_pair
+from .layout import COMPOSITES, MASKS, REALS, plain_name, read_triples, write_list, write_pair
+from .manifest import imaterialist_pairs, photo_pairs
 from .photos import Photo, load_photos, random_crop
 from .progress import progress
 from .seeds import rng
 
+BORDER = 0.05  # share of the shorter side that counts as a photo's border
 SUMMARY = "made_by_harmonylib.json"  # only folders that hold it are ever replaced
 TEST_SHARE = Fraction(7404, 73146)  # iHarmony4's
 HUMAN = "HumanHarmony"
-BORDER = 0.05  # share of the shorter side that counts as a photo's border
 
 
 def mix_count(gamma: float, n_composites: int, n_pairs: int, k: int | None = None) -> int:
@@ -145,7 +145,7 @@ def _replacing(out, *sources):
 
 
 def photo_pairs_of(paths: list[tuple[Path, Path]], subset: str = HUMAN) -> list[Pair]:
-    """Pairs of photos with one mask each, (image, mask) paths as from `datasets.photo_pairs`.
+    """Pairs of photos with one mask each, (image, mask) paths as from `manifest.photo_pairs`.
 
     The photo's name is its stem with "-" turned into "_", since the layout reads a scene's name before the first "-".
     Raises HarmonyError when two photos end up with one name.
@@ -190,26 +190,25 @@ def human_photos(settings, folder, seed: int) -> tuple[list[Pair], dict[str, tup
     """What the settings section `human_harmony` asks for: (pairs, photo -> (source, licence), test photos or None).
 
     source "embedded": settings.pairs crops of the packages' portraits (`portrait_pairs`), tested on those that the
-    benchmark tests on; "photos": the folder settings.path (`datasets.photo_pairs`); "imaterialist": train.csv and
+    benchmark tests on; "photos": the folder settings.path (`manifest.photo_pairs`); "imaterialist": train.csv and
     train/ in settings.path. What has to be written goes below `folder`. Raises HarmonyError for an unknown source.
     """
-    from .datasets import photo_pairs  # here, because it imports all that training needs
-
     if settings.source == "embedded":
         portraits = [photo for photo in load_photos() if photo.portrait]
         pairs = portrait_pairs(portraits, folder, settings.pairs, seed)
-        sources = {_label(photo): (photo.credit, photo.licence) for photo in portraits}
-        return pairs, sources, {_label(photo) for photo in portraits if photo.split == "test"}
+        sources = {plain_name(photo.name): (photo.credit, photo.licence) for photo in portraits}
+        return pairs, sources, {plain_name(photo.name) for photo in portraits if photo.split == "test"}
     if settings.source not in ("photos", "imaterialist") or not settings.path:
         raise HarmonyError(
             f"params.yaml: human_harmony.source {settings.source!r}, path {settings.path!r}: the source is embedded, "
             "or photos or imaterialist with the path of its folder"
         )
-    path, origin = Path(settings.path), ("own photos", "not stated")
     if settings.source == "imaterialist":
-        imaterialist_masks(path / "train.csv", path / "train", folder)
-        path, origin = Path(folder), ("iMaterialist-fashion-2020 (FGVC7)", "see the competition's rules; research use")
-    pairs = photo_pairs_of(photo_pairs(path))
+        found = imaterialist_pairs(settings.path, Path(folder, "masks"))
+        origin = ("iMaterialist-fashion-2020 (FGVC7)", "see the competition's rules; research use")
+    else:
+        found, origin = photo_pairs(settings.path), ("own photos", "not stated")
+    pairs = photo_pairs_of(found)
     return pairs, dict.fromkeys((pair.photo for pair in pairs), origin), None
 
 
@@ -224,58 +223,12 @@ def portrait_pairs(portraits: list[Photo], folder, crops: int, seed: int) -> lis
     pairs = []
     for number in range(crops):
         photo = portraits[number % len(portraits)]
-        stem = f"{_label(photo)}-{number // len(portraits):03d}"
+        stem = f"{plain_name(photo.name)}-{number // len(portraits):03d}"
         window = random_crop(photo.image, photo.masks["person"], rng(seed, "human harmony", stem))
         name = write_pair(folder, HUMAN, stem, 1, *window, ".png")
         files = (Path(folder, HUMAN, part, f"{file}.png") for part, file in ((REALS, stem), (MASKS, name)))
-        pairs.append(Pair(HUMAN, name, _label(photo), *files))
+        pairs.append(Pair(HUMAN, name, plain_name(photo.name), *files))
     return pairs
-
-
-def _label(photo: Photo) -> str:
-    return photo.name.replace("_", "")  # the layout's own mark
-
-
-def imaterialist_masks(csv, images, out) -> int:
-    """iMaterialist-fashion-2020's train.csv and images to `out/{images,masks}`: one union mask a photo (Sec. 5.1.2).
-
-    Segments are run lengths down the columns, counted from 1, at the photo's own size. Photos are hard-linked where the
-    disk allows. Returns the number of photos. Raises HarmonyError for missing columns, runs or photos that do not fit.
-    """
-    columns = ["ImageId", "EncodedPixels", "Height", "Width"]
-    try:
-        table = pd.read_csv(csv, usecols=columns)
-    except (OSError, ValueError) as error:
-        raise HarmonyError(f"{csv}: {error}; give the data set's train.csv") from None
-    photos = table.groupby("ImageId", sort=True)
-    for name, segments in progress(photos, total=len(photos), desc="union masks", unit="photo"):
-        source = next((p for p in (Path(images, f"{name}.jpg"), Path(images, name)) if p.is_file()), None)
-        if source is None:
-            raise HarmonyError(f"{images}: no photo {name}.jpg, which {csv} names")
-        shape = tuple(int(segments[side].iloc[0]) for side in ("Height", "Width"))
-        with Image.open(source) as file:
-            if file.size != shape[::-1]:
-                raise HarmonyError(f"{source}: is {file.size[0]}x{file.size[1]}, {csv} says {shape[1]}x{shape[0]}")
-        mask = union_of_runs(segments["EncodedPixels"], shape, f"{csv}, {name}")
-        write_image(Path(out, "masks", f"{Path(name).stem}.png"), mask)
-        _link(source, Path(out, "images", f"{Path(name).stem}.jpg"))
-    return len(photos)
-
-
-def union_of_runs(encoded, shape: tuple[int, int], source: str) -> np.ndarray:
-    """HxW bool, the union of run-length strings "start length start length ..." (column-major, starts counted from 1).
-
-    Raises HarmonyError naming `source` for runs that leave the image.
-    """
-    flat = np.zeros(shape[0] * shape[1], bool)
-    for text in encoded:
-        words = str(text).split()
-        runs = np.array(words if all(word.isdigit() for word in words) else [0], dtype=np.int64)
-        if len(runs) % 2 or (runs < 1).any() or (runs[::2] + runs[1::2] - 1 > flat.size).any():
-            raise HarmonyError(f"{source}: run lengths do not fit a {shape[1]}x{shape[0]} image")
-        for start, length in runs.reshape(-1, 2):
-            flat[start - 1 : start - 1 + length] = True
-    return flat.reshape(shape, order="F")
 
 
 def build_human_harmony(pairs: list[Pair], choices: list[Choice], out, seed: int, size: int | None = None,
