@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -197,8 +198,8 @@ def human(folder, names):
 
 def test_human_harmony(tmp_path):
     pairs, choices = human(tmp_path, [f"woman-{n:02d}" for n in range(25)])
-    sources = {"woman_03": ("a museum", "CC0")}
-    counts = build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24, sources=sources)
+    sources, dropped = {"woman_03": ("a museum", "CC0")}, {"small": [], "plain": ["x", "y"]}
+    counts = build_human_harmony(pairs, choices, tmp_path / "out", 0, 24, sources, dropped=dropped)
     assert (counts["photos"], counts["train"], counts["test"]) == (25, 22, 3)
     train, test = (read_triples(tmp_path / "out", split) for split in ("train", "test"))
     assert len({t.photo for t in train}) == 22 and not {t.photo for t in train} & {t.photo for t in test}
@@ -206,9 +207,9 @@ def test_human_harmony(tmp_path):
         composite, mask, real = triple.load()
         assert np.array_equal(composite[~mask], real[~mask]) and not np.array_equal(composite, real)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "| a museum | CC0 | 1 |" in card and "| not stated | not stated | 24 |" in card and "| test list | 3 |" in card
-    )
+    for text in ("| a museum | CC0 | 1 |", "| not stated | not stated | 24 |", "| 25 | 25 | 22 | 3 | 100% |",
+                 "left out: 2 plain.", "drew 2 usable", "7,404"):  # fmt: skip
+        assert text in card
     again = tmp_path / "again"
     build_human_harmony(pairs[::-1], choices[::-1], again, 0, size=24)
     assert {t.name for t in read_triples(again, "test")} == {t.name for t in test}
@@ -218,9 +219,9 @@ def test_human_harmony_split_is_the_papers(tmp_path):
     assert round(29103 * 7404 / 73146) == 2946
     pairs, choices = human(tmp_path, ["a", "b"])
     assert build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24)["test"] == 1
-    with pytest.raises(HarmonyError, match="at least 2"):
+    with pytest.raises(HarmonyError, match="training list has no photo left of 1"):
         build_human_harmony(pairs[:1], choices[:1], tmp_path / "one", 0, size=24)
-    with pytest.raises(HarmonyError, match="size it was made at"):
+    with pytest.raises(HarmonyError, match="is 24x20, not 48x40; give its own size"):
         build_human_harmony(pairs, choices, tmp_path / "big", 0)
     assert not (tmp_path / "big").exists()
 
@@ -286,6 +287,30 @@ def test_clean_photos(tmp_path):
     assert dropped == {"small": ["small_1"], "foreground": ["tiny_1", "full_1"], "plain": ["studio_1"]}
     with pytest.raises(HarmonyError, match="no photo is left after cleaning .0 small, 1 foreground, 0 plain"):
         clean_photos(pairs[2:3])
+
+
+def test_an_empty_training_list_is_refused(root, candidates, tmp_path):
+    shutil.copytree(root, tmp_path / "empty")
+    write_list(tmp_path / "empty", "train", [])
+    with pytest.raises(HarmonyError, match="the train list has no composites"):
+        mix(tmp_path / "empty", candidates, tmp_path / "out", 1.0, 0)
+    with pytest.raises(HarmonyError, match="the training list is empty"):
+        mix_count(1.0, 0, 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_human_harmony(tmp_path, monkeypatch):
+    pairs, choices = human(tmp_path, ["a", "b"])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("harmonylib.mixing.write_json", full)  # the last file of all
+    with pytest.raises(OSError, match="No space"):
+        build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24)
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+    with pytest.raises(HarmonyError, match="chosen, but its pair is not given"):
+        build_human_harmony(pairs[1:], choices, tmp_path / "out", 0, size=24)
 
 
 def test_summary_is_plain_json(root, candidates, tmp_path):
