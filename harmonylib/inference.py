@@ -76,7 +76,9 @@ def _region(mask, bands: np.ndarray, fit_mask: bool) -> np.ndarray:
     if region.shape != bands.shape[:2]:
         if not fit_mask:
             sizes = [f"{width}x{height}" for height, width in (region.shape, bands.shape[:2])]
-            raise HarmonyError(f"{name}: is {sizes[0]} but the picture is {sizes[1]}; mend it or add --resize-mask")
+            raise HarmonyError(
+                f"{name}: is {sizes[0]} but the picture is {sizes[1]}; give one of that size or add --resize-mask"
+            )
         region = resize_mask(region, bands.shape[:2])
     visible = bands[..., 3] > 0 if bands.shape[2] == 4 else True
     if not (region & visible).any():

@@ -173,7 +173,7 @@ def test_page_with_files(page, folder, tmp_path):
     page.wait_for_selector("#fit:visible")
     page.click("#go")
     page.wait_for_selector("#error:visible")
-    assert "160x100" in page.inner_text("#error")
+    assert 'small.png is 160 × 100: another size; tick "Resize' in page.inner_text("#error")
     page.check("#fit-mask")
     page.click("#go")
     page.wait_for_selector("#compare:visible")

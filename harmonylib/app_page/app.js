@@ -284,6 +284,9 @@ $("form").addEventListener("submit", guarded(async (event) => {
   event.preventDefault();
   const body = new FormData();
   const mask = await maskBlob();
+  if (mask === maskFile && !$("fit").hidden && !$("fit-mask").checked) {
+    throw new Error(`${$("mask-name").textContent}; tick "Resize the mask" or choose another`);
+  }
   if (picture.size + mask.size > limits.max_bytes - 65536) {
     throw new Error(`picture and mask are over ${limits.max_bytes >> 20} MB together; make them smaller`);
   }
@@ -312,6 +315,7 @@ $("form").addEventListener("submit", guarded(async (event) => {
     $("download").hidden = false;
     cutAt(50);
     show(true);
+    stage.scrollIntoView({ block: "nearest" });
   } catch (error) {
     if (error.name === "TypeError") throw new Error("no answer; is `harmonylib app` still running?");
     if (error.name !== "AbortError") throw error;
