@@ -2,9 +2,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harmonylib import HarmonyError, ablation
+from harmonylib import HarmonyError, ablation, cache
 from harmonylib.claims import from_ablation
+from harmonylib.datasets import TripleSet
+from harmonylib.images import write_image
 from harmonylib.jsonio import read_json, write_json
+from harmonylib.layout import Triple
+from harmonylib.params import Settings
 from harmonylib.training import TrainingDiverged
 
 
@@ -98,3 +102,30 @@ def test_nothing_to_run_is_named_and_other_errors_pass():
         ablation.run_variants(variants(), [])
     with pytest.raises(ZeroDivisionError):
         ablation.run_variants({"a": lambda seed: 1 / 0}, [0])
+
+
+def test_the_resunet_trains_with_the_runs_settings_and_the_rows_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cache, "ROOT", tmp_path / "cache")
+    draw = np.random.default_rng(0)
+    paths = [tmp_path / name for name in ("composite.png", "mask.png", "real.png")]
+    for path, array in zip(
+        paths, (draw.integers(256, size=(16, 16, 3)), np.eye(16) * 255, np.zeros((16, 16, 3))), strict=True
+    ):
+        write_image(path, array.astype(np.uint8))
+    section = Settings(
+        steps=9, batch_size=2, size=16, base_channels=2, depth=2, residual_convs=0, style="none", patches=4
+    )
+    run = Settings(resunet=section, ablations=Settings(resunet_steps=3), device="cpu", precision="fp32")
+    data, seen = TripleSet([Triple("a", "x", *paths)], 16), []
+
+    def observe(model):
+        seen.append(model.config.style)
+        return {"psnr": float(len(seen))}
+
+    model, history = ablation.train_resunet(run, data, 0, observe, style="rain")
+    assert model.config.style == "rain" and model.config.base_channels == 2 and not model.training
+    assert [entry["psnr"] for entry in history] == [1.0, 2.0, 3.0] and "contrastive" in history[0]
+    again, _ = ablation.train_resunet(run, data, 0, style="rain")
+    assert all((a == b).all() for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert "contrastive" not in ablation.train_resunet(run, data, 0, weights=(0.4, 0.5, 0.0))[1][0]
