@@ -1,13 +1,27 @@
 """One ablation table: rows x seeds of scores, runs that diverged, paired differences, and the file that claims read."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+import torch
 
+from .evaluate import Method
 from .metrics import METRICS, summarise
 from .stats import bootstrap_mean, verdict
 from .training import TrainingDiverged
 
 SIGN = {"mse": -1, "fmse": -1}  # an improvement is positive, also where smaller is better
+
+
+def stored_method(name: str, images: np.ndarray) -> Method:
+    """A method that hands out N x 3 x S x S images in [-1, 1], made before for a test set and in its order.
+
+    Raises TrainingDiverged where they are not finite: the model that made them is broken.
+    """
+    if not np.isfinite(images).all():
+        raise TrainingDiverged(f"{name}: the outputs are not finite")
+    rest = iter(images)
+    return Method(name, lambda composite, mask, names: torch.from_numpy(np.stack([next(rest) for _ in names])))
 
 
 class Ablation:

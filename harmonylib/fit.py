@@ -92,7 +92,7 @@ def diffharmony(
 
     def loss(unet, batch, generator):
         target, condition = (
-            scale_latents(_sample(batch[name], generator), vae) for name in ("moments", "condition_moments")
+            scale_latents(sample_posterior(batch[name], generator), vae) for name in ("moments", "condition_moments")
         )
         mask = latent_mask(batch["mask"], target.shape[-2:])
         return {"loss": denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, foreground)}
@@ -142,7 +142,8 @@ def refinement(
     return model, train(model, refinement_loss, make_batch, settings, **loop)
 
 
-def _sample(moments: torch.Tensor, generator) -> torch.Tensor:
+def sample_posterior(moments: torch.Tensor, generator) -> torch.Tensor:
+    """Latents BxCxhxw drawn from posterior moments Bx2Cxhxw, with noise of a CPU generator."""
     posterior = DiagonalGaussianDistribution(moments)
     noise = torch.randn(posterior.mean.shape, generator=generator)
     return posterior.mean + posterior.std * noise.to(moments.device)

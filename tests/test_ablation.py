@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harmonylib.ablation import Ablation
+from harmonylib.ablation import Ablation, stored_method
 from harmonylib.claims import from_ablation
 from harmonylib.jsonio import write_json
 from harmonylib.training import TrainingDiverged
@@ -72,3 +72,13 @@ def test_without_any_finished_run():
     ablation = Ablation(["nan"], [0], table(30.0, "composite"))
     ablation.run("nan", 0, diverges)
     assert ablation.to_json({}, [])["rows"]["nan"]["psnr"] is None
+
+
+def test_stored_images_come_in_order_and_finite():
+    images = np.arange(5, dtype=np.float32).reshape(5, 1, 1, 1) * np.ones((5, 3, 2, 2), np.float32)
+    method = stored_method("x", images)
+    batches = [method.call(None, None, names) for names in (["a", "b"], ["a", "b"], ["a"])]
+    assert [batch[:, 0, 0, 0].tolist() for batch in batches] == [[0, 1], [2, 3], [4]]
+    images[3] = np.nan
+    with pytest.raises(TrainingDiverged, match="not finite"):
+        stored_method("x", images)
