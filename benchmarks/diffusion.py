@@ -4,7 +4,6 @@ weights are random, which costs the same. What caching gains and what bf16 gains
 """
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from harmonylib.devices import autocast, has_bf16, pick_device
@@ -23,6 +22,8 @@ class System:
     def __init__(self, device, large: bool, size: int, batch: int = 4):
         torch.manual_seed(0)
         if large:
+            from diffusers import UNet2DConditionModel  # after harmonylib, which mends torchvision
+
             vae, unet = HarmonyVAE(), UNet2DConditionModel(in_channels=9, cross_attention_dim=768)
             prompt = PromptEmbedding()
             layer = nn.TransformerEncoderLayer(768, 12, 3072, batch_first=True)
@@ -199,4 +200,4 @@ def rows() -> list[dict]:
 
 if __name__ == "__main__":
     for row in rows():
-        print(row)
+        print(row, flush=True)

@@ -21,7 +21,7 @@ from .diffusion import latent_mask, sampling_scheduler, scale_latents, unscale_l
 from .errors import HarmonyError
 from .images import MASK_THRESHOLD, to_rgb, to_tensor, to_uint8
 from .vae import HarmonyVAE
-from .weights import load_autoencoder, load_strict
+from .weights import first_line, load_autoencoder, load_strict
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 STRICT_SIZE = 256  # pixels of the square that `strict` starts from
@@ -210,7 +210,7 @@ class DiffHarmonyPipeline(DiffusionPipeline):
             tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
             encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise HarmonyError(f"{folder}: tokenizer or text_encoder cannot be loaded ({reason}); restore it") from None
         length = encoder.config.max_position_embeddings
         tokens = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -238,6 +238,5 @@ def _base_parts(folder, vae, unet, torch_dtype) -> dict:
     try:
         scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise HarmonyError(f"{folder}/scheduler cannot be loaded ({reason}); restore the folder") from None
+        raise HarmonyError(f"{folder}/scheduler cannot be loaded ({first_line(error)}); restore the folder") from None
     return {"vae": vae, "unet": unet, "scheduler": scheduler}

@@ -6,6 +6,11 @@ from diffusers import AutoencoderKL
 from .errors import HarmonyError
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def load_strict(load, folder, **options):
     """load(folder, **options), `load` being a diffusers class's from_pretrained; .safetensors, or .bin without code.
 
@@ -16,8 +21,7 @@ def load_strict(load, folder, **options):
     try:
         model, info = load(folder, output_loading_info=True, **options)
     except Exception as error:  # diffusers, safetensors and pickle raise many kinds
-        reason = str(error).strip().splitlines()[0]
-        raise HarmonyError(f"{where} cannot be loaded ({reason}); train it or restore the folder") from None
+        raise HarmonyError(f"{where} cannot be loaded ({first_line(error)}); train it or restore the folder") from None
     for kind in ("missing", "unexpected"):
         if keys := info[f"{kind}_keys"]:
             names = ", ".join([*sorted(keys)[:3], *(["..."] if len(keys) > 3 else [])])
