@@ -116,6 +116,9 @@ class LatentBatches:
         self.data, self.task, self.batch_size, self.seed = data, task, batch_size, seed
         self.crop, self.pixels, self.flip = crop, pixels, flip
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        side = data.composites.shape[1]
+        if not 0 <= crop <= side or crop % self.factor:
+            raise HarmonyError(f"crop {crop} must be 0 or at most {side} and a multiple of {self.factor}; change it")
         self.composite_moments = cache.moments(vae, data.composites, device)
         self.real_moments = cache.moments(vae, data.reals, device)
 
