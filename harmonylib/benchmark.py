@@ -10,7 +10,7 @@ import pandas as pd
 
 from .errors import HarmonyError
 from .images import fit, to_tensor, to_uint8
-from .layout import SPLITS, SUBSETS, write_composite, write_list, write_pair
+from .layout import SPLITS, SUBSETS, plain_name, write_composite, write_list, write_pair
 from .parallel import parallel_map
 from .photos import Photo, random_crop, region_masks
 from .recipes import RecipeSettings, make_composite, restyle
@@ -97,7 +97,7 @@ def _make_pair(root, photos, settings: BenchmarkSettings, recipes: RecipeSetting
     photo = photos[job.photo]
     others = [other for other in photos if other.split == job.split and other is not photo]
     real, mask = draw_pair(photo, job.number, settings, (seed, job.subset, job.split))
-    label = photo.name.replace("_", "")
+    label = plain_name(photo.name)
     name = f"{label}-{job.number:03d}"
     draw = rng(seed, job.subset, name, "restyle")
     if job.split == "train" and draw.random() < settings.restyle_share:

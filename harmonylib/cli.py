@@ -71,10 +71,11 @@ def pretrain(
 ) -> None:
     """Train the small latent-diffusion base (autoencoder, then inpainting UNet) on photos with masks."""
     from . import pretrain as base
-    from .datasets import indexed_pairs, load_pairs, photo_pairs
+    from .datasets import load_pairs
+    from .manifest import photo_pairs
     from .training import TrainSettings
 
-    pairs = indexed_pairs(photos, index, "train") if index else photo_pairs(photos)
+    pairs = photo_pairs(photos, index, "train" if index else None)
     common = {"batch_size": batch_size, "schedule": "cosine"}
     settings = base.BaseSettings(
         autoencoder=TrainSettings(
@@ -87,6 +88,56 @@ def pretrain(
     )
     base.pretrain(load_pairs(pairs), out, settings, seed, device, checkpoints=f"{out}/.checkpoints")
     typer.echo(out)
+
+
+@app.command("check-data")
+def check_data(
+    folder: str = typer.Argument(metavar="DIR", help="a data set: iHarmony4's layout, or another that --kind names"),
+    kind: str = typer.Option("auto", help="auto, iharmony4, photos, imaterialist, realhm or dih99"),
+    json: str = typer.Option(None, metavar="FILE", help="write counts, notes and all findings here"),
+    manifest: str = typer.Option(None, metavar="FILE", help="write one CSV row per example here"),
+    workers: int = typer.Option(None, min=1, help="processes; one a core unless given"),
+) -> None:
+    """Read every file of a data set and report all that is wrong; exit code 1 if anything is."""
+    from .check import audit
+    from .files import atomic_path
+    from .jsonio import write_json
+
+    report = audit(folder, kind, workers)
+    if json:
+        write_json(json, report.as_json())
+    if manifest:
+        with atomic_path(manifest) as temporary:
+            report.manifest.to_csv(temporary, index=False)
+    typer.echo(report.as_text())
+    if report.findings:
+        raise typer.Exit(1)
+
+
+@app.command("make-data")
+def make_data(
+    photos: str = typer.Argument(metavar="PHOTOS", help="a folder with images/ and masks/, at any depth"),
+    out: str = typer.Argument(metavar="OUT", help="the data set to write, in iHarmony4's layout"),
+    index: str = typer.Option(
+        None, help="CSV with columns image, mask and split (train or test) that decides the split"
+    ),
+    pairs: int = typer.Option(None, min=2, help="photos per subset and split; all unless given"),
+    variants: int = typer.Option(1, min=1, help="composites of each photo and subset"),
+    size: int = typer.Option(256, min=16, help="long side in pixels"),
+    delta_e: tuple[float, float] = typer.Option((2.0, 30.0), help="bounds on the foreground's mean colour change"),
+    clipped: float = typer.Option(0.1, help="share of the foreground that may newly reach 0 or 255"),
+    seed: int = typer.Option(0),
+    force: bool = typer.Option(False, help="replace OUT where it is a data set"),
+    workers: int = typer.Option(None, min=1, help="processes; one a core unless given"),
+) -> None:
+    """Make composites of photos by the four recipes; a tenth of the photos is for testing unless --index says which."""
+    from .recipes import RecipeSettings
+    from .sources import make_data as make
+
+    recipes = RecipeSettings(delta_e=delta_e, clipped=clipped)
+    rows = make(photos, out, index, pairs, variants, size, seed, recipes, force, workers)
+    typer.echo(rows.groupby(["subset", "split"], sort=False).size().to_string())
+    typer.echo(f"{(~rows['plausible']).sum()} of {len(rows)} composites kept although no draw was plausible")
 
 
 cache_app = typer.Typer(help="The caches of resized images and posterior moments.")

@@ -1,52 +1,18 @@
 """Training examples: harmonization triples and plain photos with masks, decoded once and kept in memory."""
 
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from . import cache, transforms
 from .errors import HarmonyError
-from .images import IMAGE_SUFFIXES, fit, read_image, read_mask, to_tensor
+from .images import fit, read_image, read_mask, to_tensor
 from .progress import progress
 from .recipes import recolor_batch, restyle
 from .seeds import generator, rng
 from .training import batch_indices
-
-
-def photo_pairs(root) -> list[tuple[Path, Path]]:
-    """(image, mask) paths of a plain folder: `images/` and `masks/` with equal stems, at any depth below root.
-
-    Raises HarmonyError when there is no such folder or an image has no mask.
-    """
-    root = Path(root)
-    folders = sorted(p for p in root.rglob("images") if p.is_dir() and (p.parent / "masks").is_dir())
-    if not folders:
-        raise HarmonyError(f"{root}: no images/ folder beside a masks/ folder; put photos and masks there")
-    pairs = []
-    for folder in folders:
-        masks = {p.stem: p for p in (folder.parent / "masks").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES}
-        for image in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
-            if image.stem not in masks:
-                raise HarmonyError(f"{image}: no mask named {image.stem}.* in {folder.parent / 'masks'}; add it")
-            pairs.append((image, masks[image.stem]))
-    return pairs
-
-
-def indexed_pairs(root, index, split: str) -> list[tuple[Path, Path]]:
-    """(image, mask) paths of the rows of one split of a CSV index with columns image, mask (relative to root), split.
-
-    Raises HarmonyError when the index lacks a column or has no such row.
-    """
-    table = pd.read_csv(index, dtype=str)
-    missing = {"image", "mask", "split"} - set(table.columns)
-    if missing:
-        raise HarmonyError(f"{index}: no column {', '.join(sorted(missing))}; an index has image, mask and split")
-    rows = table[table["split"] == split]
-    if rows.empty:
-        raise HarmonyError(f"{index}: no row with split {split}")
-    return [(Path(root, image), Path(root, mask)) for image, mask in zip(rows["image"], rows["mask"], strict=True)]
 
 
 def load_pairs(pairs, longest: int = 256) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -100,14 +66,15 @@ TASKS = ("harmonize", "inverse")
 class TripleSet:
     """Triples as memory-mapped squares: composites, reals and masks, each file decoded once.
 
-    geometry: "squash" or "centre-crop" (see cache.pixels). Composites of one pair share their real and mask entry.
+    geometry: "squash" or "centre-crop" (see images.to_square). Composites of one pair share their real and mask entry.
     """
 
     def __init__(self, triples, size: int, geometry: str = "squash"):
         self.triples = list(triples)
         reals, masks = (list(dict.fromkeys(getattr(t, part) for t in self.triples)) for part in ("real", "mask"))
-        self.real_of = np.array([reals.index(t.real) for t in self.triples])
-        self.mask_of = np.array([masks.index(t.mask) for t in self.triples])
+        real_number, mask_number = ({path: number for number, path in enumerate(paths)} for paths in (reals, masks))
+        self.real_of = np.array([real_number[t.real] for t in self.triples])
+        self.mask_of = np.array([mask_number[t.mask] for t in self.triples])
         self.composites = cache.pixels([t.composite for t in self.triples], size, geometry)
         self.reals = cache.pixels(reals, size, geometry)
         self.masks = cache.pixels(masks, size, geometry, mask=True)
@@ -116,10 +83,10 @@ class TripleSet:
         return len(self.triples)
 
     @property
-    def key(self) -> list:
-        """What identifies the data to checkpoints: the cache entries' names, which are hashes of the contents."""
-        arrays = [Path(array.filename).stem for array in (self.composites, self.reals, self.masks)]
-        return [*arrays, self.real_of.tolist(), self.mask_of.tolist()]
+    def key(self) -> str:
+        """What identifies the data to checkpoints: a hash of the cache entries' names (contents) and the pairs."""
+        arrays = "".join(Path(array.filename).stem for array in (self.composites, self.reals, self.masks))
+        return blake2b(arrays.encode() + self.real_of.tobytes() + self.mask_of.tobytes(), digest_size=16).hexdigest()
 
     def batch(self, indices, images: bool = True) -> dict[str, torch.Tensor]:
         """{"mask": Bx1xSxS in {0, 1}, "composite", "real": Bx3xSxS in [-1, 1]} of the given triples."""

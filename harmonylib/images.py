@@ -79,6 +79,23 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST)) > 0
 
 
+def to_square(array: np.ndarray, size: int, geometry: str) -> np.ndarray:
+    """size x size of an image (HxWx3 uint8) or a mask (HxW bool), as a paper's model takes it.
+
+    geometry "squash": whatever the aspect (the latent models, the contrastive paper and the published evaluation);
+    "centre-crop": the centred square, which equals resizing the shorter side and cropping the centre (Harmony-VAE's
+    training). Raises HarmonyError for another geometry.
+    """
+    if geometry not in ("squash", "centre-crop"):
+        raise HarmonyError(f"geometry {geometry!r} is unknown; use squash or centre-crop")
+    if geometry == "centre-crop":
+        height, width = array.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        array = array[top : top + side, left : left + side]
+    return (resize_mask if array.dtype == bool else resize_image)(array, (size, size))
+
+
 def fit(image: np.ndarray, mask: np.ndarray, longest: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Shrink so that the long side is at most `longest` pixels; never enlarge."""
     height, width = image.shape[:2]

@@ -20,7 +20,8 @@ from .errors import HarmonyError
 from .generate import Candidate, Choice, Pair, by_pair, has_latent_foreground, pairs_of, read_candidates, read_manifest
 from .images import paste, read_image, resize_image, write_image
 from .jsonio import write_json
-from .layout import COMPOSITES, MASKS, REALS, read_triples, write_list, write_pair
+from .layout import COMPOSITES, MASKS, REALS, plain_name, read_triples, write_list, write_pair
+from .manifest import photo_pairs
 from .photos import Photo, load_photos, random_crop
 from .progress import progress
 from .seeds import rng
@@ -147,7 +148,7 @@ def _replacing(out, *sources):
 
 
 def photo_pairs_of(paths: list[tuple[Path, Path]], subset: str = HUMAN) -> list[Pair]:
-    """Pairs of photos with one mask each, (image, mask) paths as from `datasets.photo_pairs`.
+    """Pairs of photos with one mask each, (image, mask) paths as from `manifest.photo_pairs`.
 
     The photo's name is its stem with "-" turned into "_", since the layout reads a scene's name before the first "-".
     Raises HarmonyError when two photos end up with one name.
@@ -192,16 +193,14 @@ def human_photos(settings, folder, seed: int) -> tuple[list[Pair], dict[str, tup
     """What the settings section `human_harmony` asks for: (pairs, photo -> (source, licence), test photos or None).
 
     source "embedded": settings.pairs crops of the packages' portraits (`portrait_pairs`), tested on those that the
-    benchmark tests on; "photos": the folder settings.path (`datasets.photo_pairs`); "imaterialist": train.csv and
+    benchmark tests on; "photos": the folder settings.path (`manifest.photo_pairs`); "imaterialist": train.csv and
     train/ in settings.path. What has to be written goes below `folder`. Raises HarmonyError for an unknown source.
     """
-    from .datasets import photo_pairs  # here, because it imports all that training needs
-
     if settings.source == "embedded":
         portraits = [photo for photo in load_photos() if photo.portrait]
         pairs = portrait_pairs(portraits, folder, settings.pairs, seed)
-        sources = {_label(photo): (photo.credit, photo.licence) for photo in portraits}
-        return pairs, sources, {_label(photo) for photo in portraits if photo.split == "test"}
+        sources = {plain_name(photo.name): (photo.credit, photo.licence) for photo in portraits}
+        return pairs, sources, {plain_name(photo.name) for photo in portraits if photo.split == "test"}
     if settings.source not in ("photos", "imaterialist") or not settings.path:
         raise HarmonyError(
             f"params.yaml: human_harmony.source {settings.source!r}, path {settings.path!r}: the source is embedded, "
@@ -226,16 +225,12 @@ def portrait_pairs(portraits: list[Photo], folder, crops: int, seed: int) -> lis
     pairs = []
     for number in range(crops):
         photo = portraits[number % len(portraits)]
-        stem = f"{_label(photo)}-{number // len(portraits):03d}"
+        stem = f"{plain_name(photo.name)}-{number // len(portraits):03d}"
         window = random_crop(photo.image, photo.masks["person"], rng(seed, "human harmony", stem))
         name = write_pair(folder, HUMAN, stem, 1, *window, ".png")
         files = (Path(folder, HUMAN, part, f"{file}.png") for part, file in ((REALS, stem), (MASKS, name)))
-        pairs.append(Pair(HUMAN, name, _label(photo), *files))
+        pairs.append(Pair(HUMAN, name, plain_name(photo.name), *files))
     return pairs
-
-
-def _label(photo: Photo) -> str:
-    return photo.name.replace("_", "")  # the layout's own mark
 
 
 def imaterialist_masks(csv, images, out) -> int:

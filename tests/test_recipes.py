@@ -144,16 +144,16 @@ def test_parameters_stay_within_their_strengths():
 
 def test_filter_refuses_no_change_and_absurd_change():
     real, mask = scene(0)
-    assert plausible(real, real, mask) == (False, "too little change: delta E 0.0 < 2")
+    assert plausible(real, real, mask) == (False, "too little change: delta E 0.0 < 2", 0)
     inverted, burnt, fair = real.copy(), real.copy(), real.copy()
     inverted[mask] = real[mask][:, ::-1] // 4
-    good, reason = plausible(real, inverted, mask)
+    good, reason, _ = plausible(real, inverted, mask)
     assert not good and "too much" in reason
     burnt[mask] = np.where(real[mask] > 150, 255, real[mask])
-    good, reason = plausible(real, burnt, mask)
+    good, reason, _ = plausible(real, burnt, mask)
     assert not good and "clipped" in reason
     fair[mask] = (real[mask] * 0.85).astype(np.uint8)
-    assert plausible(real, fair, mask) == (True, "")
+    assert plausible(real, fair, mask)[:2] == (True, "")
 
 
 def test_pixels_clipped_in_the_photo_already_are_not_held_against_it():
