@@ -12,8 +12,6 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 from PIL import Image
 
 from .errors import HarmonyError
@@ -21,7 +19,7 @@ from .generate import Candidate, Choice, Pair, by_pair, has_latent_foreground, p
 from .images import paste, read_image, resize_image, write_image
 from .jsonio import write_json
 from .layout import COMPOSITES, MASKS, REALS, plain_name, read_triples, write_list, write_pair
-from .manifest import photo_pairs
+from .manifest import border_std, imaterialist_pairs, photo_pairs
 from .photos import Photo, load_photos, random_crop
 from .progress import progress
 from .seeds import rng
@@ -29,7 +27,6 @@ from .seeds import rng
 SUMMARY = "made_by_harmonylib.json"  # only folders that hold it are ever replaced
 TEST_SHARE = Fraction(7404, 73146)  # iHarmony4's
 HUMAN = "HumanHarmony"
-BORDER = 0.05  # share of the shorter side that counts as a photo's border
 
 
 def mix_count(gamma: float, n_composites: int, n_pairs: int, k: int | None = None) -> int:
@@ -165,21 +162,17 @@ def clean_photos(pairs: list[Pair], size: int | None = None, foreground=(0.01, 0
     """Leave out photos that cannot teach harmonization; returns (kept, {reason: names}).
 
     Reasons: "small" (a side under min_side pixels), "foreground" (share outside the bounds, or nothing left on the
-    latent grid at `size`) and "plain" (the border outside the foreground varies by less than min_border_std grey
-    levels: product shots, which the paper removed by means it does not tell, and studio backdrops). Raises HarmonyError
-    when no photo is left.
+    latent grid at `size`) and "plain" (`border_std` under min_border_std: product shots, which the paper removed by
+    means it does not tell, and studio backdrops). Raises HarmonyError when no photo is left.
     """
     kept, dropped = [], {"small": [], "foreground": [], "plain": []}
     for pair in progress(pairs, desc="cleaning", unit="photo"):
         real, mask = pair.load()
-        width = max(1, round(BORDER * min(mask.shape)))
-        border = ~mask
-        border[width:-width, width:-width] = False
         if min(mask.shape) < min_side:
             dropped["small"].append(pair.name)
         elif not foreground[0] <= mask.mean() <= foreground[1] or not has_latent_foreground(pair.load(size)[1]):
             dropped["foreground"].append(pair.name)
-        elif not border.any() or real[border].std(0).mean() < min_border_std:
+        elif border_std(real, mask) < min_border_std:
             dropped["plain"].append(pair.name)
         else:
             kept.append(pair)
@@ -193,8 +186,8 @@ def human_photos(settings, folder, seed: int) -> tuple[list[Pair], dict[str, tup
     """What the settings section `human_harmony` asks for: (pairs, photo -> (source, licence), test photos or None).
 
     source "embedded": settings.pairs crops of the packages' portraits (`portrait_pairs`), tested on those that the
-    benchmark tests on; "photos": the folder settings.path (`manifest.photo_pairs`); "imaterialist": train.csv and
-    train/ in settings.path. What has to be written goes below `folder`. Raises HarmonyError for an unknown source.
+    benchmark tests on; "photos" or "imaterialist": the folder settings.path, as `manifest` reads it. What has to be
+    written goes below `folder`. Raises HarmonyError for an unknown source.
     """
     if settings.source == "embedded":
         portraits = [photo for photo in load_photos() if photo.portrait]
@@ -206,11 +199,12 @@ def human_photos(settings, folder, seed: int) -> tuple[list[Pair], dict[str, tup
             f"params.yaml: human_harmony.source {settings.source!r}, path {settings.path!r}: the source is embedded, "
             "or photos or imaterialist with the path of its folder"
         )
-    path, origin = Path(settings.path), ("own photos", "not stated")
-    if settings.source == "imaterialist":
-        imaterialist_masks(path / "train.csv", path / "train", folder)
-        path, origin = Path(folder), ("iMaterialist-fashion-2020 (FGVC7)", "see the competition's rules; research use")
-    pairs = photo_pairs_of(photo_pairs(path))
+    if settings.source == "photos":
+        found, origin = photo_pairs(settings.path), ("own photos", "not stated")
+    else:  # clean_photos sorts out the product shots, and counts them
+        found, _ = imaterialist_pairs(settings.path, Path(folder, MASKS), min_border_std=0)
+        origin = ("iMaterialist-fashion-2020 (FGVC7)", "see the competition's rules; research use")
+    pairs = photo_pairs_of(found)
     return pairs, dict.fromkeys((pair.photo for pair in pairs), origin), None
 
 
@@ -231,48 +225,6 @@ def portrait_pairs(portraits: list[Photo], folder, crops: int, seed: int) -> lis
         files = (Path(folder, HUMAN, part, f"{file}.png") for part, file in ((REALS, stem), (MASKS, name)))
         pairs.append(Pair(HUMAN, name, plain_name(photo.name), *files))
     return pairs
-
-
-def imaterialist_masks(csv, images, out) -> int:
-    """iMaterialist-fashion-2020's train.csv and images to `out/{images,masks}`: one union mask a photo (Sec. 5.1.2).
-
-    Segments are run lengths down the columns, counted from 1, at the photo's own size. Photos are hard-linked where the
-    disk allows. Returns the number of photos. Raises HarmonyError for missing columns, runs or photos that do not fit.
-    """
-    columns = ["ImageId", "EncodedPixels", "Height", "Width"]
-    try:
-        table = pd.read_csv(csv, usecols=columns)
-    except (OSError, ValueError) as error:
-        raise HarmonyError(f"{csv}: {error}; give the data set's train.csv") from None
-    photos = table.groupby("ImageId", sort=True)
-    for name, segments in progress(photos, total=len(photos), desc="union masks", unit="photo"):
-        source = next((p for p in (Path(images, f"{name}.jpg"), Path(images, name)) if p.is_file()), None)
-        if source is None:
-            raise HarmonyError(f"{images}: no photo {name}.jpg, which {csv} names")
-        shape = tuple(int(segments[side].iloc[0]) for side in ("Height", "Width"))
-        with Image.open(source) as file:
-            if file.size != shape[::-1]:
-                raise HarmonyError(f"{source}: is {file.size[0]}x{file.size[1]}, {csv} says {shape[1]}x{shape[0]}")
-        mask = union_of_runs(segments["EncodedPixels"], shape, f"{csv}, {name}")
-        write_image(Path(out, "masks", f"{Path(name).stem}.png"), mask)
-        _link(source, Path(out, "images", f"{Path(name).stem}.jpg"))
-    return len(photos)
-
-
-def union_of_runs(encoded, shape: tuple[int, int], source: str) -> np.ndarray:
-    """HxW bool, the union of run-length strings "start length start length ..." (column-major, starts counted from 1).
-
-    Raises HarmonyError naming `source` for runs that leave the image.
-    """
-    flat = np.zeros(shape[0] * shape[1], bool)
-    for text in encoded:
-        words = str(text).split()
-        runs = np.array(words if all(word.isdigit() for word in words) else [0], dtype=np.int64)
-        if len(runs) % 2 or (runs < 1).any() or (runs[::2] + runs[1::2] - 1 > flat.size).any():
-            raise HarmonyError(f"{source}: run lengths do not fit a {shape[1]}x{shape[0]} image")
-        for start, length in runs.reshape(-1, 2):
-            flat[start - 1 : start - 1 + length] = True
-    return flat.reshape(shape, order="F")
 
 
 def build_human_harmony(pairs: list[Pair], choices: list[Choice], out, seed: int, size: int | None = None,

@@ -8,18 +8,16 @@ import pytest
 
 from harmonylib.errors import HarmonyError
 from harmonylib.generate import Candidate, Choice, Pair
-from harmonylib.images import read_image, read_mask, resize_image, write_image
+from harmonylib.images import resize_image, write_image
 from harmonylib.jsonio import write_json
 from harmonylib.layout import read_lines, read_triples, write_composite, write_list, write_pair
 from harmonylib.mixing import (
     build_human_harmony,
     clean_photos,
     human_photos,
-    imaterialist_masks,
     mix,
     mix_count,
     photo_pairs_of,
-    union_of_runs,
 )
 from harmonylib.seeds import rng
 
@@ -291,23 +289,18 @@ def test_clean_photos(tmp_path):
         clean_photos(pairs[2:3])
 
 
-def test_imaterialist_union_masks(tmp_path):
-    real, _ = photo("fashion", 4, 3)
-    write_image(tmp_path / "photos" / "abc.jpg", real)
-    table = "ImageId,EncodedPixels,Height,Width,ClassId\nabc,1 2 5 1,4,3,0\nabc,2 2,4,3,31\n"
-    (tmp_path / "train.csv").write_text(table)
-    assert imaterialist_masks(tmp_path / "train.csv", tmp_path / "photos", tmp_path / "out") == 1
-    expected = np.array([[1, 1, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]], bool)  # runs go down the columns
-    assert np.array_equal(read_mask(tmp_path / "out" / "masks" / "abc.png"), expected)
-    assert np.array_equal(
-        read_image(tmp_path / "out" / "images" / "abc.jpg"), read_image(tmp_path / "photos" / "abc.jpg")
-    )
-    for runs in ("12 2", "0 1", "3", "x 1"):
-        with pytest.raises(HarmonyError, match="here: run lengths"):
-            union_of_runs([runs], (4, 3), "here")
-    (tmp_path / "train.csv").write_text("ImageId,Height\n")
-    with pytest.raises(HarmonyError, match="train.csv"):
-        imaterialist_masks(tmp_path / "train.csv", tmp_path / "photos", tmp_path / "out")
+def test_imaterialist_photos(tmp_path):
+    for name in ("abc", "plain"):
+        write_image(tmp_path / "train" / f"{name}.jpg", photo(name, 80, 70)[0])
+    write_image(tmp_path / "train" / "plain.jpg", np.full((80, 70, 3), 250, np.uint8))
+    rows = "".join(f"{name},801 2000,80,70,0\n{name},3001 800,80,70,31\n" for name in ("abc", "plain"))
+    (tmp_path / "train.csv").write_text("ImageId,EncodedPixels,Height,Width,ClassId\n" + rows)
+    settings = SimpleNamespace(source="imaterialist", path=str(tmp_path), pairs=0)
+    pairs, sources, test = human_photos(settings, tmp_path / "work", 0)
+    assert [p.photo for p in pairs] == ["abc", "plain"] == list(sources) and test is None
+    assert "iMaterialist" in sources["abc"][0] and pairs[0].load()[1].sum() == 2800  # the union of two segments
+    kept, dropped = clean_photos(pairs)
+    assert [p.photo for p in kept] == ["abc"] and dropped["plain"] == ["plain_1"]
 
 
 def test_an_empty_training_list_is_refused(root, candidates, tmp_path):
