@@ -262,7 +262,7 @@ def build_human_harmony(pairs: list[Pair], choices: list[Choice], out, seed: int
             line = f"{pair.subset}/{COMPOSITES}/{kept.path.name}"
             _link(kept.path, folder / line)
             lists["test" if pair.photo in test else "train"].append(line)
-            large += mask.mean() > 0.2
+            large += bool(mask.mean() > 0.2)
         for split, lines in lists.items():
             write_list(folder, split, lines)
         counts = {"photos": len(photos), "composites": len(choices), **{s: len(lines) for s, lines in lists.items()},
