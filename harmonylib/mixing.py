@@ -19,12 +19,11 @@ from .generate import Candidate, Choice, Pair, by_pair, has_latent_foreground, p
 from .images import paste, read_image, resize_image, write_image
 from .jsonio import write_json
 from .layout import COMPOSITES, MASKS, REALS, plain_name, read_triples, write_list, write_pair
-from .manifest import imaterialist_pairs, photo_pairs
+from .manifest import border_std, imaterialist_pairs, photo_pairs
 from .photos import Photo, load_photos, random_crop
 from .progress import progress
 from .seeds import rng
 
-BORDER = 0.05  # share of the shorter side that counts as a photo's border
 SUMMARY = "made_by_harmonylib.json"  # only folders that hold it are ever replaced
 TEST_SHARE = Fraction(7404, 73146)  # iHarmony4's
 HUMAN = "HumanHarmony"
@@ -163,21 +162,17 @@ def clean_photos(pairs: list[Pair], size: int | None = None, foreground=(0.01, 0
     """Leave out photos that cannot teach harmonization; returns (kept, {reason: names}).
 
     Reasons: "small" (a side under min_side pixels), "foreground" (share outside the bounds, or nothing left on the
-    latent grid at `size`) and "plain" (the border outside the foreground varies by less than min_border_std grey
-    levels: product shots, which the paper removed by means it does not tell, and studio backdrops). Raises HarmonyError
-    when no photo is left.
+    latent grid at `size`) and "plain" (`border_std` under min_border_std: product shots, which the paper removed by
+    means it does not tell, and studio backdrops). Raises HarmonyError when no photo is left.
     """
     kept, dropped = [], {"small": [], "foreground": [], "plain": []}
     for pair in progress(pairs, desc="cleaning", unit="photo"):
         real, mask = pair.load()
-        width = max(1, round(BORDER * min(mask.shape)))
-        border = ~mask
-        border[width:-width, width:-width] = False
         if min(mask.shape) < min_side:
             dropped["small"].append(pair.name)
         elif not foreground[0] <= mask.mean() <= foreground[1] or not has_latent_foreground(pair.load(size)[1]):
             dropped["foreground"].append(pair.name)
-        elif not border.any() or real[border].std(0).mean() < min_border_std:
+        elif border_std(real, mask) < min_border_std:
             dropped["plain"].append(pair.name)
         else:
             kept.append(pair)
@@ -191,8 +186,8 @@ def human_photos(settings, folder, seed: int) -> tuple[list[Pair], dict[str, tup
     """What the settings section `human_harmony` asks for: (pairs, photo -> (source, licence), test photos or None).
 
     source "embedded": settings.pairs crops of the packages' portraits (`portrait_pairs`), tested on those that the
-    benchmark tests on; "photos": the folder settings.path (`manifest.photo_pairs`); "imaterialist": train.csv and
-    train/ in settings.path. What has to be written goes below `folder`. Raises HarmonyError for an unknown source.
+    benchmark tests on; "photos" or "imaterialist": the folder settings.path, as `manifest` reads it. What has to be
+    written goes below `folder`. Raises HarmonyError for an unknown source.
     """
     if settings.source == "embedded":
         portraits = [photo for photo in load_photos() if photo.portrait]
@@ -204,11 +199,11 @@ def human_photos(settings, folder, seed: int) -> tuple[list[Pair], dict[str, tup
             f"params.yaml: human_harmony.source {settings.source!r}, path {settings.path!r}: the source is embedded, "
             "or photos or imaterialist with the path of its folder"
         )
-    if settings.source == "imaterialist":
-        found = imaterialist_pairs(settings.path, Path(folder, "masks"))
-        origin = ("iMaterialist-fashion-2020 (FGVC7)", "see the competition's rules; research use")
-    else:
+    if settings.source == "photos":
         found, origin = photo_pairs(settings.path), ("own photos", "not stated")
+    else:  # clean_photos sorts out the product shots, and counts them
+        found, _ = imaterialist_pairs(settings.path, Path(folder, MASKS), min_border_std=0)
+        origin = ("iMaterialist-fashion-2020 (FGVC7)", "see the competition's rules; research use")
     pairs = photo_pairs_of(found)
     return pairs, dict.fromkeys((pair.photo for pair in pairs), origin), None
 
@@ -267,7 +262,7 @@ def build_human_harmony(pairs: list[Pair], choices: list[Choice], out, seed: int
             line = f"{pair.subset}/{COMPOSITES}/{kept.path.name}"
             _link(kept.path, folder / line)
             lists["test" if pair.photo in test else "train"].append(line)
-            large += mask.mean() > 0.2
+            large += bool(mask.mean() > 0.2)
         for split, lines in lists.items():
             write_list(folder, split, lines)
         counts = {"photos": len(photos), "composites": len(choices), **{s: len(lines) for s, lines in lists.items()},

@@ -152,8 +152,8 @@ def test_put_on_gives_an_evaluating_model():
 
 def test_stored_outputs_are_handed_out_in_order_and_must_be_finite():
     images = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 2, 2) / 24
-    method = stored_method("stored", images)
+    method = evaluate.stored_method("stored", images)
     assert torch.equal(method.call(None, None, ["a"])[0], torch.from_numpy(images[0]))
     assert torch.equal(method.call(None, None, ["b"])[0], torch.from_numpy(images[1]))
     with pytest.raises(TrainingDiverged, match="broken: the outputs are not finite"):
-        stored_method("broken", images * np.nan)
+        evaluate.stored_method("broken", images * np.nan)

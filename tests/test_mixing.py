@@ -289,6 +289,20 @@ def test_clean_photos(tmp_path):
         clean_photos(pairs[2:3])
 
 
+def test_imaterialist_photos(tmp_path):
+    for name in ("abc", "plain"):
+        write_image(tmp_path / "train" / f"{name}.jpg", photo(name, 80, 70)[0])
+    write_image(tmp_path / "train" / "plain.jpg", np.full((80, 70, 3), 250, np.uint8))
+    rows = "".join(f"{name},801 2000,80,70,0\n{name},3001 800,80,70,31\n" for name in ("abc", "plain"))
+    (tmp_path / "train.csv").write_text("ImageId,EncodedPixels,Height,Width,ClassId\n" + rows)
+    settings = SimpleNamespace(source="imaterialist", path=str(tmp_path), pairs=0)
+    pairs, sources, test = human_photos(settings, tmp_path / "work", 0)
+    assert [p.photo for p in pairs] == ["abc", "plain"] == list(sources) and test is None
+    assert "iMaterialist" in sources["abc"][0] and pairs[0].load()[1].sum() == 2800  # the union of two segments
+    kept, dropped = clean_photos(pairs)
+    assert [p.photo for p in kept] == ["abc"] and dropped["plain"] == ["plain_1"]
+
+
 def test_an_empty_training_list_is_refused(root, candidates, tmp_path):
     shutil.copytree(root, tmp_path / "empty")
     write_list(tmp_path / "empty", "train", [])
