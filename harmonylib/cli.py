@@ -72,6 +72,35 @@ def browser_app(
 
 
 @app.command()
+def generate(
+    data: str = typer.Argument(metavar="DATA", help="an iHarmony4-layout folder, or images/ and masks/ at any depth"),
+    out: str = typer.Argument(metavar="OUT", help="the folder to write; call again to go on with a stopped run"),
+    model: str = typer.Option("artifacts/diffharmony/inverse", help="the folder of an inverse model"),
+    k: int = typer.Option(10, "-k", help="candidates per (real, mask) pair"),
+    split: str = typer.Option("train", help="which list of an iHarmony4-layout folder: train or test"),
+    seed: int = typer.Option(0),
+    size: int = typer.Option(None, help="longest side in pixels; default: as the photos are"),
+    steps: int = typer.Option(5, help="denoising steps"),
+    temperature: float = typer.Option(1.0, help="scale of the initial noise"),
+    suffix: str = typer.Option(".png", help=".png or .jpg"),
+    precision: str = typer.Option("auto", help="auto, fp32, bf16 or fp16"),
+    device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
+) -> None:
+    """Draw candidate composites of real photos; `torchrun -m harmonylib.cli generate ...` shares out the work."""
+    from .datasets import photo_pairs
+    from .generate import MANIFEST, generate_candidates, pairs_of
+    from .layout import read_triples
+    from .mixing import photo_pairs_of
+    from .pipeline import DiffHarmonyPipeline
+
+    listed = os.path.exists(os.path.join(data, f"IHD_{split}.txt"))
+    pairs = pairs_of(read_triples(data, split)) if listed else photo_pairs_of(photo_pairs(data))
+    pipeline = DiffHarmonyPipeline.from_pretrained(model, device=device)
+    if generate_candidates(pipeline, pairs, out, k, seed, size, steps, temperature, suffix, precision):
+        typer.echo(os.path.join(out, MANIFEST))
+
+
+@app.command()
 def pretrain(
     photos: str = typer.Argument(metavar="PHOTOS", help="a folder with images/ and masks/, at any depth"),
     out: str = typer.Argument(metavar="OUT", help="the folder to write"),

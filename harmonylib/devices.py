@@ -1,6 +1,7 @@
 """Where to compute and in which precision."""
 
 import contextlib
+import os
 
 import torch
 
@@ -8,11 +9,14 @@ from .errors import HarmonyError
 
 
 def pick_device(name: str | None = "auto") -> torch.device:
-    """ "auto" (or None) is cuda, then mps, then cpu. Raises HarmonyError for a device that is not there."""
+    """ "auto" (or None) is cuda, then mps, then cpu; under torchrun "cuda" is the process's own GPU.
+
+    Raises HarmonyError for a device that is not there.
+    """
     if name in (None, "auto"):
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

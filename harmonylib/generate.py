@@ -5,9 +5,9 @@ finished pair and, when every pair is finished, `manifest.json`. Only what the m
 pair depends on (seed, subset, pair, i), the weights and the settings; not on order, other pairs or how many processes.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +21,9 @@ from skimage.color import rgb2lab
 from .cache import file_digest, weights_digest
 from .devices import autocast
 from .diffusion import latent_mask
+from .distributed import rank_and_world
 from .errors import HarmonyError
+from .files import only_one
 from .images import read_image, read_mask, resize_image, resize_mask, to_tensor, to_uint8
 from .jsonio import read_json, write_json
 from .layout import Triple, write_composite
@@ -117,7 +119,8 @@ def generate_candidates(pipeline: DiffHarmonyPipeline, pairs: list[Pair], root_o
     are equal byte for byte whatever the number of processes if each has the same number of threads.
     The manifest lists "settings" (with the weights' hash), and for each pair its candidates with status: "ok", "nan" or
     "equal" (to the real); only "ok" ones have a file and count. Raises HarmonyError for k < 1, no pairs, steps < 1,
-    temperature <= 0, an unknown suffix, unequal sizes, or a mask that is empty on the latent grid.
+    temperature <= 0, an unknown suffix, unequal sizes, a mask that is empty on the latent grid, or another run that
+    writes to the same root.
     """
     if k < 1 or steps < 1 or temperature <= 0:
         raise HarmonyError(f"k {k}, steps {steps}, temperature {temperature}: k and steps are >= 1, temperature is > 0")
@@ -129,11 +132,18 @@ def generate_candidates(pipeline: DiffHarmonyPipeline, pairs: list[Pair], root_o
     root = Path(root_out)
     settings = {"k": k, "seed": seed, "size": size, "steps": steps, "temperature": temperature, "suffix": suffix,
                 "precision": precision, "model": model_digest(pipeline)}  # fmt: skip
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    todo = [pair for pair in pairs[rank::world] if _record(root, pair, settings) is None]
-    if todo:
-        (root / MANIFEST).unlink(missing_ok=True)  # it speaks of files that are about to change
+    rank, world = rank_and_world()
     pipeline.set_progress_bar_config(disable=True)
+    with contextlib.nullcontext() if rank else only_one(root):
+        todo = [pair for pair in pairs[rank::world] if _record(root, pair, settings) is None]
+        if todo:
+            (root / MANIFEST).unlink(missing_ok=True)  # it speaks of files that are about to change
+        _generate(pipeline, todo, root, settings)
+        return _finish(root, pairs, settings)
+
+
+def _generate(pipeline, todo: list[Pair], root: Path, settings: dict) -> None:
+    """Draw and save the candidates of the pairs, writing those of a few pairs while the next is drawn."""
     saving = deque()
     with ThreadPoolExecutor(WRITERS) as pool:
         for pair in progress(todo, desc="candidates", unit="pair"):
@@ -143,7 +153,6 @@ def generate_candidates(pipeline: DiffHarmonyPipeline, pairs: list[Pair], root_o
                 saving.popleft().result()
         for job in saving:
             job.result()
-    return _finish(root, pairs, settings)
 
 
 def _draw(pipeline, pair: Pair, settings: dict):
@@ -174,7 +183,11 @@ def _save(root: Path, pair: Pair, settings: dict, real, mask, images, finite) ->
             row["status"] = "equal"
         if row["status"] == "ok":
             line = write_composite(root, pair.subset, pair.name, f"g{index}", image, settings["suffix"])
-            row |= {"file": line, "strength": round(foreground_delta_e(real, image, mask), 4)}
+            row |= {
+                "file": line,
+                "bytes": (root / line).stat().st_size,
+                "strength": round(foreground_delta_e(real, image, mask), 4),
+            }
         rows.append(row)
     record = {"subset": pair.subset, "pair": pair.name, "inputs": _inputs(pair), "candidates": rows}
     write_json(_record_path(root, pair), {"settings": settings, **record})
@@ -206,12 +219,12 @@ def _inputs(pair: Pair) -> list[str]:
 
 
 def _record(root: Path, pair: Pair, settings: dict) -> dict | None:
-    """The record of a pair that is finished under these settings and inputs with all its files, else None."""
+    """The record of a pair that is finished under these settings and inputs with all its files whole, else None."""
     record = _read_record(_record_path(root, pair))
     if record is None or record.pop("settings") != settings or record["inputs"] != _inputs(pair):
         return None
-    files = [root / row["file"] for row in record["candidates"] if row["status"] == "ok"]
-    return record if all(file.is_file() for file in files) else None
+    files = {root / row["file"]: row["bytes"] for row in record["candidates"] if row["status"] == "ok"}
+    return record if all(file.is_file() and file.stat().st_size == size for file, size in files.items()) else None
 
 
 def _finish(root: Path, pairs: list[Pair], settings: dict) -> dict | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import typer
 
+from .checkpoints import discard_finished
 from .cli import run as run_application
 from .errors import HarmonyError
 from .params import did_you_mean, find_root, parse_yaml, same_type, type_name
@@ -180,6 +181,7 @@ def run_notebook(path, parameters: dict | None = None, output=None) -> Path:
     values = [re.sub(r"[^A-Za-z0-9._]+", "_", str(value)) for value in parameters.values()]
     target = root / (output or EXECUTED / ("-".join([path.stem, *values]) + ".ipynb"))
     failed = target.with_suffix(".failed.ipynb")
+    started = time.time()
 
     with tempfile.TemporaryDirectory(prefix="harmonylib-") as folder:
         partial = Path(folder, "partial.ipynb")
@@ -190,6 +192,7 @@ def run_notebook(path, parameters: dict | None = None, output=None) -> Path:
             raise HarmonyError(f"{path}, {failure}; {kept}") from None
     _write_notebook(target, stable(executed))
     failed.unlink(missing_ok=True)
+    discard_finished(root / "artifacts/checkpoints", started)
     return target
 
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+from .checkpoints import discard_finished
 from .datasets import PhotoBatches, inpainting_masks
 from .devices import pick_device
 from .diffusion import base_scheduler, denoising_loss, latent_mask, scale_latents
+from .distributed import rank_and_world
 from .errors import HarmonyError
 from .jsonio import write_json
 from .pipeline import DiffHarmonyPipeline, PromptEmbedding, open_autoencoder
@@ -148,8 +150,12 @@ def pretrain(pairs, out, settings: BaseSettings, seed: int, device="auto", check
     unet = build_unet(settings.unet_channels, settings.layers, settings.latent_channels, settings.prompt_dim)
     prompt = PromptEmbedding(1, settings.prompt_dim)
     histories["unet"] = pretrain_unet(unet.to(**channels_last), vae, prompt.embeds, pairs, settings, seed, **loop)
+    if rank_and_world()[0]:
+        return
     DiffHarmonyPipeline(vae, unet, base_scheduler("v_prediction"), prompt).to(torch.float16).save_pretrained(out)
     write_json(Path(out) / "training.json", {"settings": asdict(settings), "seed": seed, "histories": histories})
+    if checkpoints:
+        discard_finished(checkpoints)
 
 
 def open_base(settings, seed: int) -> DiffHarmonyPipeline:

@@ -1,32 +1,35 @@
 """The one training loop: optimiser, schedule, EMA, mixed precision, logging, checkpoint and exact resume.
 
 A stage gives it a model, a function from step to batch and a loss closure. Every random draw of a step is seeded by
-(seed, step), so the state of a run is its weights, optimiser, EMA and step number, and nothing else.
+(seed, step), so the state of a run is its weights, optimiser, EMA and step number, and nothing else. Under torchrun the
+processes share each step's batch (`torchrun --nproc-per-node 8 -m harmonylib.cli pretrain ...`).
 """
 
 import contextlib
-import functools
 import hashlib
-import json
-import os
+import signal
+import threading
 import time
-from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors.torch import save, save_file
+from torch import nn
 
 from .cache import weights_digest
+from .checkpoints import Checkpoints, code_hash
 from .devices import autocast, pick_device
+from .distributed import ShareOfDraws, join_group, rank_and_world
 from .errors import HarmonyError
-from .files import atomic_path
+from .files import atomic_path, only_one
 from .progress import progress
 from .seeds import generator, rng
 
 
 class TrainingDiverged(HarmonyError):
-    """The loss became NaN or infinite."""
+    """The loss or its gradient became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -104,44 +107,134 @@ def ema_weights(model, ema):
         ema.restore(model.parameters())
 
 
-class Checkpoints:
-    """Resume points of one run in a folder keyed by settings, data and code; the last two are kept."""
+@contextlib.contextmanager
+def _signals():
+    """Yield a list that Ctrl-C and SIGTERM add to, so that a step is never cut in two; the second one interrupts."""
+    caught = []
 
-    def __init__(self, root, key: dict):
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        self.folder = Path(root) / digest
+    def catch(number, frame):
+        caught.append(number)
+        if len(caught) > 1:
+            raise KeyboardInterrupt
 
-    def save(self, state: dict) -> None:
-        with atomic_path(self.folder / f"step-{state['step']:08d}.pt") as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        for old in sorted(self.folder.glob("step-*.pt"))[:-2]:
-            old.unlink()
-
-    def load(self) -> dict | None:
-        """The newest readable state, or None. A damaged file is removed and the one before it is used."""
-        for path in sorted(self.folder.glob("step-*.pt"), reverse=True):
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception:
-                path.unlink()
-        return None
-
-    def clear(self) -> None:
-        for path in self.folder.glob("step-*.pt"):
-            path.unlink()
-        if self.folder.is_dir():
-            self.folder.rmdir()
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-@functools.cache
-def code_hash() -> str:
-    """Hash of harmonylib's own source, so that changed code never resumes an older run."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def _prefetched(make_batch, steps: range, pinned: bool):
+    """(step, batch) in order; a thread makes the next batch, in pinned memory if asked, while the caller uses this."""
+
+    def prepare(step):
+        batch = make_batch(step)
+        return {name: value.pin_memory() for name, value in batch.items()} if pinned else batch
+
+    with ThreadPoolExecutor(1, "prefetch") as pool:
+        ahead = pool.submit(prepare, steps[0]) if steps else None
+        for step in steps:
+            batch = ahead.result()
+            ahead = pool.submit(prepare, step + 1) if step + 1 in steps else None
+            yield step, batch
+
+
+class _Step(nn.Module):
+    """The loss of a batch as a module's forward pass: what DistributedDataParallel wraps to average gradients."""
+
+    def __init__(self, modules, loss):
+        super().__init__()
+        self.parts, self.loss = nn.ModuleList(modules), loss
+
+    def forward(self, batch, generator):
+        return self.loss(self.parts[0], batch, generator)
+
+
+class _Run:
+    """What one training run changes as it goes: modules, optimiser, EMA and loss scale, saved and restored together."""
+
+    def __init__(self, modules, loss, settings: TrainSettings, device: torch.device):
+        self.settings, self.device = settings, device
+        self.modules = [module.to(device, memory_format=torch.channels_last) for module in modules]
+        self.model = self.modules[0]
+        self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
+        fused = device.type != "mps"
+        self.optimiser = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
+        )
+        self.ema = EMAModel(self.model.parameters(), decay=settings.ema_decay) if settings.ema_decay else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self.loss = _Step(self.modules, loss)
+        self.rank, self.world = rank_and_world()
+
+    def state(self) -> dict:
+        return {
+            "modules": [module.state_dict() for module in self.modules],
+            "optimiser": self.optimiser.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict) -> None:
+        for module, saved in zip(self.modules, state["modules"], strict=True):
+            module.load_state_dict(saved)
+        if "optimiser" not in state:  # finished
+            return
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.device)
+
+    def share_out(self, step: int) -> None:
+        """Join the other processes, if there are any; from here on `step` averages gradients over them."""
+        if self.world == 1:
+            return
+        if self.settings.batch_size % self.world:
+            raise HarmonyError(f"batch_size {self.settings.batch_size} does not divide by {self.world} processes")
+        join_group(self.device)
+        ends = torch.tensor([step, -step], device=self.device)
+        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MIN)
+        if ends[0] != -ends[1]:
+            raise HarmonyError("the processes go on from different steps; their checkpoints must be in a shared folder")
+        self.loss = nn.parallel.DistributedDataParallel(self.loss)
+
+    def step(self, step: int, batch: dict, draws: torch.Generator) -> tuple[dict, torch.Tensor]:
+        """One update; returns the loss's terms over this process's share, and a number, finite if all is well."""
+        rows = self.settings.batch_size // self.world
+        share = slice(self.rank * rows, (self.rank + 1) * rows)
+        batch = {name: value[share].to(self.device, non_blocking=True) for name, value in batch.items()}
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate_at(step, self.settings)
+        with (
+            autocast(self.device, self.settings.precision),
+            ShareOfDraws(draws, rows) if self.world > 1 else contextlib.nullcontext(),
+        ):
+            terms = self.loss(batch, draws)
+        self.scaler.scale(terms["loss"]).backward()
+        self.scaler.unscale_(self.optimiser)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.step(self.model.parameters())
+        terms = {name: value.detach().float() for name, value in terms.items()}
+        return terms, terms["loss"] if self.scaler.is_enabled() else terms["loss"] + 0 * norm
+
+    def mean(self, sums: dict, count: int) -> dict:
+        """The terms' means over `count` steps and all processes, as numbers."""
+        values = torch.stack(list(sums.values())) / count
+        if self.world > 1:
+            torch.distributed.all_reduce(values)
+        return dict(zip(sums, (values / self.world).tolist(), strict=True))
+
+
+CHECK = 20  # steps between looks at the loss on a GPU, which must wait for each look
 
 
 def train(
@@ -161,92 +254,100 @@ def train(
 ) -> list[dict]:
     """Train `model` in place and leave the EMA weights in it, in eval mode.
 
-    loss(model, batch, generator) returns a dict of scalar tensors with "loss"; make_batch(step) returns a dict of CPU
-    tensors. extra_modules are trained along (a loss's own MLP). observe(model) -> dict of numbers is called
-    `observations` times with the EMA weights. checkpoints: a folder for resume points, keyed by settings, starting
-    weights, code and `key` (data and options of the loss). Returns the history: a list of {"step", "loss", ...}, each
-    the mean over 1/50 of the run. Raises TrainingDiverged when the loss is not finite.
+    loss(model, batch, generator) returns a dict of scalar tensors with "loss", means over the batch, and draws only
+    from `generator`; make_batch(step) returns a dict of CPU tensors, their first dimension the batch, and is called one
+    step ahead in a thread. extra_modules are trained along (a loss's own MLP). observe(model) -> dict of numbers is
+    called `observations` times with the EMA weights. checkpoints: a folder for resume points, keyed by settings,
+    starting weights, first batch, code and `key` (data and options of the loss). Returns the history: a list of
+    {"step", "loss", ...}, each the mean over 1/50 of the run.
+
+    Killed at any moment and called again, it ends with the same weights, bit by bit on one machine. Ctrl-C and SIGTERM
+    end the step, save and raise KeyboardInterrupt. Under torchrun each process takes an equal share of every batch and
+    the first one writes; the checkpoints' folder must be one that all see. Models without BatchNorm end as with one
+    process, up to rounding, if the loss is a plain mean over images.
+    Raises TrainingDiverged when loss or gradient is not finite (the batch lies with the checkpoints), and HarmonyError
+    when another process trains the same or the batch does not divide by the number of processes.
     """
-    device = pick_device(device)
-    modules = [m.to(device, memory_format=torch.channels_last) for m in (model, *extra_modules)]
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=device.type != "mps"
-    )
-    ema = EMAModel(model.parameters(), decay=settings.ema_decay) if settings.ema_decay else None
-    store = (
-        Checkpoints(
-            checkpoints,
-            {
-                "settings": asdict(settings),
-                "name": name,
-                "seed": seed,
-                "start": weights_digest(model),
-                "key": key,
-                "code": code_hash(),
-            },
-        )
-        if checkpoints
-        else None
-    )
-    history, start = [], 0
-    state = store.load() if store else None
-    if state:
-        for module, saved in zip(modules, state["modules"], strict=True):
-            module.load_state_dict(saved)
-        optimiser.load_state_dict(state["optimiser"])
-        if ema:
-            ema.load_state_dict(state["ema"])
-            ema.to(device)
-        history, start = state["history"], state["step"]
-    window = max(1, settings.steps // 50)
-    sums, last_save = defaultdict(float), time.monotonic()
-    for module in modules:
-        module.train()
-    bar = progress(range(start, settings.steps), desc=name, unit="step")
-    for step in bar:
-        batch = {k: v.to(device, non_blocking=True) for k, v in make_batch(step).items()}
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate_at(step, settings)
-        with autocast(device, settings.precision):
-            terms = loss(model, batch, generator(seed, name, "step", step))
-        terms["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        if ema:
-            ema.step(model.parameters())
-        for term, value in terms.items():
-            sums[term] = sums[term] + value.detach().float()
-        done = step + 1
-        if done % window == 0 or done == settings.steps:
-            count = done % window or window
-            entry = {"step": done, **{term: (value / count).item() for term, value in sums.items()}}
-            sums = defaultdict(float)
-            if not torch.isfinite(torch.tensor(entry["loss"])):
-                raise TrainingDiverged(f"{name}: the loss is not finite at step {done}; lower learning_rate")
-            if observe and (done % max(1, settings.steps // observations) < window or done == settings.steps):
-                model.eval()
-                with ema_weights(model, ema), torch.no_grad():
-                    entry |= observe(model)
-                model.train()
-            history.append(entry)
-            bar.set_postfix(loss=f"{entry['loss']:.4f}")
-            if store and done < settings.steps and time.monotonic() - last_save > settings.checkpoint_seconds:
-                store.save(
-                    {
-                        "step": done,
-                        "modules": [m.state_dict() for m in modules],
-                        "history": history,
-                        "optimiser": optimiser.state_dict(),
-                        "ema": ema.state_dict() if ema else None,
-                    }
-                )
-                last_save = time.monotonic()
-    if ema:
-        ema.copy_to(model.parameters())
-    for module in modules:
+    run = _Run((model, *extra_modules), loss, settings, pick_device(device))
+    with contextlib.ExitStack() as stack:
+        store = None
+        if checkpoints:
+            words = {"settings": asdict(settings), "name": name, "seed": seed, "start": weights_digest(model)}
+            first = {k: v.contiguous() for k, v in make_batch(0).items()} if settings.steps else {}
+            words |= {"batch": hashlib.sha256(save(first)).hexdigest(), "key": key, "code": code_hash()}
+            store = Checkpoints(checkpoints, words)
+            if run.rank == 0:
+                stack.enter_context(only_one(store.folder))
+        history = _loop(run, make_batch, name, seed, observe, observations, store)
+    for module in run.modules:
         module.eval()
-    if store:
-        store.clear()
     return history
+
+
+def _loop(run: _Run, make_batch, name: str, seed: int, observe, observations: int, store) -> list[dict]:
+    settings, on_cpu = run.settings, run.device.type == "cpu"
+    state = {"step": 0, "history": [], "sums": {}}
+    saved = store.load() if store else None
+    if saved:
+        run.restore(saved)
+        state = {key: saved[key] for key in state}
+        state["sums"] = {term: value.to(run.device) for term, value in state["sums"].items()}
+        if "optimiser" not in saved:
+            return state["history"]
+    run.share_out(state["step"])
+    for module in run.modules:
+        module.train()
+    window = max(1, settings.steps // 50)
+    first_bad = torch.full((), float("inf"), device=run.device)
+    last_save, save_seconds = time.monotonic(), 0.0
+    bar = progress(total=settings.steps, desc=name, unit="step")
+    bar.update(state["step"])
+    batches = _prefetched(make_batch, range(state["step"], settings.steps), run.device.type == "cuda")
+    with _signals() as caught, bar, contextlib.closing(batches):
+        for step, batch in batches:
+            terms, health = run.step(step, batch, generator(seed, name, "step", step))
+            first_bad = torch.where(health.isfinite(), first_bad, first_bad.clamp(max=step))
+            for term, value in terms.items():
+                state["sums"][term] = state["sums"].get(term, 0) + value
+            state["step"] = done = step + 1
+            bar.update()
+            last = done == settings.steps
+            if (on_cpu or last or caught or done % CHECK == 0 or done % window == 0) and first_bad.isfinite():
+                raise TrainingDiverged(_diverged(int(first_bad), make_batch, name, seed, store))
+            if done % window == 0 or last:
+                entry = {"step": done, **run.mean(state["sums"], done % window or window)}
+                state["sums"] = {}
+                if observe and (done % max(1, settings.steps // observations) < window or last):
+                    run.model.eval()
+                    with ema_weights(run.model, run.ema), torch.no_grad():
+                        entry |= observe(run.model)
+                    run.model.train()
+                state["history"].append(entry)
+                bar.set_postfix(loss=f"{entry['loss']:.4f}")
+            # A large state takes its time to save: with the default, at most a sixtieth of the whole.
+            due = time.monotonic() - last_save > settings.checkpoint_seconds * max(1.0, save_seconds)
+            if store and run.rank == 0 and not last and (caught or (due and (on_cpu or done % CHECK == 0))):
+                started = time.monotonic()
+                store.save(state | run.state())
+                last_save = time.monotonic()
+                save_seconds = last_save - started
+            if caught and not last:
+                raise KeyboardInterrupt(f"{name}: stopped after step {done}; run it again to go on")
+    if run.ema:
+        run.ema.copy_to(run.model.parameters())
+    if store and run.rank == 0:
+        store.finish(state | {"modules": [module.state_dict() for module in run.modules]})
+    if caught:
+        raise KeyboardInterrupt
+    return state["history"]
+
+
+def _diverged(step: int, make_batch, name: str, seed: int, store) -> str:
+    """What to tell of a loss that is not finite; the step's batch is made again and saved with the checkpoints."""
+    where = ""
+    if store:
+        with atomic_path(store.folder / f"diverged-{step:08d}.safetensors") as temporary:
+            batch = {key: value.contiguous() for key, value in make_batch(step).items()}
+            save_file(batch, temporary, {"name": name, "seed": str(seed), "step": str(step)})
+        where = f"; its batch is in {store.folder}/diverged-{step:08d}.safetensors"
+    return f"{name}: loss or gradient is not finite at step {step + 1}{where}; lower learning_rate"

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from harmonylib.checkpoints import Checkpoints, discard_finished
 from harmonylib.errors import HarmonyError
-from harmonylib.training import Checkpoints, TrainingDiverged, TrainSettings, batch_indices, learning_rate_at, train
+from harmonylib.training import TrainingDiverged, TrainSettings, batch_indices, learning_rate_at, train
 
 
 def problem():
@@ -69,11 +70,24 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, killed_at):
 
     with pytest.raises(KeyboardInterrupt):
         run(copy.deepcopy(model), loss, dies, checkpoints=tmp_path)
-    assert len(list(tmp_path.rglob("*.pt"))) == 2
+    assert len(list(tmp_path.rglob("step-*.pt"))) == 2
     resumed, steps = copy.deepcopy(model), []
     again = run(resumed, loss, lambda step: steps.append(step) or make_batch(step), checkpoints=tmp_path)
-    assert steps[0] == killed_at and torch.equal(resumed.weight, whole.weight) and again == history
-    assert not list(tmp_path.rglob("*.pt"))  # a finished run leaves no checkpoint
+    assert steps[:2] == [0, killed_at] and torch.equal(resumed.weight, whole.weight) and again == history
+    assert [path.name for path in tmp_path.rglob("*.pt")] == ["finished.pt"]
+    once_more = copy.deepcopy(model)
+    assert run(once_more, loss, make_batch, checkpoints=tmp_path) == history  # nothing is trained twice
+    assert torch.equal(once_more.weight, whole.weight) and not once_more.training
+    discard_finished(tmp_path)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_changed_data_never_resumes(tmp_path):
+    model, loss, make_batch = problem()
+    run(copy.deepcopy(model), loss, make_batch, checkpoints=tmp_path)
+    other = copy.deepcopy(model)
+    run(other, loss, lambda step: {k: v + 1 for k, v in make_batch(step).items()}, checkpoints=tmp_path)
+    assert len(list(tmp_path.rglob("finished.pt"))) == 2
 
 
 def test_damaged_checkpoint_falls_back(tmp_path):
@@ -88,7 +102,7 @@ def test_damaged_checkpoint_falls_back(tmp_path):
 
 def test_divergence_is_reported():
     model, _, make_batch = problem()
-    with pytest.raises(TrainingDiverged, match="not finite"):
+    with pytest.raises(TrainingDiverged, match="not finite at step 1; lower"):
         run(model, lambda net, batch, generator: {"loss": net(batch["x"]).mean() * float("nan")}, make_batch)
 
 

@@ -1,0 +1,70 @@
+"""Where a killed training run goes on: durable resume points in folders keyed by what decides the result."""
+
+import functools
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from .files import atomic_path
+
+FINISHED = "finished.pt"
+
+
+class Checkpoints:
+    """Resume points of one run in a folder named after the hash of `key`; the last two are kept.
+
+    A finished run leaves `finished.pt`, so that a stage that fails later does not train again; what succeeds as a whole
+    (the notebook runner, `pretrain`) removes it.
+    """
+
+    def __init__(self, root, key: dict):
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.folder = Path(root) / digest
+
+    def _write(self, name: str, state: dict) -> None:
+        import torch  # here, because the notebook runner needs this module but not torch
+
+        with atomic_path(self.folder / name, durable=True) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)  # a file of ours, so that a full disk is an OSError
+
+    def save(self, state: dict) -> None:
+        self._write(f"step-{state['step']:08d}.pt", state)
+        for old in sorted(self.folder.glob("step-*.pt"))[:-2]:
+            old.unlink()
+
+    def finish(self, state: dict) -> None:
+        self._write(FINISHED, state)
+        for old in self.folder.glob("step-*.pt"):
+            old.unlink()
+
+    def load(self) -> dict | None:
+        """The finished or else the newest readable state, or None. A damaged file is removed, the one before used."""
+        import torch
+
+        for path in (self.folder / FINISHED, *sorted(self.folder.glob("step-*.pt"), reverse=True)):
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                path.touch()  # in use: see discard_finished
+                return state
+            except FileNotFoundError:
+                continue
+            except Exception:  # torch raises many kinds on damaged files
+                path.unlink(missing_ok=True)
+        return None
+
+
+def discard_finished(root, since: float = 0.0) -> None:
+    """Remove the runs below `root` that finished or were taken up again at or after the time `since` (seconds)."""
+    for path in Path(root).glob(f"*/{FINISHED}"):
+        if path.stat().st_mtime >= since:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
+@functools.cache
+def code_hash() -> str:
+    """Hash of harmonylib's own source, so that changed code never resumes an older run."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

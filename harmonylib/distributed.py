@@ -1,0 +1,48 @@
+"""The processes that torchrun starts: who is who, and noise that does not depend on how many there are."""
+
+import os
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from .errors import HarmonyError
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(this process's number, how many there are) as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_group(device: torch.device):
+    """accelerate's PartialState; on its first call this process joins the others (NCCL on CUDA, else gloo)."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=device.type == "cpu")
+
+
+class ShareOfDraws(TorchFunctionMode):
+    """Inside, torch.rand, randn and randint with `generator` give a process its rows of what one process would draw.
+
+    rows: the process's share of the batch; a draw's first dimension must be a multiple of it (twice, for images and
+    their partners: each half is shared out). So a step's noise is the same for any number of processes. Draws from
+    other generators and draws of single numbers pass through. Raises HarmonyError for any other first dimension.
+    """
+
+    def __init__(self, generator: torch.Generator, rows: int):
+        super().__init__()
+        self.generator, self.rows = generator, rows
+        self.rank, self.world = rank_and_world()
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function not in (torch.rand, torch.randn, torch.randint) or options.get("generator") is not self.generator:
+            return function(*arguments, **options)
+        size = tuple(arguments if isinstance(arguments[-1], int) else arguments[-1])
+        if not size:
+            return function(*arguments, **options)
+        times, rest = divmod(size[0], self.rows)
+        if rest:
+            raise HarmonyError(f"a draw of {size} cannot be shared: its first dimension is not the batch's {self.rows}")
+        bounds = arguments[:-1] if function is torch.randint else ()
+        drawn = function(*bounds, (size[0] * self.world, *size[1:]), **options)
+        return drawn.unflatten(0, (times, self.world, self.rows))[:, self.rank].reshape(size)

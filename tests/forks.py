@@ -1,0 +1,44 @@
+"""Child processes to kill or to connect, forked from a server that has imported torch already: they start at once."""
+
+import multiprocessing
+import os
+import socket
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["harmonylib.fit", "harmonylib.generate", "harmonylib.pretrain"])
+
+
+def start(function, *arguments):
+    """A running child process; functions are of module level."""
+    process = CONTEXT.Process(target=_child, args=(function, arguments, {}))
+    process.start()
+    return process
+
+
+def start_group(function, *arguments, world: int = 2) -> list:
+    """The running processes of a group, with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = []
+    for rank in range(world):
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = CONTEXT.Process(target=_child, args=(function, arguments, names))
+        process.start()
+        group.append(process)
+    return group
+
+
+def codes(processes) -> list[int]:
+    """Exit codes: 0 for success, 1 for an exception, minus the signal for a killed process."""
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+def _child(function, arguments, environment):
+    import torch
+
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    function(*arguments)

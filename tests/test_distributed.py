@@ -1,0 +1,117 @@
+"""Many processes give what one gives: training within rounding, generation byte for byte, DVC on another machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import forks
+import pytest
+import torch
+import trainers
+
+from harmonylib.distributed import ShareOfDraws
+from harmonylib.errors import HarmonyError
+from harmonylib.seeds import generator
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("distributed")
+    trainers.make_set(root / "set")
+    return root
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("trainer", [name for name in trainers.TRAINERS if name != "contrastive_resunet"])  # BatchNorm
+def test_two_processes_train_as_one(root, trainer):
+    single = forks.start(trainers.write_trained, trainer, root, f"{trainer}-1.pt", 4)
+    group = forks.start_group(trainers.write_trained, trainer, root, f"{trainer}-2.pt", 4)
+    assert forks.codes([single, *group]) == [0, 0, 0]
+    one, two = (torch.load(root / f"{trainer}-{n}.pt", weights_only=True) for n in (1, 2))
+    start = trainers.trained(trainer, root, 0)
+    away = sum((two[name] - value).square().sum() for name, value in one.items())
+    moved = sum((start[name] - value).square().sum() for name, value in one.items())
+    # Adam turns the rounding of gradients near zero into whole steps, so single weights may differ; their norm may not.
+    assert (away / moved).sqrt() < 0.02  # pretrain saves fp16
+
+
+def test_a_step_draws_the_same_whatever_the_number_of_processes(monkeypatch):
+    def draw(rows, source):
+        return [
+            torch.randn((rows, 3), generator=source),
+            torch.rand(2 * rows, 5, generator=source),  # images and their partners
+            torch.randint(0, 1000, (rows,), generator=source),
+            torch.randint(2**40, (), generator=source),
+        ]
+
+    whole, shares = draw(6, generator("draws")), []
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        source = generator("draws")
+        with ShareOfDraws(source, 2):
+            shares.append(draw(2, source))
+            assert torch.equal(torch.rand(3, generator=generator("x")), torch.rand(3, generator=generator("x")))
+            with pytest.raises(HarmonyError, match="cannot be shared"):
+                torch.rand(3, generator=source)
+    assert torch.equal(torch.cat([share[0] for share in shares]), whole[0])
+    halves = [torch.cat([share[1][half] for share in shares]) for half in (slice(0, 2), slice(2, 4))]
+    assert torch.equal(torch.cat(halves), whole[1])
+    assert torch.equal(torch.cat([share[2] for share in shares]), whole[2])
+    assert all(share[3] == whole[3] for share in shares)
+
+
+def test_batches_that_do_not_divide(root, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(HarmonyError, match="batch_size 4 does not divide by 3 processes"):
+        trainers.trained("harmony_vae", root)
+
+
+def test_the_command_under_torchrun_writes_the_same_bytes(root):
+    trainers.inverse_pipeline().save_pretrained(root / "model")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = ["-m", "harmonylib.cli", "generate", "set", "--model", "model", "-k", "3", "--steps", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for launch, out in (([], "one"), (torchrun, "two")):
+        subprocess.run([sys.executable, *launch, *command, out], cwd=root, env=environment, check=True)
+    assert contents(root / "one") == contents(root / "two")
+    assert len(list((root / "one").rglob("*.png"))) == 9
+
+
+def test_dvc_remote_carries_results_to_another_machine(tmp_path):
+    """Push from one clone, pull in another: the weights are there and `dvc repro` has nothing to do."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    environment = os.environ | {"DVC_SITE_CACHE_DIR": str(tmp_path / "site"), "DVC_NO_ANALYTICS": "1"}
+
+    def call(*words, folder=first):
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        assert not done.returncode, done.stderr
+        return done.stdout
+
+    def dvc(*words, folder=first):
+        return call(sys.executable, "-m", "dvc", *words, folder=folder)
+
+    first.mkdir()
+    (first / "dvc.yaml").write_text(
+        "stages:\n  train:\n    cmd: python -c \"open('weights', 'w').write(open('seed').read() * 3)\"\n"
+        "    deps: [seed]\n    outs: [weights]\n"
+    )
+    (first / "seed").write_text("7")
+    call("git", "init", "-q")
+    dvc("init", "-q")
+    dvc("remote", "add", "-q", "-d", "shared", str(tmp_path / "remote"))
+    dvc("repro", "-q")
+    dvc("push", "-q")
+    call("git", "add", ".")
+    call("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "trained")
+    call("git", "clone", "-q", str(first), str(second), folder=tmp_path)
+    assert not (second / "weights").exists()
+    dvc("pull", "-q", folder=second)
+    assert (second / "weights").read_text() == "777"
+    assert "up to date" in dvc("repro", folder=second)
