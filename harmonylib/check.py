@@ -94,11 +94,11 @@ def audit(root, kind: str = "auto", workers: int | None = None) -> Audit:
     for example in examples:
         groups.setdefault(example.real or example.composite, []).append(example)
     rows, prints = [], {}
-    for made, print_, wrong in parallel_map(_inspect, groups.values(), "reading pictures", "photo", workers):
+    for made, hashed, wrong in parallel_map(_inspect, groups.values(), "reading pictures", "photo", workers):
         rows += made
         findings += wrong
-        if print_ is not None:
-            prints[made[0]["real"] or made[0]["composite"]] = (print_, {row["split"] for row in made})
+        if hashed is not None:
+            prints[made[0]["real"] or made[0]["composite"]] = (hashed, {row["split"] for row in made})
     findings += _shared_photos(prints)
     manifest = pd.DataFrame(rows, columns=MANIFEST)
     return Audit(kind, manifest, _counts(manifest, examples), findings, _notes(root, examples))
@@ -140,7 +140,7 @@ def _inspect(group: list[Example]) -> tuple[list[dict], np.ndarray | None, list[
             | {"digest": blake2b(own.read_bytes(), digest_size=16).hexdigest()}
         )
     photo = real if group[0].real else composite
-    return rows, None if photo is None or not rows else _print(photo), findings
+    return rows, None if photo is None or not rows else fingerprint(photo), findings
 
 
 def _text(source) -> str:
@@ -227,7 +227,7 @@ def _compare(example: Example, composite, mask, real) -> list[Finding]:
 # ---- across the whole set ----
 
 
-def _print(photo: np.ndarray) -> np.ndarray:
+def fingerprint(photo: np.ndarray) -> np.ndarray:
     """Difference hash (horizontal, 256 bits as 32 bytes) and mean colour (3 bytes)."""
     small = resize_image(photo, (HASH_SIDE, HASH_SIDE + 1)).astype(np.int16)
     bits = np.packbits(np.diff(small.sum(-1), axis=1) > 0)
