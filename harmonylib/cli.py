@@ -54,6 +54,45 @@ def harmonize(
 
 
 @app.command()
+def evaluate(
+    predictions: str = typer.Argument(metavar="PRED_DIR", help="NAME.png of every composite NAME, or SUBSET/NAME.png"),
+    data: str = typer.Argument(metavar="DATA_DIR", help="a data set in iHarmony4's layout"),
+    protocol: str = typer.Option("standard", help="standard, diffharmony, saic, hdnet, dovenet or iih"),
+    split: str = typer.Option("test", help="the list to score: test or train"),
+    paste: bool = typer.Option(False, help="put the composite's background on the predictions first"),
+    json: str = typer.Option(None, help="where to write the averages with their intervals"),
+    csv: str = typer.Option(None, help="where to write the table of every image"),
+) -> None:
+    """Score predictions against the real photos: every image, each subset, each foreground size and all."""
+    from .files import atomic_path
+    from .jsonio import write_json
+    from .metrics import METRICS, PROTOCOLS, buckets, summarise
+    from .scoring import score_folder
+
+    table = score_folder(predictions, data, protocol, split, paste)
+    (name, parts), *_ = summarise(table).items()
+    sizes = buckets(table)
+    groups = parts | {size: part for size, part in sizes[name].items() if size != "all"}
+    typer.echo(f"protocol {protocol}" + (", composite background pasted" if paste else ""))
+    typer.echo(f"{'':12s}{'n':>7s}{'photos':>8s}" + "".join(f"{metric:>12s}" for metric in METRICS))
+    for group, part in groups.items():
+        values = "".join(f"{'–' if part[metric] is None else format(part[metric], '.4g'):>12s}" for metric in METRICS)
+        typer.echo(f"{group:12s}{part['n']:7d}{part['photos']:8d}{values}")
+    for edge, word in enumerate(("95 % from", "to")):
+        ends = "".join(f"{parts['all']['interval'][metric][edge]:12.4g}" for metric in METRICS)
+        typer.echo(f"all, {word:22s}{ends}")
+    if parts["all"].get("status"):
+        typer.echo(parts["all"]["status"])
+    if csv:
+        with atomic_path(csv) as temporary:
+            table.to_csv(temporary, index=False, lineterminator="\n")
+    if json:
+        about = {"protocol": protocol + (", composite background pasted" if paste else ""), "split": split}
+        about |= {"reported_by_its_code": PROTOCOLS[protocol].reports, "n": len(table)}
+        write_json(json, about | {"photos": parts["all"]["photos"], "models": {name: parts}, "buckets": sizes})
+
+
+@app.command()
 def pretrain(
     photos: str = typer.Argument(metavar="PHOTOS", help="a folder with images/ and masks/, at any depth"),
     out: str = typer.Argument(metavar="OUT", help="the folder to write"),
