@@ -93,6 +93,40 @@ def evaluate(
 
 
 @app.command()
+def study(
+    page: str = typer.Argument(metavar="PAGE.html", help="the page to write; it works offline"),
+    folders: list[str] = typer.Argument(metavar="METHOD=FOLDER...", help="the results of two methods or more"),
+) -> None:
+    """Write a blind preference study: participants open the page, vote and save a file for `harmonylib votes`."""
+    from .study import read_folders, write_page
+
+    named = dict(folder.partition("=")[::2] for folder in folders)
+    if len(named) < len(folders) or not all(named.values()):
+        raise HarmonyError(f"{' '.join(folders)}: must be METHOD=FOLDER, each method once")
+    write_page(page, read_folders(named))
+    typer.echo(page)
+
+
+@app.command()
+def votes(
+    files: list[str] = typer.Argument(metavar="FILE...", help="what the participants saved"),
+    json: str = typer.Option(None, help="where to write the table, e.g. reports/metrics/votes.json for the report"),
+) -> None:
+    """Count the votes of a preference study: votes, preference and its 95 % interval per method."""
+    from .jsonio import write_json
+    from .study import count_votes, read_votes
+
+    table = count_votes(read_votes(files))
+    typer.echo(f"{table['n']} votes of {table['participants']} participants on {table['photos']} images")
+    for method, parts in table["models"].items():
+        part = parts["all"]
+        low, high = part["interval"]["preference_percent"]
+        typer.echo(f"{method:24s}{part['votes']:6d}{part['preference_percent']:8.2f} %  [{low:.2f}, {high:.2f}]")
+    if json:
+        write_json(json, table)
+
+
+@app.command()
 def pretrain(
     photos: str = typer.Argument(metavar="PHOTOS", help="a folder with images/ and masks/, at any depth"),
     out: str = typer.Argument(metavar="OUT", help="the folder to write"),
