@@ -26,19 +26,18 @@ _PAGE = Path(__file__).with_name("study.html")
 
 def read_composites(folder=None, size: int = 256) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """(name, composite SxSx3 uint8, mask SxS bool) of a folder with images/ and masks/ (DIH99, RealHM, your own), as
-    squares. None: each embedded test photo's first object laid on every other test photo.
+    squares. None: each embedded test photo's first object laid on every other test photo that is no portrait.
 
     Raises HarmonyError for missing or empty masks and as `photo_pairs`.
     """
-    square = (size, size)
+    square, found = (size, size), []
     if folder is None:
-        photos = [(p.name, resize_image(p.image, square), next(iter(p.masks.items()))) for p in load_photos("test")]
-        found = []
-        for (_, front, (thing, mask)), (place, back, _) in itertools.permutations(photos, 2):
-            region = resize_mask(mask, square)
-            found.append((f"{thing} on {place}", paste(front, back, region), region))
+        for front, back in itertools.permutations(load_photos("test"), 2):
+            if not back.portrait:
+                thing, mask = next(iter(front.masks.items()))
+                images, region = [resize_image(p.image, square) for p in (front, back)], resize_mask(mask, square)
+                found.append((f"{thing} on {back.name}", paste(*images, region), region))
         return found
-    found = []
     for image_path, mask_path in photo_pairs(folder):
         mask = resize_mask(read_mask(mask_path), square)
         if not mask.any():
