@@ -101,6 +101,79 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    predictions: str = typer.Argument(metavar="PRED_DIR", help="NAME.png of every composite NAME, or SUBSET/NAME.png"),
+    data: str = typer.Argument(metavar="DATA_DIR", help="a data set in iHarmony4's layout"),
+    protocol: str = typer.Option("standard", help="standard, diffharmony, saic, hdnet, dovenet or iih"),
+    split: str = typer.Option("test", help="the list to score: test or train"),
+    paste: bool = typer.Option(False, help="put the composite's background on the predictions first"),
+    json: str = typer.Option(None, help="where to write the averages with their intervals"),
+    csv: str = typer.Option(None, help="where to write the table of every image"),
+) -> None:
+    """Score predictions against the real photos: every image, each subset, each foreground size and all."""
+    from .files import atomic_path
+    from .jsonio import write_json
+    from .metrics import METRICS, PROTOCOLS, buckets, summarise
+    from .scoring import score_folder
+
+    table = score_folder(predictions, data, protocol, split, paste)
+    (name, parts), *_ = summarise(table).items()
+    sizes = buckets(table)
+    groups = parts | {size: part for size, part in sizes[name].items() if size != "all"}
+    typer.echo(f"protocol {protocol}" + (", composite background pasted" if paste else ""))
+    typer.echo(f"{'':12s}{'n':>7s}{'photos':>8s}" + "".join(f"{metric:>12s}" for metric in METRICS))
+    for group, part in groups.items():
+        values = "".join(f"{'–' if part[metric] is None else format(part[metric], '.4g'):>12s}" for metric in METRICS)
+        typer.echo(f"{group:12s}{part['n']:7d}{part['photos']:8d}{values}")
+    for edge, word in enumerate(("95 % from", "to")):
+        ends = "".join(f"{parts['all']['interval'][metric][edge]:12.4g}" for metric in METRICS)
+        typer.echo(f"all, {word:22s}{ends}")
+    if parts["all"].get("status"):
+        typer.echo(parts["all"]["status"])
+    if csv:
+        with atomic_path(csv) as temporary:
+            table.to_csv(temporary, index=False, lineterminator="\n")
+    if json:
+        about = {"protocol": protocol + (", composite background pasted" if paste else ""), "split": split}
+        about |= {"reported_by_its_code": PROTOCOLS[protocol].reports, "n": len(table)}
+        write_json(json, about | {"photos": parts["all"]["photos"], "models": {name: parts}, "buckets": sizes})
+
+
+@app.command()
+def study(
+    page: str = typer.Argument(metavar="PAGE.html", help="the page to write; it works offline"),
+    folders: list[str] = typer.Argument(metavar="METHOD=FOLDER...", help="the results of two methods or more"),
+) -> None:
+    """Write a blind preference study: participants open the page, vote and save a file for `harmonylib votes`."""
+    from .study import read_folders, write_page
+
+    named = dict(folder.partition("=")[::2] for folder in folders)
+    if len(named) < len(folders) or not all(named.values()):
+        raise HarmonyError(f"{' '.join(folders)}: must be METHOD=FOLDER, each method once")
+    write_page(page, read_folders(named))
+    typer.echo(page)
+
+
+@app.command()
+def votes(
+    files: list[str] = typer.Argument(metavar="FILE...", help="what the participants saved"),
+    json: str = typer.Option(None, help="where to write the table, e.g. reports/metrics/votes.json for the report"),
+) -> None:
+    """Count the votes of a preference study: votes, preference and its 95 % interval per method."""
+    from .jsonio import write_json
+    from .study import count_votes, read_votes
+
+    table = count_votes(read_votes(files))
+    typer.echo(f"{table['n']} votes of {table['participants']} participants on {table['photos']} images")
+    for method, parts in table["models"].items():
+        part = parts["all"]
+        low, high = part["interval"]["preference_percent"]
+        typer.echo(f"{method:24s}{part['votes']:6d}{part['preference_percent']:8.2f} %  [{low:.2f}, {high:.2f}]")
+    if json:
+        write_json(json, table)
+
+
+@app.command()
 def pretrain(
     photos: str = typer.Argument(metavar="PHOTOS", help="a folder with images/ and masks/, at any depth"),
     out: str = typer.Argument(metavar="OUT", help="the folder to write"),

@@ -19,7 +19,7 @@ from .generate import Candidate, Choice, Pair, by_pair, has_latent_foreground, p
 from .images import paste, read_image, resize_image, write_image
 from .jsonio import write_json
 from .layout import COMPOSITES, MASKS, REALS, plain_name, read_triples, write_list, write_pair
-from .manifest import border_std, imaterialist_pairs, photo_pairs
+from .manifest import imaterialist_pairs, photo_pairs
 from .photos import Photo, load_photos, random_crop
 from .progress import progress
 from .seeds import rng
@@ -27,6 +27,7 @@ from .seeds import rng
 SUMMARY = "made_by_harmonylib.json"  # only folders that hold it are ever replaced
 TEST_SHARE = Fraction(7404, 73146)  # iHarmony4's
 HUMAN = "HumanHarmony"
+BORDER = 0.05  # share of the shorter side that counts as a photo's border
 
 
 def mix_count(gamma: float, n_composites: int, n_pairs: int, k: int | None = None) -> int:
@@ -162,17 +163,21 @@ def clean_photos(pairs: list[Pair], size: int | None = None, foreground=(0.01, 0
     """Leave out photos that cannot teach harmonization; returns (kept, {reason: names}).
 
     Reasons: "small" (a side under min_side pixels), "foreground" (share outside the bounds, or nothing left on the
-    latent grid at `size`) and "plain" (`border_std` under min_border_std: product shots, which the paper removed by
-    means it does not tell, and studio backdrops). Raises HarmonyError when no photo is left.
+    latent grid at `size`) and "plain" (the border outside the foreground varies by less than min_border_std grey
+    levels: product shots, which the paper removed by means it does not tell, and studio backdrops). Raises HarmonyError
+    when no photo is left.
     """
     kept, dropped = [], {"small": [], "foreground": [], "plain": []}
     for pair in progress(pairs, desc="cleaning", unit="photo"):
         real, mask = pair.load()
+        width = max(1, round(BORDER * min(mask.shape)))
+        border = ~mask
+        border[width:-width, width:-width] = False
         if min(mask.shape) < min_side:
             dropped["small"].append(pair.name)
         elif not foreground[0] <= mask.mean() <= foreground[1] or not has_latent_foreground(pair.load(size)[1]):
             dropped["foreground"].append(pair.name)
-        elif border_std(real, mask) < min_border_std:
+        elif not border.any() or real[border].std(0).mean() < min_border_std:
             dropped["plain"].append(pair.name)
         else:
             kept.append(pair)
@@ -201,8 +206,8 @@ def human_photos(settings, folder, seed: int) -> tuple[list[Pair], dict[str, tup
         )
     if settings.source == "photos":
         found, origin = photo_pairs(settings.path), ("own photos", "not stated")
-    else:  # clean_photos sorts out the product shots, and counts them
-        found, _ = imaterialist_pairs(settings.path, Path(folder, MASKS), min_border_std=0)
+    else:
+        found = imaterialist_pairs(settings.path, Path(folder, MASKS))
         origin = ("iMaterialist-fashion-2020 (FGVC7)", "see the competition's rules; research use")
     pairs = photo_pairs_of(found)
     return pairs, dict.fromkeys((pair.photo for pair in pairs), origin), None
