@@ -87,9 +87,9 @@ def generate(
     device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
 ) -> None:
     """Draw candidate composites of real photos; `torchrun -m harmonylib.cli generate ...` shares out the work."""
-    from .datasets import photo_pairs
     from .generate import MANIFEST, generate_candidates, pairs_of
     from .layout import read_triples
+    from .manifest import photo_pairs
     from .mixing import photo_pairs_of
     from .pipeline import DiffHarmonyPipeline
 

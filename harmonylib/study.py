@@ -13,11 +13,11 @@ import pandas as pd
 from PIL import Image
 from skimage.color import rgb2lab
 
-from .datasets import photo_pairs
 from .errors import HarmonyError
 from .files import atomic_path
 from .images import IMAGE_SUFFIXES, paste, read_image, read_mask, resize_image, resize_mask
 from .jsonio import read_json
+from .manifest import photo_pairs
 from .photos import load_photos
 from .seeds import rng
 
