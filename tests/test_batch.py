@@ -2,6 +2,9 @@
 
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,3 +107,20 @@ def test_transparent_picture_to_jpeg(folder):
     jobs = batch.plan(folder / "pictures/a.png", folder / "masks/a.png", folder / "out.jpg")
     with pytest.raises(HarmonyError, match="transparency"):
         batch.run(jobs, "cpu", folder / "net")
+
+
+def test_twelve_megapixels_fit_in_four_gigabytes(folder):
+    """Peak memory of a fresh process, most of the picture being foreground."""
+    code = """
+import resource, numpy as np, harmonylib as hl
+image = np.zeros((3000, 4000, 3), np.uint8) + np.linspace(0, 250, 4000).astype(np.uint8)[:, None]
+mask = np.zeros((3000, 4000), bool)
+mask[100:, 100:] = True
+after = np.asarray(hl.harmonize(image, mask, model="net", device="cpu", feather=9))
+assert (after[~mask] == image[~mask]).all() and (after != image).any()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(batch.__file__).parents[1])}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) < 4, f"{ran.stdout} GiB"
