@@ -3,6 +3,8 @@ anew, in fp32. On CUDA at Stable Diffusion's size, elsewhere at that of the smal
 weights are random, which costs the same. What caching gains and what bf16 gains are separate rows.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -167,21 +169,21 @@ def decode_rows(s: System, size: int) -> list[dict]:
     return rows
 
 
-def rows() -> list[dict]:
-    """Rows {"name", "ours", "baseline", "ratio", "unit", "spread"}; a ratio above 1: ours is better."""
+def measure() -> Iterator[dict]:
+    """Yield each row as soon as it is measured."""
     device = pick_device()
     large = device.type == "cuda"
     kind = "SD size, CUDA" if large else f"small base, {device.type}"
-    size, result = (512 if large else 128), []
+    size = 512 if large else 96
     s = System(device, large, size)
     s.vae.set_trainable()
     for name, losses, model in (("UNet", unet_steps(s), s.unet), ("Harmony-VAE", vae_steps(s), s.vae)):
         parameters = [p for p in model.parameters() if p.requires_grad]
         ours, plain = (step(parameters, loss, device=device) for loss in losses)
-        result.append({"name": f"{name} training step {size} px, cached moments ({kind})", **paired(ours, plain)})
+        yield {"name": f"{name} training step {size} px, cached moments ({kind})", **paired(ours, plain)}
         if has_bf16(device):
             half = step(parameters, losses[0], "bf16", device)
-            result.append({"name": f"{name} training step {size} px, bf16 against fp32 ({kind})", **paired(half, ours)})
+            yield {"name": f"{name} training step {size} px, bf16 against fp32 ({kind})", **paired(half, ours)}
     for size in (256, 512) if large else (256,):
         s = System(device, large, size, batch=1)
 
@@ -192,12 +194,17 @@ def rows() -> list[dict]:
             return plain_inference(s, s.composite, s.mask)
 
         name = f"5-step inference {size} px"
-        result.append({"name": f"{name}, one output ({kind})", **paired(ours, plain)})
-        four = paired(lambda: ours(candidates=4), lambda: [plain() for _ in range(4)], repeats=5)
-        result.append({"name": f"{name}, four candidates sharing the condition ({kind})", **four})
-    return result + decode_rows(System(device, large, 1024, batch=1), 1024)
+        yield {"name": f"{name}, one output ({kind})", **paired(ours, plain, repeats=5)}
+        four = paired(lambda: ours(candidates=4), lambda: [plain() for _ in range(4)], repeats=3)
+        yield {"name": f"{name}, four candidates sharing the condition ({kind})", **four}
+    yield from decode_rows(System(device, large, 1024, batch=1), 1024)
+
+
+def rows() -> list[dict]:
+    """Rows {"name", "ours", "baseline", "ratio", "unit", "spread"}; a ratio above 1: ours is better."""
+    return list(measure())
 
 
 if __name__ == "__main__":
-    for row in rows():
+    for row in measure():
         print(row, flush=True)
