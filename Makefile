@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help .venv repro test lint smoke lab ablations clean
+.PHONY: help .venv repro test lint smoke lab ablations bench fuzz clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,12 @@ lab: .venv  ## JupyterLab, to run and change the notebooks by hand
 ablations: .venv  ## the papers' ablation tables
 	.venv/bin/dvc repro ablations/dvc.yaml
 	.venv/bin/dvc repro --single-item --force report
+
+bench: .venv  ## ours against the plain implementation, timed in one run: a table and benchmarks/results.json
+	.venv/bin/python -m benchmarks
+
+fuzz: .venv  ## 10,000 generated inputs for everything that reads files and settings
+	FUZZ_INPUTS=10000 .venv/bin/python -m pytest -q tests/test_fuzz.py
 
 clean:  ## remove .venv and tool caches; data, models and reports stay
 	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
