@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help .venv repro test lint smoke lab ablations ablations-all clean
+.PHONY: help .venv repro test lint smoke lab ablations ablations-all bench fuzz clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,12 @@ ablations: .venv  ## the papers' ablation tables that fit a laptop: 2, 4, 5 and 
 ablations-all: .venv  ## every ablation; for the profiles gpu and paper
 	.venv/bin/dvc repro ablations/dvc.yaml
 	.venv/bin/dvc repro --single-item --force report
+
+bench: .venv  ## ours against the plain implementation, timed in one run: a table and benchmarks/results.json
+	.venv/bin/python -m benchmarks
+
+fuzz: .venv  ## 10,000 generated inputs for everything that reads files and settings
+	FUZZ_INPUTS=10000 .venv/bin/python -m pytest -q tests/test_fuzz.py
 
 clean:  ## remove .venv and tool caches; data, models and reports stay
 	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info

@@ -223,7 +223,7 @@ def _record(root: Path, pair: Pair, settings: dict) -> dict | None:
     record = _read_record(_record_path(root, pair))
     if record is None or record.pop("settings") != settings or record["inputs"] != _inputs(pair):
         return None
-    files = {root / row["file"]: row["bytes"] for row in record["candidates"] if row["status"] == "ok"}
+    files = {root / row["file"]: row.get("bytes") for row in record["candidates"] if row["status"] == "ok"}
     return record if all(file.is_file() and file.stat().st_size == size for file, size in files.items()) else None
 
 
@@ -256,11 +256,21 @@ def read_candidates(root, strength: tuple[float, float] = (0.0, float("inf"))) -
 
 
 def read_manifest(root) -> dict:
-    """The manifest of a finished run. Raises HarmonyError when the run has not finished."""
+    """The manifest of a finished run. Raises HarmonyError when the run has not finished or the file is damaged."""
     path = Path(root, MANIFEST)
     if not path.is_file():
         raise HarmonyError(f"{path}: not there, so the candidates are incomplete; run `harmonylib generate` again")
-    return read_json(path)
+    manifest = read_json(path)
+    try:
+        for pair in manifest["pairs"]:
+            for row in pair["candidates"]:
+                if row["status"] == "ok":
+                    _ = pair["subset"], pair["pair"], row["index"], row["strength"] < 0, Path(root, row["file"])
+    except (KeyError, TypeError) as error:
+        raise HarmonyError(
+            f"{path}: not a manifest of candidates ({error!r}); run `harmonylib generate` again"
+        ) from None
+    return manifest
 
 
 def by_pair(candidates: list[Candidate]) -> dict[tuple[str, str], list[Candidate]]:

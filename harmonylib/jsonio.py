@@ -36,5 +36,5 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise HarmonyError(f"{path}: no such file; run the stage that writes it (`dvc repro`)") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # damaged, not UTF-8, or nested beyond reason
         raise HarmonyError(f"{path}: not valid JSON ({error}); delete it and run its stage again") from None

@@ -93,7 +93,8 @@ def triple_of(root, line: str) -> Triple:
     path = Path(line)
     parts = path.parts[-3:]
     composite = Path(root, *parts)
-    if len(parts) != 3 or parts[1] != COMPOSITES or path.stem.count("_") < 2:
+    inside = parts[:1] not in (("..",), (path.anchor,)) and all(len(part.encode()) < 256 for part in parts)
+    if not inside or len(parts) != 3 or parts[1] != COMPOSITES or path.stem.count("_") < 2:
         raise HarmonyError(f"{line!r} is not SUBSET/{COMPOSITES}/PHOTO_MASK_VARIANT.jpg; mend the list")
     if not composite.is_file():
         raise HarmonyError(f"{composite}: listed but missing; add the file or remove the line from the list")

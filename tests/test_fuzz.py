@@ -1,0 +1,285 @@
+"""Generated inputs for everything that reads what others made: the only exceptions are `HarmonyError`s of one line.
+
+FUZZ_INPUTS (500; `make fuzz`: 10,000) inputs are shared out evenly among the targets, at least that many in all.
+"""
+
+import io
+import math
+import os
+import string
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nbformat import v4
+from PIL import Image
+
+from harmonylib.errors import HarmonyError
+from harmonylib.generate import read_candidates, read_manifest
+from harmonylib.images import read_image, read_mask
+from harmonylib.jsonio import read_json, write_json
+from harmonylib.layout import read_triples
+from harmonylib.metrics import METRICS, PROTOCOLS, score
+from harmonylib.mixing import mix_count
+from harmonylib.notebooks import check_parameters, parse_parameters, read_notebook
+from harmonylib.params import load_params, parse_yaml
+
+INPUTS = int(os.environ.get("FUZZ_INPUTS", 500))
+TARGETS, COUNT = [], []
+REPOSITORY = Path(__file__).parents[1]
+
+
+def target(*strategies):
+    """Have the decorated function called with generated arguments."""
+
+    def decorate(function):
+        TARGETS.append((function, st.tuples(*strategies)))
+        return function
+
+    return decorate
+
+
+@pytest.fixture(autouse=True, scope="module")
+def folder():
+    """The working directory of all targets, with the repository's profiles."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as name:
+        os.chdir(name)
+        for path in ("dvc.yaml", "params.yaml"):
+            Path(path).touch()
+        Path("profiles").symlink_to(REPOSITORY / "profiles")
+        yield
+        os.chdir(before)
+
+
+# ---- pictures: damaged files of all kinds ----
+
+
+def encoded(kind: str, mode: str, size, seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels, "RGBA").convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+KINDS = {
+    "PNG": ("RGB", "RGBA", "L", "P", "1", "LA", "I;16"),
+    "JPEG": ("RGB", "L", "CMYK"),
+    "TIFF": ("RGB", "RGBA", "L", "F", "I", "CMYK", "LAB"),
+    "BMP": ("RGB", "L", "1"),
+    "WEBP": ("RGB", "RGBA"),
+    "GIF": ("P", "L"),
+}
+
+
+@st.composite
+def pictures(draw):
+    """A file of a random kind, mode and size, whole or with some bytes changed and its end cut off."""
+    kind = draw(st.sampled_from(list(KINDS)))
+    mode = draw(st.sampled_from(KINDS[kind]))
+    size = draw(st.tuples(st.integers(1, 20), st.integers(1, 20)))
+    image_mode = "L" if mode == "I;16" else mode
+    if mode == "LAB":
+        image_mode = "RGB"
+    data = bytearray(encoded(kind, image_mode, size, draw(st.integers(0, 9))))
+    for place, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=6)):
+        data[place] = value
+    return bytes(data[: draw(st.one_of(st.just(len(data)), st.integers(0, len(data))))])
+
+
+@target(st.one_of(pictures(), st.binary(max_size=200)), st.booleans())
+def reads_a_picture(data, as_mask):
+    Path("picture").write_bytes(data)
+    array = (read_mask if as_mask else read_image)("picture")
+    assert (array.ndim, array.dtype) == ((2, bool) if as_mask else (3, np.uint8)) and array.size
+
+
+# ---- lists, JSON ----
+
+WORDS = st.sampled_from(
+    [
+        "HFlickr",
+        "composite_images",
+        "masks",
+        "a_1_1.jpg",
+        "a_1_1",
+        "..",
+        ".",
+        "/",
+        "\\",
+        "\0",
+        "\r\n",
+        " ",
+        "a" * 300,
+        "é",
+    ]
+)
+OUTSIDE = ["../composite_images/a_1_1.jpg", "/composite_images/a_1_1.jpg", f"x/composite_images/{'a' * 300}_1_1.jpg"]
+LINES = st.one_of(st.sampled_from(OUTSIDE), st.text(max_size=60), st.lists(WORDS, max_size=6).map("/".join))
+
+
+@target(st.lists(LINES, max_size=4).map("\n".join))
+def reads_a_list(text):
+    for part in ("composite_images", "masks", "real_images"):  # beside the set: a list must not reach them
+        Path(part).mkdir(exist_ok=True)
+        for name in ("a_1_1.jpg", "a_1.jpg", "a.jpg"):
+            Path(part, name).touch()
+    Path("set").mkdir(exist_ok=True)
+    Path("set/IHD_train.txt").write_text(text, encoding="utf-8", errors="replace")
+    triples = read_triples("set", "train")
+    assert all(Path("set").resolve() in triple.composite.resolve().parents for triple in triples)
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
+    max_leaves=8,
+)
+
+
+@target(JSON)
+def writes_json_that_comes_back(value):
+    write_json("value.json", value)
+    again = read_json("value.json")
+    write_json("again.json", again)
+    assert Path("again.json").read_bytes() == Path("value.json").read_bytes()
+
+
+@target(st.one_of(st.binary(max_size=60), JSON.map(lambda value: repr(value).encode("utf-8", "replace"))))
+def reads_a_manifest(data):
+    Path("manifest.json").write_bytes(data)
+    read_manifest(".")
+    read_candidates(".")
+
+
+@target(
+    st.one_of(st.floats(), st.floats(0, 5)),
+    st.integers(0, 10**6),
+    st.integers(-1, 10**5),
+    st.none() | st.integers(0, 20),
+)
+def counts_the_mix(gamma, composites, pairs, k):
+    count = mix_count(gamma, composites, pairs, k)
+    assert count >= 0 and (k is None or count <= k) and count * pairs >= gamma * composites * (1 - 1e-12)
+
+
+# ---- metrics ----
+
+
+@st.composite
+def images_to_score(draw):
+    height, width = draw(st.integers(1, 24)), draw(st.integers(1, 24))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    kinds = {
+        "noise": lambda: rng.integers(0, 256, (height, width, 3), dtype=np.uint8),
+        "flat": lambda: np.full((height, width, 3), rng.integers(0, 256), np.uint8),
+        "float": lambda: rng.uniform(-20, 300, (height, width, 3)),
+        "nan": lambda: np.full((height, width, 3), np.nan),
+        "grey": lambda: rng.integers(0, 256, (height, width), dtype=np.uint8),
+        "smaller": lambda: rng.integers(0, 256, (1, width, 3), dtype=np.uint8),
+        "none": lambda: None,
+    }
+    masks = {
+        "bool": lambda: rng.random((height, width)) < draw(st.sampled_from([0, 0.1, 0.5, 1])),
+        "soft": lambda: rng.random((height, width)),
+        "bytes": lambda: rng.integers(0, 256, (height, width), dtype=np.uint8),
+        "other": lambda: np.ones((height + 1, width), bool),
+    }
+    usual = st.sampled_from(["noise", "flat"])
+    pred = kinds[draw(st.one_of(usual, st.sampled_from(list(kinds))))]()
+    real = kinds[draw(st.one_of(usual, st.sampled_from(list(kinds))))]()
+    return pred, real, masks[draw(st.one_of(st.just("bool"), st.sampled_from(list(masks))))]()
+
+
+@target(images_to_score(), st.sampled_from([*PROTOCOLS, "other"]))
+def scores(images, protocol):
+    values = score(*images, protocol)
+    assert set(METRICS) <= set(values)
+    assert all(isinstance(value, float) for value in values.values())
+    assert math.isnan(values["mse"]) or values["mse"] >= 0
+
+
+# ---- settings and notebook parameters ----
+
+PROFILE = (REPOSITORY / "profiles/mini.yaml").read_text(encoding="utf-8")
+
+
+@st.composite
+def profiles(draw):
+    """The mini profile with some of its lines changed, doubled, dropped or moved."""
+    lines = PROFILE.splitlines()
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, len(lines) - 1))
+        other = draw(st.one_of(st.sampled_from(lines), st.text(string.printable, max_size=20)))
+        change = draw(st.sampled_from(["replace", "insert", "drop", "value", "indent"]))
+        if change == "replace":
+            lines[at] = other
+        elif change == "insert":
+            lines.insert(at, other)
+        elif change == "drop" and len(lines) > 1:
+            del lines[at]
+        elif change == "value":
+            lines[at] = lines[at].split(":")[0] + ": " + other
+        else:
+            lines[at] = " " * draw(st.integers(0, 4)) + lines[at]
+    return "\n".join(lines)
+
+
+@target(st.one_of(profiles(), st.text(max_size=60)))
+def loads_settings(text):
+    Path("params.yaml").write_text(text, encoding="utf-8", errors="replace", newline="")
+    assert isinstance(load_params(), dict)
+
+
+@target(st.one_of(st.text(max_size=40), st.text("[]{}:,-&*!|>'\"%@`#? \n\ta1", max_size=40)))
+def parses_yaml(text):
+    parse_yaml(text, "text")
+
+
+NOTEBOOK = v4.new_notebook(
+    cells=[v4.new_code_cell("a = 1\nb = 'x'\nc = [1.0]\nd = None", metadata={"tags": ["parameters"]})]
+)
+VALUES = st.one_of(
+    st.text(max_size=20), st.sampled_from(["1", "1e-4", "true", "[1, 2]", "null", "{a: 1}", "2001-01-01"])
+)
+
+
+@target(st.lists(st.tuples(st.sampled_from("abcdx") | st.text(max_size=4), VALUES), max_size=3))
+def parses_parameters(pairs):
+    parameters = parse_parameters([f"{name}={text}" for name, text in pairs])
+    check_parameters("n.ipynb", NOTEBOOK, parameters)
+
+
+@target(st.one_of(st.binary(max_size=80), JSON.map(lambda value: repr(value).encode("utf-8", "replace"))))
+def reads_a_notebook(data):
+    Path("n.ipynb").write_bytes(data)
+    read_notebook("n.ipynb")
+
+
+@pytest.mark.parametrize(("function", "strategy"), TARGETS, ids=[function.__name__ for function, _ in TARGETS])
+def test_nothing_but_clear_errors(function, strategy):
+    @settings(
+        max_examples=math.ceil(INPUTS / len(TARGETS)),
+        derandomize=INPUTS <= 500,  # the same inputs in every CI run; others each time of `make fuzz`
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def call(arguments):
+        COUNT.append(function)
+        try:
+            function(*arguments)
+        except HarmonyError as error:
+            assert str(error).strip() and len(str(error).splitlines()) == 1, error
+
+    call()
+
+
+def test_enough_inputs():
+    if len(set(COUNT)) < len(TARGETS):
+        pytest.skip("needs all targets of this file")
+    assert len(COUNT) >= INPUTS
