@@ -43,7 +43,7 @@ ablations: .venv  ## the papers' ablation tables
 	.venv/bin/dvc repro --single-item --force report
 
 bench: .venv  ## ours against the plain implementation, timed in one run: a table and benchmarks/results.json
-	.venv/bin/python -m benchmarks
+	.venv/bin/python -m benchmarks.run
 
 fuzz: .venv  ## 10,000 generated inputs for everything that reads files and settings
 	FUZZ_INPUTS=10000 .venv/bin/python -m pytest -q tests/test_fuzz.py
