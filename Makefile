@@ -47,7 +47,7 @@ ablations-all: .venv  ## every ablation; for the profiles gpu and paper
 	.venv/bin/dvc repro --single-item --force report
 
 bench: .venv  ## ours against the plain implementation, timed in one run: a table and benchmarks/results.json
-	.venv/bin/python -m benchmarks
+	.venv/bin/python -m benchmarks.run
 
 fuzz: .venv  ## 10,000 generated inputs for everything that reads files and settings
 	FUZZ_INPUTS=10000 .venv/bin/python -m pytest -q tests/test_fuzz.py
