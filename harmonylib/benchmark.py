@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 
 from .errors import HarmonyError
-from .images import fit
-from .layout import SPLITS, SUBSETS, write_composite, write_list, write_pair
+from .images import fit, to_tensor, to_uint8
+from .layout import SPLITS, SUBSETS, plain_name, write_composite, write_list, write_pair
 from .parallel import parallel_map
 from .photos import Photo, random_crop, region_masks
-from .recipes import RecipeSettings, make_composite
+from .recipes import RecipeSettings, make_composite, restyle
 from .seeds import rng, seed_for
 
 
@@ -22,6 +22,7 @@ class BenchmarkSettings:
     """How much to make: pairs and variants (composites per pair) of each subset, long side in pixels.
 
     region_share: share of pairs whose foreground is a superpixel region instead of a photo's own mask.
+    restyle_share: share of training pairs whose photo is restyled as a whole first (`recipes.restyle`).
     crops: whether a pair is a random window of its photo, or all of it.
     """
 
@@ -31,6 +32,7 @@ class BenchmarkSettings:
     test_variants: int = 2
     size: int = 192
     region_share: float = 0.3
+    restyle_share: float = 0.0
     crops: bool = True
 
 
@@ -95,8 +97,11 @@ def _make_pair(root, photos, settings: BenchmarkSettings, recipes: RecipeSetting
     photo = photos[job.photo]
     others = [other for other in photos if other.split == job.split and other is not photo]
     real, mask = draw_pair(photo, job.number, settings, (seed, job.subset, job.split))
-    label = photo.name.replace("_", "")
+    label = plain_name(photo.name)
     name = f"{label}-{job.number:03d}"
+    draw = rng(seed, job.subset, name, "restyle")
+    if job.split == "train" and draw.random() < settings.restyle_share:
+        real = to_uint8(restyle(to_tensor(real)[None] / 2 + 0.5, [draw], recipes)[0] * 2 - 1)
     pair = write_pair(root, job.subset, name, 1, real, mask)
     rows = []
     for variant in range(1, 1 + (settings.train_variants if job.split == "train" else settings.test_variants)):

@@ -1,11 +1,15 @@
 """Memory-mapped caches of what never changes: resized pixels and posterior moments of the frozen autoencoder.
 
 A cache entry is one .npy file named after the hash of what went into it (file contents, weights, settings), written
-beside its final place and renamed when complete, so that a killed run leaves nothing half-made.
+beside its final place and renamed when complete, so that a killed run leaves nothing half-made. Of several processes
+that want one entry, one makes it and the others wait. All entries together stay below HARMONYLIB_CACHE_GB gigabytes (a
+variable of the environment, since it changes no result): the ones not used for longest make room.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,11 +17,18 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from .errors import HarmonyError
 from .files import atomic_path
-from .images import read_image, read_mask, resize_image, resize_mask
+from .images import read_image, read_mask, to_square
 from .progress import progress
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 ROOT = Path("artifacts/cache")
+DEFAULT_GB = 50.0
 
 
 def file_digest(path) -> str:
@@ -32,40 +43,80 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def cached_array(key: dict, shape, dtype, fill) -> np.ndarray:
-    """The read-only array stored under `key`; on the first call `fill(array)` makes it."""
+    """The read-only array stored under `key`; on the first call `fill(array)` makes it.
+
+    Raises HarmonyError for an entry over the cache's bound, or over what the disk has left.
+    """
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
     path = ROOT / f"{digest}.npy"
-    if not path.is_file():
-        with atomic_path(path) as temporary:
-            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=tuple(shape))
-            fill(array)
-            array.flush()
-            del array
-    return np.load(path, mmap_mode="r")
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path)  # used now
+        return np.load(path, mmap_mode="r")
+    with _lock(ROOT / f"{digest}.lock"):
+        if not path.is_file():
+            for leftover in ROOT.glob(f".{digest}.*"):  # of a killed process, since the lock is ours
+                leftover.unlink()
+            _make_room(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
+            with atomic_path(path) as temporary:
+                array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=tuple(shape))
+                fill(array)
+                array.flush()
+                del array
+    return cached_array(key, shape, dtype, fill)
 
 
-def centre_square(array: np.ndarray) -> np.ndarray:
-    """The centred square of an HxW or HxWxC array."""
-    height, width = array.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return array[top : top + side, left : left + side]
+@contextlib.contextmanager
+def _lock(path: Path):
+    """Hold the lock file `path`; a dead process lets go of its own. Without fcntl (Windows) nobody waits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def limit() -> float:
+    """The bound of the cache in bytes. Raises HarmonyError when HARMONYLIB_CACHE_GB is no number above 0."""
+    text = os.environ.get("HARMONYLIB_CACHE_GB", str(DEFAULT_GB))
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise HarmonyError(f"HARMONYLIB_CACHE_GB={text}: must be a number of gigabytes above 0")
+    return value * 1e9
+
+
+def _make_room(size: int) -> None:
+    """Delete the entries not used for longest until `size` more bytes fit. Arrays in use stay readable (POSIX)."""
+    bound = limit()
+    if size > bound:
+        raise HarmonyError(
+            f"{ROOT}: an entry needs {size / 1e9:.1f} GB, the cache has {bound / 1e9:g}; set HARMONYLIB_CACHE_GB higher"
+        )
+    entries = sorted(ROOT.glob("*.npy"), key=lambda path: path.stat().st_mtime)
+    total = size + sum(path.stat().st_size for path in entries)
+    for path in entries:
+        if total <= bound:
+            break
+        total -= path.stat().st_size
+        path.unlink(missing_ok=True)
+    if size > shutil.disk_usage(ROOT).free:
+        raise HarmonyError(f"{ROOT}: no room for {size / 1e9:.1f} GB; free some, or run `harmonylib cache clear`")
 
 
 def pixels(paths, size: int, geometry: str, mask: bool = False) -> np.ndarray:
     """Decoded squares of image or mask files: N x size x size x 3 uint8, or N x size x size bool.
 
-    geometry: "squash" resizes whatever the aspect; "centre-crop" takes the centred square first (equal to resizing the
-    shorter side and cropping the centre).
+    geometry as in `images.to_square`.
     """
     paths = list(paths)
     key = {"files": [file_digest(p) for p in paths], "size": size, "geometry": geometry, "mask": mask}
-    read, resize = (read_mask, resize_mask) if mask else (read_image, resize_image)
+    read = read_mask if mask else read_image
 
     def fill(array):
         for i, path in enumerate(progress(paths, desc="caching masks" if mask else "caching images", unit="file")):
-            pixels = read(path)
-            array[i] = resize(centre_square(pixels) if geometry == "centre-crop" else pixels, (size, size))
+            array[i] = to_square(read(path), size, geometry)
 
     return cached_array(key, (len(paths), size, size) + (() if mask else (3,)), bool if mask else np.uint8, fill)
 
@@ -95,7 +146,7 @@ def moments(vae, images: np.ndarray, device, batch_size: int = 32) -> np.ndarray
 
 
 def clear() -> int:
-    """Delete the cache; returns the bytes freed."""
-    size = sum(path.stat().st_size for path in ROOT.glob("*.npy")) if ROOT.is_dir() else 0
+    """Delete the cache, with what killed processes left in it; returns the bytes freed."""
+    size = sum(path.stat().st_size for path in ROOT.iterdir()) if ROOT.is_dir() else 0
     shutil.rmtree(ROOT, ignore_errors=True)
     return size

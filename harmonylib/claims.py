@@ -1,7 +1,7 @@
 """The papers' claims, and what the metrics files say about each: effect, interval, n, verdict.
 
-Claims about the main chain read evaluation.json, as notebooks/09_evaluation.ipynb writes it; the others an ablation's
-table_<T>.json (T = 2, 4, 5, IV, VI, VII or "style"):
+Claims about the main chain read evaluation_details.json, as notebooks/09_evaluation.ipynb writes it, and votes.json
+(`harmonylib votes`); the others an ablation's table_<T>.json (T = 2, 4, 5, IV, VI, VII or "style"):
 
     {"profile", "n", "photos", "rows": {row: summary, or {subset: summary}},
      "differences": [{"before", "after", "metric", "improvement", "interval": [lo, hi], "subset"?, "status"?}]}
@@ -50,9 +50,9 @@ def _versus(text, paper, table, a, b, subset="all", place=None, **more):
 
 LOW, HIGH, WITH = "512px", "1024px", " + Harmony-VAE"
 CLAIMS = (
-    Claim("DiffHarmony++ comes closer to the real image than the composite does", PLUS, "Table 1", "evaluation",
+    Claim("DiffHarmony++ comes closer to the real image than the composite does", PLUS, "Table 1", "evaluation_details",
           ("paired", "diffharmony++ vs composite", "all"), published="its Composite row is another method's"),
-    Claim("Harmony-VAE improves on the plain autoencoder", PLUS, "Table 4", "evaluation",
+    Claim("Harmony-VAE improves on the plain autoencoder", PLUS, "Table 4", "evaluation_details",
           ("paired", "diffharmony++ vs diffharmony", "all"),
           published=("4", {(LOW + WITH, "all"): 1, (LOW, "all"): -1})),
     Claim("Harmony-VAE helps more at low resolution than at high", PLUS, "Table 4", "table_4",
@@ -67,17 +67,18 @@ CLAIMS = (
     _versus("Augmentation helps small sets: HFlickr", PLUS, "2", "augmented", "base", "HFlickr"),
     _versus("Augmentation helps small sets: Hday2night", PLUS, "2", "augmented", "base", "Hday2night"),
     Claim("Human Harmony foregrounds are large (share above 20 % of the image, minus the benchmark's share)", PLUS,
-          "Figure 2", "evaluation", ("above_a_fifth",), "difference", published="about 70 % against under 15 %"),
+          "Figure 2", "evaluation_details", ("above_a_fifth",), "difference",
+          published="about 70 % against under 15 %"),
     *(Claim(f"Diffusion wins on large foregrounds (15-100 %): {label}; comparator here: contrastive ResUNet", PLUS,
-            "Table 3", "evaluation", ("paired_large", key),
+            "Table 3", "evaluation_details", ("paired_large", key),
             published=("3", {("DiffHarmony++", f"{label} 15-100%"): 1, ("HDNet512", f"{label} 15-100%"): -1}))
       for label, key in (("iHarmony4", "benchmark"), ("Human Harmony", "human_harmony"))),
     Claim("By Table 3's own buckets the peer (HDNet) leads overall; comparator here: contrastive ResUNet", PLUS,
-          "Table 3, recomputed", "evaluation", ("paired", AGAINST, "all"), sign=-1,
+          "Table 3, recomputed", "evaluation_details", ("paired", AGAINST, "all"), sign=-1,
           published=("3", {(row, f"iHarmony4 {b}"): sign * w for row, sign in (("HDNet512", 1), ("DiffHarmony++", -1))
                            for b, w in BUCKETS.items()})),
     Claim("The contrastive ResUNet comes closer to the real image than the composite does", CONTRASTIVE, "Table II",
-          "evaluation", ("paired", "contrastive-resunet vs composite", "all"),
+          "evaluation_details", ("paired", "contrastive-resunet vs composite", "all"),
           published=("II", {("Ours", "all"): 1, ("input composite", "all"): -1})),
     _versus("The foreground loss helps", CONTRASTIVE, "VI", "2: L1 + Lpixel", "1: L1"),
     _versus("Style fusion helps", CONTRASTIVE, "VI", "3: L1 + Lpixel + style fusion", "2: L1 + Lpixel"),
@@ -98,7 +99,7 @@ CLAIMS = (
 
 
 def from_ablation(data: dict) -> dict:
-    """An ablation's file with "models" and "paired" as in evaluation.json; other files as they are."""
+    """An ablation's file with "models" and "paired" as in evaluation_details.json; other files as they are."""
     if "rows" not in data:
         return data
     common = {key: data.get(key) for key in ("n", "photos")}
@@ -136,7 +137,7 @@ def measure_claim(claim: Claim, metrics: dict, published: pd.DataFrame) -> dict:
     return {
         "claim": claim.text, "paper": claim.paper, "place": claim.place, "metric": claim.metric,
         "published": _published_effect(claim, published), "effect": effect, "interval": [low, high],
-        "n": found.get("n"), "photos": photos, "profile": file.get("profile") if file else None,
+        "n": found.get("n"), "photos": photos, "profile": file.get("profile", "") if file else None,
         "verdict": verdict(*judged, photos or 0), "status": found.get("status"),
         "source": f"{claim.file}.json" + ("" if effect is None else ": " + " / ".join((*claim.path, claim.metric))),
     }  # fmt: skip

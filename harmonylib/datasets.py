@@ -1,52 +1,18 @@
 """Training examples: harmonization triples and plain photos with masks, decoded once and kept in memory."""
 
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from . import cache, transforms
 from .errors import HarmonyError
-from .images import IMAGE_SUFFIXES, fit, read_image, read_mask, to_tensor
+from .images import fit, read_image, read_mask, to_tensor
 from .progress import progress
-from .recipes import recolor_batch
+from .recipes import recolor_batch, restyle
 from .seeds import generator, rng
 from .training import batch_indices
-
-
-def photo_pairs(root) -> list[tuple[Path, Path]]:
-    """(image, mask) paths of a plain folder: `images/` and `masks/` with equal stems, at any depth below root.
-
-    Raises HarmonyError when there is no such folder or an image has no mask.
-    """
-    root = Path(root)
-    folders = sorted(p for p in root.rglob("images") if p.is_dir() and (p.parent / "masks").is_dir())
-    if not folders:
-        raise HarmonyError(f"{root}: no images/ folder beside a masks/ folder; put photos and masks there")
-    pairs = []
-    for folder in folders:
-        masks = {p.stem: p for p in (folder.parent / "masks").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES}
-        for image in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
-            if image.stem not in masks:
-                raise HarmonyError(f"{image}: no mask named {image.stem}.* in {folder.parent / 'masks'}; add it")
-            pairs.append((image, masks[image.stem]))
-    return pairs
-
-
-def indexed_pairs(root, index, split: str) -> list[tuple[Path, Path]]:
-    """(image, mask) paths of the rows of one split of a CSV index with columns image, mask (relative to root), split.
-
-    Raises HarmonyError when the index lacks a column or has no such row.
-    """
-    table = pd.read_csv(index, dtype=str)
-    missing = {"image", "mask", "split"} - set(table.columns)
-    if missing:
-        raise HarmonyError(f"{index}: no column {', '.join(sorted(missing))}; an index has image, mask and split")
-    rows = table[table["split"] == split]
-    if rows.empty:
-        raise HarmonyError(f"{index}: no row with split {split}")
-    return [(Path(root, image), Path(root, mask)) for image, mask in zip(rows["image"], rows["mask"], strict=True)]
 
 
 def load_pairs(pairs, longest: int = 256) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -100,14 +66,15 @@ TASKS = ("harmonize", "inverse")
 class TripleSet:
     """Triples as memory-mapped squares: composites, reals and masks, each file decoded once.
 
-    geometry: "squash" or "centre-crop" (see cache.pixels). Composites of one pair share their real and mask entry.
+    geometry: "squash" or "centre-crop" (see images.to_square). Composites of one pair share their real and mask entry.
     """
 
     def __init__(self, triples, size: int, geometry: str = "squash"):
         self.triples = list(triples)
         reals, masks = (list(dict.fromkeys(getattr(t, part) for t in self.triples)) for part in ("real", "mask"))
-        self.real_of = np.array([reals.index(t.real) for t in self.triples])
-        self.mask_of = np.array([masks.index(t.mask) for t in self.triples])
+        real_number, mask_number = ({path: number for number, path in enumerate(paths)} for paths in (reals, masks))
+        self.real_of = np.array([real_number[t.real] for t in self.triples])
+        self.mask_of = np.array([mask_number[t.mask] for t in self.triples])
         self.composites = cache.pixels([t.composite for t in self.triples], size, geometry)
         self.reals = cache.pixels(reals, size, geometry)
         self.masks = cache.pixels(masks, size, geometry, mask=True)
@@ -116,10 +83,10 @@ class TripleSet:
         return len(self.triples)
 
     @property
-    def key(self) -> list:
-        """What identifies the data to checkpoints: the cache entries' names, which are hashes of the contents."""
-        arrays = [Path(array.filename).stem for array in (self.composites, self.reals, self.masks)]
-        return [*arrays, self.real_of.tolist(), self.mask_of.tolist()]
+    def key(self) -> str:
+        """What identifies the data to checkpoints: a hash of the cache entries' names (contents) and the pairs."""
+        arrays = "".join(Path(array.filename).stem for array in (self.composites, self.reals, self.masks))
+        return blake2b(arrays.encode() + self.real_of.tobytes() + self.mask_of.tobytes(), digest_size=16).hexdigest()
 
     def batch(self, indices, images: bool = True) -> dict[str, torch.Tensor]:
         """{"mask": Bx1xSxS in {0, 1}, "composite", "real": Bx3xSxS in [-1, 1]} of the given triples."""
@@ -149,6 +116,9 @@ class LatentBatches:
         self.data, self.task, self.batch_size, self.seed = data, task, batch_size, seed
         self.crop, self.pixels, self.flip = crop, pixels, flip
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        side = data.composites.shape[1]
+        if not 0 <= crop <= side or crop % self.factor:
+            raise HarmonyError(f"crop {crop} must be 0 or at most {side} and a multiple of {self.factor}; change it")
         self.composite_moments = cache.moments(vae, data.composites, device)
         self.real_moments = cache.moments(vae, data.reals, device)
 
@@ -177,8 +147,8 @@ class LatentBatches:
 class PixelBatches:
     """make_batch(step) for image-to-image models: random crop and flip of "composite", "real", "mask" together.
 
-    crop: side of the random window (0: the whole square). recolor: share of each batch whose composite is made anew
-    from its real image by the batched recipes, so that small sets do not run out of composites.
+    crop: side of the random window (0: the whole square). recolor: share of each batch that is made anew, so that small
+    sets do not run out of composites: the real image restyled as a whole, then its foreground by the batched recipes.
     """
 
     def __init__(self, data: TripleSet, batch_size: int, seed, crop=0, recolor: float = 0.0):
@@ -190,9 +160,12 @@ class PixelBatches:
         if draw.random() < 0.5:
             batch = {name: value.flip(-1) for name, value in batch.items()}
         if self.recolor:
-            fresh = recolor_batch(batch["real"], batch["mask"], generator(self.seed, "recolor", step))
+            seeds = draw.integers(2**62, size=self.batch_size)
+            real = restyle(batch["real"] / 2 + 0.5, [np.random.default_rng(n) for n in seeds]) * 2 - 1
+            composite = recolor_batch(real, batch["mask"], generator(self.seed, "recolor", step))
             chosen = torch.from_numpy(draw.random(self.batch_size) < self.recolor).view(-1, 1, 1, 1)
-            batch["composite"] = torch.where(chosen, fresh, batch["composite"])
+            batch["real"] = torch.where(chosen, real, batch["real"])
+            batch["composite"] = torch.where(chosen, composite, batch["composite"])
         if self.crop:
             top, left = (int(draw.integers(batch["mask"].shape[-1] - self.crop + 1)) for _ in range(2))
             batch = {k: v[..., top : top + self.crop, left : left + self.crop] for k, v in batch.items()}

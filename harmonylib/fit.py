@@ -1,5 +1,7 @@
 """What each stage trains: a model, a loss closure and batches, handed to the one loop in `training`."""
 
+from pathlib import Path
+
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -9,8 +11,10 @@ from .datasets import LatentBatches, PixelBatches, TripleSet
 from .devices import pick_device
 from .diffusion import denoising_loss, latent_mask, scale_latents, training_scheduler
 from .errors import HarmonyError
+from .refinement import RefinementUNet, refinement_loss
 from .resunet import ContrastiveResUNet
-from .training import TrainSettings, train
+from .seeds import rng
+from .training import TrainSettings, batch_indices, train
 from .vae import HarmonyVAE, harmony_vae_loss
 
 
@@ -32,17 +36,13 @@ def harmony_vae(
     """Train a Harmony-VAE around `vae` (DiffHarmony++ Sec. 3.2, 5.2).
 
     task: "harmonize" (target real, condition composite) or "inverse". decoder=False trains the conditional encoder only
-    (Table 5). The history carries `skip_norm`, the mean norm of the zero convolutions' weights.
+    (Table 5). The history carries `skip_norms`, the norms of the zero convolutions' weights, ordered as `skip_convs`.
     """
     device = pick_device(device)
     torch.manual_seed(seed)
     model = HarmonyVAE.from_vae(vae, mask_init=mask_init, skip_init=skip_init).to(device)
     model.set_trainable(decoder)
     batches = LatentBatches(data, model, task, settings.batch_size, (seed, "harmony_vae", task), device, crop)
-
-    def observe(vae):
-        norms = [conv.weight.norm().item() for conv in vae.skip_convs()]
-        return {"skip_norm": sum(norms) / len(norms)}
 
     history = train(
         model,
@@ -52,7 +52,7 @@ def harmony_vae(
         name=f"harmony-vae {task}",
         seed=seed,
         device=device,
-        observe=observe,
+        observe=lambda vae: {"skip_norms": [conv.weight.norm().item() for conv in vae.skip_convs()]},
         checkpoints=checkpoints,
         key=[data.key, loss, decoder, crop],
     )
@@ -68,15 +68,17 @@ def diffharmony(
     seed: int,
     foreground: bool = True,
     mask_start: str = "base",
+    crop=0,
     device="auto",
     checkpoints=None,
 ):
     """Fine-tune a base's inpainting UNet to harmonize, or to do the inverse (DiffHarmony++ Eq. 1, Sec. 4.1).
 
     base: a DiffHarmonyPipeline whose autoencoder stays frozen; its UNet is trained in place. foreground: the published
-    foreground-weighted loss (True) or the plain one. mask_start: "base" keeps the base's weights for the mask channel
-    (as published); "zero" (ours) sets them to zero, so that training starts from copying the composite instead of from
-    filling a hole, which small bases need. Returns (unet, history). Raises HarmonyError for an unknown mask_start.
+    foreground-weighted loss (True) or the plain one. crop: side in pixels of random windows (0: whole). mask_start:
+    "base" keeps the base's weights for the mask channel (as published); "zero" (ours) sets them to zero, so that
+    training starts from copying the composite instead of from filling a hole, which small bases need.
+    Returns (unet, history). Raises HarmonyError for an unknown mask_start.
     """
     if mask_start not in ("base", "zero"):
         raise HarmonyError(f"mask_start {mask_start!r} is unknown; use base (as published) or zero")
@@ -85,11 +87,12 @@ def diffharmony(
     prompt = base.prompt.embeds.to(device)
     if mask_start == "zero":
         base.unet.conv_in.weight.data[:, vae.config.latent_channels] = 0.0
-    batches = LatentBatches(data, vae, task, settings.batch_size, (seed, "diffharmony", task), device, pixels=False)
+    words = (seed, "diffharmony", task)
+    batches = LatentBatches(data, vae, task, settings.batch_size, words, device, crop, pixels=False)
 
     def loss(unet, batch, generator):
         target, condition = (
-            scale_latents(_sample(batch[name], generator), vae) for name in ("moments", "condition_moments")
+            scale_latents(sample_posterior(batch[name], generator), vae) for name in ("moments", "condition_moments")
         )
         mask = latent_mask(batch["mask"], target.shape[-2:])
         return {"loss": denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, foreground)}
@@ -103,12 +106,44 @@ def diffharmony(
         seed=seed,
         device=device,
         checkpoints=checkpoints,
-        key=[data.key, foreground, weights_digest(vae)],
+        key=[data.key, foreground, crop, weights_digest(vae)],
     )
     return base.unet, history
 
 
-def _sample(moments: torch.Tensor, generator) -> torch.Tensor:
+def refinement(
+    outputs,
+    data: TripleSet,
+    settings: TrainSettings,
+    *,
+    channels=(128, 256, 512, 512),
+    seed: int,
+    device="auto",
+    checkpoints=None,
+) -> tuple[RefinementUNet, list[dict]]:
+    """Train a refiner on stage-1 outputs (N x 3 x S x S, `refinement.decode_latents`) of the composites of `data`.
+
+    The published code makes them anew in every step; here they are made once, with one draw of noise each. The last
+    convolution starts at zero (ours), so that training starts from the stage-1 output.
+    """
+    torch.manual_seed(seed)
+    model = RefinementUNet(block_out_channels=tuple(channels), norm_num_groups=min(32, channels[0] // 2))
+    torch.nn.init.zeros_(model.conv_out.weight)
+    torch.nn.init.zeros_(model.conv_out.bias)
+
+    def make_batch(step):
+        indices = batch_indices(step, len(data), settings.batch_size, (seed, "refinement"))
+        batch = data.batch(indices) | {"output": torch.from_numpy(outputs[indices]).float()}
+        mirrored = rng(seed, "refinement", "flip", step).random() < 0.5
+        return {name: value.flip(-1) if mirrored else value for name, value in batch.items()}
+
+    key = [data.key, Path(outputs.filename).stem]
+    loop = {"name": "refinement", "seed": seed, "device": device, "checkpoints": checkpoints, "key": key}
+    return model, train(model, refinement_loss, make_batch, settings, **loop)
+
+
+def sample_posterior(moments: torch.Tensor, generator) -> torch.Tensor:
+    """Latents BxCxhxw drawn from posterior moments Bx2Cxhxw, with noise of a CPU generator."""
     posterior = DiagonalGaussianDistribution(moments)
     noise = torch.randn(posterior.mean.shape, generator=generator)
     return posterior.mean + posterior.std * noise.to(moments.device)
@@ -129,11 +164,13 @@ def contrastive_resunet(
     crop=0,
     recolor: float = 0.0,
     device="auto",
+    observe=None,
     checkpoints=None,
 ):
     """Train the ResUNet with L1, foreground L1 and the region-wise contrastive term (contrastive paper, Eq. 13).
 
-    A weight of 0 switches its term off (Table VI). Returns (model, history).
+    A weight of 0 switches its term off (Table VI). observe(model) -> dict of numbers goes into the history, ten times
+    in a run (Figures 8, 9). Returns (model, history).
     """
     device = pick_device(device)
     torch.manual_seed(seed)
@@ -148,7 +185,6 @@ def contrastive_resunet(
             output, batch["real"], batch["mask"], contrast, batch["composite"], weights, generator
         )
 
-    extra = (contrast,) if contrast else ()
     history = train(
         model,
         loss,
@@ -157,7 +193,8 @@ def contrastive_resunet(
         name="contrastive resunet",
         seed=seed,
         device=device,
-        extra_modules=extra,
+        extra_modules=(contrast,) if contrast else (),
+        observe=observe,
         checkpoints=checkpoints,
         key=[data.key, weights, reading, patches, crop, recolor],
     )

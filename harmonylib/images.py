@@ -3,6 +3,7 @@
 Arrays are HxWx3 uint8 RGB and HxW bool (True = foreground). Tensors are 3xHxW in [-1, 1] and 1xHxW in {0, 1}.
 """
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +18,28 @@ MAX_PIXELS = 100_000_000
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def open_image(path) -> Image.Image:
-    """Decode an image file completely. Raises HarmonyError naming the file when it is missing, too large or broken."""
-    path = Path(path)
+def open_image(source, name=None, limit: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image, a path or a binary file that messages call `name`, completely.
+
+    Raises HarmonyError in one line when it is missing, broken or of `limit` pixels or more.
+    """
+    name = name or source
     try:
-        image = Image.open(path)
-        if image.width * image.height > MAX_PIXELS:
-            raise HarmonyError(f"{path}: {image.width}x{image.height} is over {MAX_PIXELS:,} pixels; make it smaller")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is stricter
+            image = Image.open(source)
+        if image.width * image.height >= limit:
+            size = f"{image.width}x{image.height}"
+            raise HarmonyError(f"{name}: {size} is {limit // 10**6} megapixels or more; make it smaller")
         image.load()
     except FileNotFoundError:
-        raise HarmonyError(f"{path}: no such file") from None
+        raise HarmonyError(f"{name}: no such file") from None
     except HarmonyError:
         raise
+    except Image.DecompressionBombError:
+        raise HarmonyError(f"{name}: is over {limit // 10**6} megapixels; make it smaller") from None
     except Exception as error:  # Pillow raises many kinds on damaged files
-        raise HarmonyError(f"{path}: not a readable image ({error}); replace the file") from None
+        raise HarmonyError(f"{name}: not a readable image ({error}); replace the file") from None
     return image
 
 
@@ -77,6 +86,23 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if mask.shape == tuple(size):
         return mask
     return np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST)) > 0
+
+
+def to_square(array: np.ndarray, size: int, geometry: str) -> np.ndarray:
+    """size x size of an image (HxWx3 uint8) or a mask (HxW bool), as a paper's model takes it.
+
+    geometry "squash": whatever the aspect (the latent models, the contrastive paper and the published evaluation);
+    "centre-crop": the centred square, which equals resizing the shorter side and cropping the centre (Harmony-VAE's
+    training). Raises HarmonyError for another geometry.
+    """
+    if geometry not in ("squash", "centre-crop"):
+        raise HarmonyError(f"geometry {geometry!r} is unknown; use squash or centre-crop")
+    if geometry == "centre-crop":
+        height, width = array.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        array = array[top : top + side, left : left + side]
+    return (resize_mask if array.dtype == bool else resize_image)(array, (size, size))
 
 
 def fit(image: np.ndarray, mask: np.ndarray, longest: int | None) -> tuple[np.ndarray, np.ndarray]:

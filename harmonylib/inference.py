@@ -4,66 +4,108 @@ import functools
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
 
 from .devices import autocast, pick_device
 from .errors import HarmonyError
-from .images import MASK_THRESHOLD, fit, open_image, read_mask, to_rgb, to_tensor, to_uint8
+from .images import fit, resize_mask, to_rgb, to_tensor, to_uint8
+from .picture import open_picture, picture, read_region
 from .pipeline import DiffHarmonyPipeline
 from .resunet import ContrastiveResUNet
 from .seeds import generator
+from .vae import HarmonyVAE
 
 SHIPPED = Path(__file__).resolve().parent.parent / "pretrained"
 MODELS = ("diffharmony++", "diffharmony", "contrastive-resunet")
+SMALL_FOREGROUND = 0.01  # share of the picture below which a model is shown a window instead of everything
 
 
-def harmonize(image, mask, model="diffharmony++", seed: int = 0, device=None) -> Image.Image:
-    """Harmonize one composite; the output has the input's size and its background, to the pixel.
+def harmonize(
+    image, mask, model="diffharmony++", seed: int = 0, device=None, strength=1.0, feather=0.0, fit_mask=False
+) -> Image.Image:
+    """Harmonize one composite; the output has the input's size, transparency, EXIF and colour profile (in `.info`).
 
-    image: path, PIL or HxWx3 uint8; mask: likewise, foreground above 127. model: "diffharmony++", "diffharmony",
-    "contrastive-resunet" or the folder of a trained one. The model runs at its own working size; what it changed is
-    carried to full size as a colour map of the foreground (`carry_over`), so that no detail is lost.
-    Raises HarmonyError for unreadable files, sizes that differ, a mask without foreground, or missing weights.
+    image: path, PIL or HxWx3 uint8; mask: likewise, foreground above 127 (`fit_mask` resizes one of another size).
+    model: "diffharmony++", "diffharmony", "contrastive-resunet" or a folder (`load_model`). The model runs at its own
+    working size; what it changed is carried to full size (`carry_over`), so that no detail is lost, and multiplied by
+    `strength` (0 to 1), which falls to 0 over the outermost `feather` pixels of the foreground. Background and fully
+    transparent pixels keep their values. EXIF rotation is applied.
+    Raises HarmonyError for unreadable files, sizes that differ, a mask without foreground or background, numbers out of
+    range, or missing weights.
     """
-    pixels = _read_image(image)
-    region = _read_mask(mask)
-    if region.shape != pixels.shape[:2]:
-        raise HarmonyError(f"the mask is {region.shape[::-1]} but the image is {pixels.shape[1::-1]}; resize the mask")
-    if not region.any():
-        raise HarmonyError("the mask has no foreground (no pixel above 127); paint the foreground white")
+    if not 0 <= strength <= 1:
+        raise HarmonyError(f"strength is {strength:g}; use 0 (no change) to 1 (all of it)")
+    if not 0 <= feather < float("inf"):
+        raise HarmonyError(f"feather is {feather:g}; use a number of pixels, 0 or more")
+    before = _picture(image)
+    bands = np.array(before)
+    region = _region(mask, bands, fit_mask)
     loaded = load_model(str(model), str(pick_device(device)))
-    small, small_region = fit(pixels, region, working_size(loaded))
+    view = bands if bands.shape[2] == 3 else np.asarray(to_rgb(before))
+    size = working_size(loaded)
+    window = model_window(region, size)
+    small, small_region = fit(view[window], region[window], size)
     if not small_region.any():
-        raise HarmonyError("the foreground vanishes at the model's working size; crop the image around it")
+        raise HarmonyError("the foreground is too thin for the model's working size; thicken the mask")
     changed = run_model(loaded, small, small_region, seed)
-    return Image.fromarray(carry_over(pixels, region, small, changed, small_region))
+    colours = carry_over(bands[window][..., :3], region[window], small, changed, small_region)
+    bands[window][..., :3] = blend(bands[window][..., :3], colours, region[window], strength, feather)
+    result = Image.fromarray(bands)
+    result.info = before.info
+    return result
 
 
-def _read_image(image) -> np.ndarray:
+def _picture(image) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return picture(image)
     if isinstance(image, (str, Path)):
-        image = open_image(image)
-    pixels = np.asarray(to_rgb(image)) if isinstance(image, Image.Image) else np.asarray(image)
+        return open_picture(image)
+    pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise HarmonyError(f"the image is {pixels.dtype} {pixels.shape}; give HxWx3 uint8, PIL or a path")
-    return pixels
+    return Image.fromarray(pixels)
 
 
-def _read_mask(mask) -> np.ndarray:
-    if isinstance(mask, (str, Path)):
-        return read_mask(mask)
-    values = np.asarray(to_rgb(mask).convert("L")) if isinstance(mask, Image.Image) else np.asarray(mask)
-    if values.ndim != 2:
-        raise HarmonyError(f"the mask is {values.shape}; give HxW, PIL or a path")
-    return values if values.dtype == bool else values > MASK_THRESHOLD
+def _region(mask, bands: np.ndarray, fit_mask: bool) -> np.ndarray:
+    """The HxW bool foreground for HxWx3 or HxWx4 `bands`, less what is fully transparent."""
+    name = mask if isinstance(mask, (str, Path)) else "the mask"
+    region = read_region(mask)
+    if region.shape != bands.shape[:2]:
+        if not fit_mask:
+            sizes = [f"{width}x{height}" for height, width in (region.shape, bands.shape[:2])]
+            raise HarmonyError(
+                f"{name}: is {sizes[0]} but the picture is {sizes[1]}; give one of that size or add --resize-mask"
+            )
+        region = resize_mask(region, bands.shape[:2])
+    visible = bands[..., 3] > 0 if bands.shape[2] == 4 else True
+    if not (region & visible).any():
+        raise HarmonyError(f"{name}: no foreground (no pixel above 127); paint the foreground white")
+    if not (~region & visible).any():
+        raise HarmonyError(f"{name}: all is foreground, nothing is left to match; paint the background black")
+    return region & visible
+
+
+def model_window(region: np.ndarray, size: int) -> tuple[slice, slice]:
+    """What a model is shown: everything, or around a foreground of less than SMALL_FOREGROUND a window of `size` pixels
+    or three times the foreground's own sides, whichever is more, as far as the picture reaches.
+    """
+    if region.mean() >= SMALL_FOREGROUND:
+        return slice(0, region.shape[0]), slice(0, region.shape[1])
+    window = []
+    for length, used in zip(region.shape, (region.any(1), region.any(0)), strict=True):
+        first, last = np.flatnonzero(used)[[0, -1]]
+        side = min(length, max(size, 3 * int(last - first + 1)))
+        start = int(np.clip((first + last + 1 - side) // 2, 0, length - side))
+        window.append(slice(start, start + side))
+    return tuple(window)
 
 
 def model_folder(name: str) -> Path:
     """The folder of a shipped model or of a trained one. Raises HarmonyError when there is none."""
-    folder = SHIPPED / name if name in MODELS else Path(name)
-    if name == "diffharmony":
-        folder = SHIPPED / "diffharmony++"
+    folder = SHIPPED / ("diffharmony++" if name == "diffharmony" else name) if name in MODELS else Path(name)
     if not folder.is_dir():
         raise HarmonyError(f"{folder}: no weights there; use {', '.join(MODELS)} or the folder of a trained model")
     return folder
@@ -71,24 +113,46 @@ def model_folder(name: str) -> Path:
 
 @functools.lru_cache(maxsize=2)
 def load_model(name: str, device: str):
-    """A DiffHarmonyPipeline or ContrastiveResUNet in eval mode, kept for the next call."""
+    """A DiffHarmonyPipeline or ContrastiveResUNet in eval mode, kept for the next call.
+
+    name: one of MODELS, or a folder: of either class (`save_pretrained`), of Stable Diffusion inpainting, or the
+    published DiffHarmony++ archive (`base/` and `condition_vae/`). Raises HarmonyError when it cannot be loaded.
+    """
     folder = model_folder(name)
-    if (folder / "model_index.json").is_file():
-        vae = (
-            DiffHarmonyPipeline.from_pretrained(SHIPPED / "base", device=device).vae if name == "diffharmony" else None
-        )
-        pipeline = DiffHarmonyPipeline.from_pretrained(folder, vae=vae, device=device)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, json.JSONDecodeError):
-        kind = None
-    if kind != "ContrastiveResUNet":
+        if (folder / "config.json").is_file():
+            return _load_resunet(folder).to(device)
+        pipeline = _load_pipeline(folder, name, device)
+    except HarmonyError:
+        raise
+    except Exception as error:  # diffusers, safetensors and torch raise many kinds on damaged files
+        raise HarmonyError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); restore the folder") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _load_resunet(folder: Path) -> ContrastiveResUNet:
+    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name") != "ContrastiveResUNet":
+        raise HarmonyError(f"{folder}: not a ContrastiveResUNet; name the folder of a whole pipeline")
+    model, info = ContrastiveResUNet.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise HarmonyError(f"{folder}: the weights do not fit config.json; restore the folder")
+    return model.eval()
+
+
+def _load_pipeline(folder: Path, name: str, device: str) -> DiffHarmonyPipeline:
+    vae = None
+    if name == "diffharmony":
+        vae = DiffHarmonyPipeline.from_pretrained(SHIPPED / "base", device=device).vae
+    elif (folder / "condition_vae").is_dir():
+        folder, vae = folder / "base", HarmonyVAE.from_pretrained(folder / "condition_vae")
+    if not (folder / "model_index.json").is_file():
         raise HarmonyError(
             f"{folder}: neither a DiffHarmony pipeline nor a ContrastiveResUNet; name a trained model's folder"
         )
-    return ContrastiveResUNet.from_pretrained(folder, torch_dtype=torch.float32).eval().to(device)
+    if (folder / "text_encoder").is_dir():
+        return DiffHarmonyPipeline.from_stable_diffusion(folder, vae=vae, device=device)
+    return DiffHarmonyPipeline.from_pretrained(folder, vae=vae, device=device)
 
 
 def working_size(model) -> int:
@@ -102,33 +166,70 @@ def run_model(model, pixels: np.ndarray, region: np.ndarray, seed: int) -> np.nd
     image, mask = to_tensor(pixels)[None], to_tensor(region)[None]
     if isinstance(model, DiffHarmonyPipeline):
         noise = generator(seed, "harmonize")
-        return to_uint8(model(image, mask, generator=noise, paste=False, output_type="pt").images * 2 - 1)[0]
-    device = model.device
-    with autocast(device):
-        output = model(image.to(device), mask.to(device))
-    return to_uint8(output)[0]
+        with autocast(model.device):
+            return to_uint8(model(image, mask, generator=noise, paste=False, output_type="pt").images * 2 - 1)[0]
+    with autocast(model.device):
+        return to_uint8(model(image.to(model.device), mask.to(model.device)))[0]
 
 
-def _monomials(pixels: np.ndarray) -> np.ndarray:
+def blend(pixels, colours, region, strength: float = 1.0, feather: float = 0.0) -> np.ndarray:
+    """`pixels` with the foreground moved towards `colours` by `strength`, less in its outermost `feather` pixels.
+
+    Arrays HxWx3 uint8 and HxW bool. Feathering goes inward from the mask's edge, in a straight line from 0 just outside
+    to `strength` at depth `feather`; the picture's own border is no edge. Outside the region nothing changes.
+    """
+    if feather:
+        depth = cv2.distanceTransform(np.pad(region, 1, mode="edge").astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
+        weight = strength * np.clip(depth[region, None] / feather, 0, 1)
+    else:
+        weight = np.float32(strength)
+    before = pixels[region].astype(np.float32)
+    result = pixels.copy()
+    result[region] = np.rint(before + weight * (colours[region] - before))
+    return result
+
+
+def _monomials(colours: np.ndarray) -> np.ndarray:
     """1, r, g, b, their squares and products of Nx3 colours in [0, 1]: Nx10."""
-    r, g, b = pixels.T
+    r, g, b = colours.T
     return np.stack([np.ones_like(r), r, g, b, r * r, g * g, b * b, r * g, g * b, b * r], axis=1)
 
 
-def carry_over(pixels, region, small, changed, small_region, ridge: float = 1e-3) -> np.ndarray:
-    """Apply to `pixels` the change from `small` to `changed`: a quadratic colour map fitted on the foreground.
+def colour_map(before: np.ndarray, after: np.ndarray, ridge: float = 1e-3):
+    """A function from Nx3 float32 colours in [0, 1] to their change, fitted on Nx3 pairs.
 
-    pixels HxWx3 uint8 and region HxW bool at full size; small, changed and small_region at working size. The map is a
-    ridge regression of the change on ten colour monomials, so it cannot blur or add texture.
+    Ridge regression of the change on ten monomials: one quadratic map for all of a foreground, which can neither blur
+    nor add texture.
     """
-    before, after = (array[small_region].astype(np.float64) / 255 for array in (small, changed))
-    features = _monomials(before)
+    features = _monomials(before.astype(np.float64))
     gram = features.T @ features + ridge * len(features) * np.diag([0.0] + [1.0] * 9)
     weights = np.linalg.lstsq(gram, features.T @ (after - before), rcond=None)[0].astype(np.float32)
-    colours = pixels[region].astype(np.float32) / 255
-    result = pixels.copy()
+    return lambda colours: _monomials(colours) @ weights
+
+
+def smooth(values: np.ndarray, region: np.ndarray, sigma: float) -> np.ndarray:
+    """HxWx3 float32 averaged by a Gaussian over the HxW bool region alone; 0 far from it."""
+    weight = region.astype(np.float32)
+    blur = functools.partial(cv2.GaussianBlur, ksize=(0, 0), sigmaX=sigma, borderType=cv2.BORDER_CONSTANT)
+    return blur(values * weight[..., None]) / np.maximum(blur(weight), 1e-6)[..., None]
+
+
+def carry_over(pixels, region, small, changed, small_region, fit_sigma: float = 1.0, rest_sigma: float = 3.0):
+    """HxWx3 uint8: `pixels` with the change from `small` to `changed` applied to the foreground at full size.
+
+    pixels HxWx3 uint8 and region HxW bool at full size; small, changed and small_region at working size. Most of the
+    change is one colour map, fitted on colours averaged over `fit_sigma` pixels, which the model's own blur and noise
+    mislead less; what it leaves (light that varies across the foreground) is averaged over `rest_sigma` pixels and
+    added as it is. `benchmarks/carry_over.py` compares this with other ways.
+    """
+    small, changed = (array.astype(np.float32) / 255 for array in (small, changed))
+    change = colour_map(*(smooth(array, small_region, fit_sigma)[small_region] for array in (small, changed)))
+    rest = changed - small - change(small.reshape(-1, 3)).reshape(small.shape)
+    rest = cv2.resize(smooth(rest, small_region, rest_sigma), region.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    colours, rest = pixels[region].astype(np.float32) / 255, rest[region]
     for start in range(0, len(colours), 1_000_000):  # bounds the memory of large photos
-        block = colours[start : start + 1_000_000]
-        colours[start : start + 1_000_000] = block + _monomials(block) @ weights
-    result[region] = np.clip(colours * 255 + 0.5, 0, 255).astype(np.uint8)
+        block = slice(start, start + 1_000_000)
+        colours[block] += change(colours[block]) + rest[block]
+    result = pixels.copy()
+    result[region] = np.rint(np.clip(colours, 0, 1) * 255)
     return result

@@ -4,6 +4,7 @@ A composite `a0002_1_4.jpg` belongs to the mask `a0002_1.png` and to the real ph
 "-" are the scene: `d90000008-3` and `d90000008-7` are captures of one scene and never independent photos.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,12 +49,36 @@ class Triple:
 
 
 def read_lines(path) -> list[str]:
-    """The non-empty lines of a list file, in order, without duplicates; Windows line ends are fine."""
+    """The non-empty lines of a list file, in order, without duplicates; Windows line ends and backslashes are fine."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise HarmonyError(f"{path}: no such list; a data set has IHD_train.txt and IHD_test.txt at its root") from None
-    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    except UnicodeDecodeError:
+        raise HarmonyError(f"{path}: not a UTF-8 text file; save it as one") from None
+    return list(dict.fromkeys(line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()))
+
+
+def list_lines(root, split: str) -> list[str] | None:
+    """The lines of a split's list: IHD_<split>.txt at the root, or else of each <subset>/<subset>_<split>.txt.
+
+    The latter may name composites without their folders. None where there is no list.
+    """
+    root = Path(root)
+    if (root / f"IHD_{split}.txt").is_file():
+        return read_lines(root / f"IHD_{split}.txt")
+    own = [p for p in sorted(root.glob(f"*/*_{split}.txt")) if p.stem == f"{p.parent.name}_{split}"]
+    lines = [f"{p.parent.name}/{COMPOSITES}/{line.split('/')[-1]}" for p in own for line in read_lines(p)]
+    return lines if own else None
+
+
+def pictures_of(root) -> Path:
+    """Where the pictures of a set's lists are: its root, or the folder that a file ROOT in it names."""
+    pointer = Path(root, "ROOT")
+    return Path(pointer.read_text(encoding="utf-8").strip()) if pointer.is_file() else Path(root)
+
+
+def plain_name(text: str) -> str:
+    """`text` cut down to letters and digits, since the layout's file names give "-" and "_" a meaning."""
+    return re.sub(r"[^A-Za-z0-9]", "", text)
 
 
 def _partner(folder: Path, stem: str, composite: Path) -> Path:
@@ -83,15 +108,16 @@ def triple_of(root, line: str) -> Triple:
 def read_triples(root, split: str, subsets=None) -> list[Triple]:
     """The triples of one split ("train" or "test"), in list order, optionally of some subsets only.
 
-    A root that holds lists and a file `ROOT` naming another folder takes its pictures from there.
+    The lists are those of `list_lines`, the pictures those of `pictures_of`.
     Raises HarmonyError for a missing folder, list or partner file, or when nothing is left.
     """
     root = Path(root)
     if not root.is_dir():
         raise HarmonyError(f"{root}: no such data folder; see data/README.md")
-    pointer = root / "ROOT"
-    pictures = Path(pointer.read_text(encoding="utf-8").strip()) if pointer.is_file() else root
-    triples = [triple_of(pictures, line) for line in read_lines(root / f"IHD_{split}.txt")]
+    lines = list_lines(root, split)
+    if lines is None:
+        raise HarmonyError(f"{root}/IHD_{split}.txt: no such list; add it, or each subset's own <subset>_{split}.txt")
+    triples = [triple_of(pictures_of(root), line) for line in lines]
     triples = [t for t in triples if subsets is None or t.subset in subsets]
     if not triples:
         raise HarmonyError(f"{root}: the {split} list has no composites of {', '.join(subsets or SUBSETS)}")

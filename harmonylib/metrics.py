@@ -4,18 +4,19 @@ Peers' numbers differ by definition before they differ by model. `PROTOCOLS` wri
 choices were read in the code that published the numbers (that DoveNet and IIH truncate is inferred: they cast to uint8
 or save as such), except "standard", which is ours:
 
-===========  ===============  ==============  ================  ==========  =====================  ===================
-protocol     resize to 256    mask            float prediction  background  PSNR peak              fMSE denominator
-===========  ===============  ==============  ================  ==========  =====================  ===================
-standard     no               hard            rounded           predicted   255                    3 * area
-diffharmony  PIL bilinear     nearest         truncated         real        255                    3 * area
-saic         cv2 linear       linear, soft    clamped, float    predicted   max of the real image  3 * area + 1e-6
-hdnet        PIL bilinear     nearest         truncated, wraps  predicted   255                    area, whole MSE * HW
-dovenet      PIL bilinear     nearest         truncated         predicted   range of prediction    3 * area
-iih          PIL bicubic      nearest         truncated         predicted   255                    3 * area
-===========  ===============  ==============  ================  ==========  =====================  ===================
+===========  =============  =================  ================  ==========  ==================  ====================
+protocol     resize to 256  mask               float prediction  background  PSNR peak           fMSE denominator
+===========  =============  =================  ================  ==========  ==================  ====================
+standard     no             hard               rounded           predicted   255                 3 * area
+diffharmony  PIL bilinear   dithered, nearest  truncated         real        255                 3 * area
+saic         cv2 linear     soft, linear       clamped, float    predicted   max of real image   3 * area + 1e-6
+hdnet        PIL bilinear   dithered, nearest  truncated, wraps  predicted   255                 area, whole MSE * HW
+dovenet      PIL bilinear   dithered, nearest  truncated         predicted   prediction's range  3 * area
+iih          PIL bicubic    dithered, nearest  truncated         predicted   255                 3 * area
+===========  =============  =================  ================  ==========  ==================  ====================
 
-What a protocol does to files (JPEG saving, dithered masks) or feeds to a model (HDNet's real background) is not here.
+How a mask file becomes an array (`Protocol.mask`) is harmonylib.scoring's work. What IIH does to predictions (saves
+them as JPEG) and HDNet to its model's input (feeds the real background) happens before there is anything to score.
 Where a code base defines no metric (see `Protocol.reports`), "standard" fills in on its arrays (HDNet: its own map).
 """
 
@@ -28,7 +29,7 @@ import pandas as pd
 from PIL import Image
 
 from .errors import HarmonyError
-from .images import paste, resize_image, resize_mask
+from .images import paste, resize_mask
 from .stats import bootstrap_mean
 
 METRICS = ("mse", "psnr", "fmse", "bmse", "ssim", "fssim")
@@ -71,7 +72,9 @@ class Protocol:
     resize: str | None = "pil-bilinear"  # or "pil-bicubic", "cv2-linear"; None keeps the size
     quantise: str = "truncate"  # of float predictions; or "round", "wrap" (modulo 256), "clamp" (stays float)
     background: str = "predicted"  # or "real": pasted after the resize
-    soft_mask: bool = False  # float mask in 0..1 that weighs squared errors once, instead of HxW bool
+    mask: str = (
+        "dithered"  # of files: PIL's mode "1"; or "hard" (grey > 127), "soft" (0..1, weighs squared errors once)
+    )
     peak: str = "255"  # of the PSNR; or "real-max", "predicted-range"
     epsilon: float = 0.0  # added to the MSE under the PSNR and to fMSE's denominator
     whole_fmse: bool = False  # fMSE = whole-image MSE * HW / area: background errors count
@@ -79,12 +82,12 @@ class Protocol:
 
 
 PROTOCOLS = {
-    "standard": Protocol(METRICS, resize=None, quantise="round"),
+    "standard": Protocol(METRICS, resize=None, quantise="round", mask="hard"),
     # DiffHarmony's evaluation, run with the real background pasted (bmse is therefore 0)
     "diffharmony": Protocol(("mse", "psnr", "fmse", "bmse"), background="real"),
     # iS2AM (saic): float predictions, soft masks, the peak is the real image's own maximum
     "saic": Protocol(
-        ("mse", "psnr", "fmse"), resize="cv2-linear", quantise="clamp", soft_mask=True, peak="real-max", epsilon=1e-6
+        ("mse", "psnr", "fmse"), resize="cv2-linear", quantise="clamp", mask="soft", peak="real-max", epsilon=1e-6
     ),
     # HDNet: uint8 cast without clipping, whole-image error divided by the foreground's area
     "hdnet": Protocol(("mse", "psnr", "fmse", "ssim"), quantise="wrap", whole_fmse=True, ssim=UNIFORM_SSIM),
@@ -98,7 +101,8 @@ PROTOCOLS = {
 def score(pred, real, mask, protocol="diffharmony", composite=None) -> dict:
     """Metrics of one prediction against the real image, on the 0..255 scale: mse, psnr, fmse, bmse, ssim, fssim.
 
-    pred: HxWx3 uint8, or float in 0..255 (how it becomes uint8 is the protocol's choice). real: HxWx3 uint8.
+    pred: HxWx3 uint8, or float in 0..255 (how it becomes uint8 is the protocol's choice), of real's size or, where the
+    protocol resizes, 256x256. real: HxWx3 uint8.
     mask: HxW bool, True = foreground; for "saic" also float in 0..1. composite: HxWx3 uint8; where given, its
     background is pasted on the prediction first, at full size. protocol: a name in `PROTOCOLS` (this module's table).
 
@@ -111,8 +115,9 @@ def score(pred, real, mask, protocol="diffharmony", composite=None) -> dict:
         raise HarmonyError(f"protocol {protocol!r}: unknown; choose one of {', '.join(PROTOCOLS)}")
     choice = PROTOCOLS[protocol]
     _check_image("real", real)
-    _check_image("pred", pred, size=real.shape[:2], floats=True)
-    mask = _check_mask(mask, real.shape[:2], choice.soft_mask, protocol)
+    small = choice.resize and composite is None and np.shape(pred)[:2] == (SIDE, SIDE)
+    _check_image("pred", pred, size=None if small else real.shape[:2], floats=True)
+    mask = _check_mask(mask, real.shape[:2], choice.mask == "soft", protocol)
     pred = _quantise(pred, choice.quantise)
     if composite is not None:
         _check_image("composite", composite, size=real.shape[:2])
@@ -211,14 +216,15 @@ def _quantise(pred, rule: str) -> np.ndarray:
 def _resize(pred, real, mask, rule: str | None):
     """Everything at 256x256 by the protocol's filter; images that have this size stay untouched."""
     size = (SIDE, SIDE)
-    if rule is None or real.shape[:2] == size:
+    if rule is None:
         return pred, real, mask
     if rule == "cv2-linear":  # not antialiased; the mask too, which makes its edges soft
         return tuple(cv2.resize(array, size, interpolation=cv2.INTER_LINEAR) for array in (pred, real, mask))
-    if rule == "pil-bilinear":
-        return resize_image(pred, size), resize_image(real, size), resize_mask(mask, size)
-    bicubic = [np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BICUBIC)) for array in (pred, real)]
-    return *bicubic, resize_mask(mask, size)
+    resampling = Image.Resampling.BILINEAR if rule == "pil-bilinear" else Image.Resampling.BICUBIC
+    images = (
+        a if a.shape[:2] == size else np.asarray(Image.fromarray(a).resize(size, resampling)) for a in (pred, real)
+    )
+    return *images, resize_mask(mask, size)
 
 
 def _check_image(name, array, size=None, floats=False) -> None:
@@ -228,9 +234,7 @@ def _check_image(name, array, size=None, floats=False) -> None:
         raise HarmonyError(f"{name}: expected a {wanted}, got {shape}; use harmonylib.images.read_image")
     if size is not None and array.shape[:2] != size:
         got, want = "x".join(map(str, array.shape[:2])), "x".join(map(str, size))
-        raise HarmonyError(
-            f"{name}: {got} pixels (HxW) but real has {want}; predict at the real image's size or resize"
-        )
+        raise HarmonyError(f"{name}: {got} pixels (HxW) but real has {want}; predict at the real image's size")
     if floats and np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all():
             raise HarmonyError(f"{name}: has NaN or infinite pixels; the model diverged or divided by zero")

@@ -12,15 +12,14 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 from PIL import Image
 
 from .errors import HarmonyError
 from .generate import Candidate, Choice, Pair, by_pair, has_latent_foreground, pairs_of, read_candidates, read_manifest
 from .images import paste, read_image, resize_image, write_image
 from .jsonio import write_json
-from .layout import COMPOSITES, MASKS, REALS, read_triples, write_list, write_pair
+from .layout import COMPOSITES, MASKS, REALS, plain_name, read_triples, write_list, write_pair
+from .manifest import imaterialist_pairs, photo_pairs
 from .photos import Photo, load_photos, random_crop
 from .progress import progress
 from .seeds import rng
@@ -54,12 +53,12 @@ def mix(root, candidates_root, out, gamma: float, seed: int, subsets=None, stren
         leave_out=()) -> dict:  # fmt: skip
     """Write the training set of `root` plus `mix_count` candidates of each (real, mask) pair, in iHarmony4's layout.
 
-    N₁ and N₂ are counted on the training list per subset; which candidates is drawn from (seed, pair), and a larger
-    gamma keeps those of a smaller one. subsets limits both lists. The test list stays as it is. Files are hard-linked
-    where the disk allows; candidates of another size are brought to the real's, its background pasted back. strength:
-    bounds on the candidates' foreground ΔE. leave_out: keys of pairs that get nothing (too small for the latent grid);
-    they count in N₁ and N₂. Returns {subset: {"pairs", "composites", "per_pair", "generated"}}.
-    Raises HarmonyError for a bad gamma or a pair with too few usable candidates, before anything is written.
+    N₁ and N₂ are counted on the training list, per subset; which candidates is drawn from (seed, pair), and a larger
+    gamma keeps those of a smaller one. subsets limits both lists; the test list stays as it is. Candidates of another
+    size are brought to the real's, its background pasted back. strength: bounds on their foreground ΔE. leave_out: keys
+    of pairs that get nothing (too small for the latent grid) but count in N₁ and N₂.
+    Returns {subset: {"pairs", "composites", "per_pair", "generated"}}. Raises HarmonyError for an empty list, a bad
+    gamma or a pair with too few usable candidates, before anything is written.
     """
     train = read_triples(root, "train", subsets)
     test = read_triples(root, "test", subsets) if Path(root, "IHD_test.txt").is_file() else []
@@ -94,21 +93,23 @@ def _draw(group: list[Candidate], pair: Pair, count: int, gamma: float, seed: in
             f"{'/'.join(pair.key)}: gamma {gamma} asks for {count} generated composites but {len(group)} are usable; "
             "lower gamma, raise k or widen the strength bounds"
         )
-    order = rng(seed, "mix", *pair.key).permutation(len(group))[:count]
-    return [group[i] for i in sorted(order)]
+    return [group[i] for i in sorted(rng(seed, "mix", *pair.key).permutation(len(group))[:count])]
 
 
-def _add(folder: Path, candidate: Candidate, pair: Pair) -> Path:
+def _add(folder: Path, candidate: Candidate, pair: Pair) -> str:
     """Put one candidate into the set at the real's size; returns its list line."""
-    target = folder / pair.subset / COMPOSITES / candidate.path.name
-    with Image.open(candidate.path) as file, Image.open(pair.real) as real_file:
-        same = file.size == real_file.size
-    if same:
-        _link(candidate.path, target)
+    line = f"{pair.subset}/{COMPOSITES}/{candidate.path.name}"
+    if _size(candidate.path) == _size(pair.real):
+        _link(candidate.path, folder / line)
     else:
         real, mask = pair.load()
-        write_image(target, paste(resize_image(read_image(candidate.path), mask.shape), real, mask))
-    return str(target.relative_to(folder))
+        write_image(folder / line, paste(resize_image(read_image(candidate.path), mask.shape), real, mask))
+    return line
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as file:
+        return file.size
 
 
 def _link(source: Path, target: Path) -> None:
@@ -145,7 +146,7 @@ def _replacing(out, *sources):
 
 
 def photo_pairs_of(paths: list[tuple[Path, Path]], subset: str = HUMAN) -> list[Pair]:
-    """Pairs of photos with one mask each, (image, mask) paths as from `datasets.photo_pairs`.
+    """Pairs of photos with one mask each, (image, mask) paths as from `manifest.photo_pairs`.
 
     The photo's name is its stem with "-" turned into "_", since the layout reads a scene's name before the first "-".
     Raises HarmonyError when two photos end up with one name.
@@ -190,26 +191,25 @@ def human_photos(settings, folder, seed: int) -> tuple[list[Pair], dict[str, tup
     """What the settings section `human_harmony` asks for: (pairs, photo -> (source, licence), test photos or None).
 
     source "embedded": settings.pairs crops of the packages' portraits (`portrait_pairs`), tested on those that the
-    benchmark tests on; "photos": the folder settings.path (`datasets.photo_pairs`); "imaterialist": train.csv and
-    train/ in settings.path. What has to be written goes below `folder`. Raises HarmonyError for an unknown source.
+    benchmark tests on; "photos" or "imaterialist": the folder settings.path, as `manifest` reads it. What has to be
+    written goes below `folder`. Raises HarmonyError for an unknown source.
     """
-    from .datasets import photo_pairs  # here, because it imports all that training needs
-
     if settings.source == "embedded":
         portraits = [photo for photo in load_photos() if photo.portrait]
         pairs = portrait_pairs(portraits, folder, settings.pairs, seed)
-        sources = {_label(photo): (photo.credit, photo.licence) for photo in portraits}
-        return pairs, sources, {_label(photo) for photo in portraits if photo.split == "test"}
+        sources = {plain_name(photo.name): (photo.credit, photo.licence) for photo in portraits}
+        return pairs, sources, {plain_name(photo.name) for photo in portraits if photo.split == "test"}
     if settings.source not in ("photos", "imaterialist") or not settings.path:
         raise HarmonyError(
             f"params.yaml: human_harmony.source {settings.source!r}, path {settings.path!r}: the source is embedded, "
             "or photos or imaterialist with the path of its folder"
         )
-    path, origin = Path(settings.path), ("own photos", "not stated")
-    if settings.source == "imaterialist":
-        imaterialist_masks(path / "train.csv", path / "train", folder)
-        path, origin = Path(folder), ("iMaterialist-fashion-2020 (FGVC7)", "see the competition's rules; research use")
-    pairs = photo_pairs_of(photo_pairs(path))
+    if settings.source == "photos":
+        found, origin = photo_pairs(settings.path), ("own photos", "not stated")
+    else:
+        found = imaterialist_pairs(settings.path, Path(folder, MASKS))
+        origin = ("iMaterialist-fashion-2020 (FGVC7)", "see the competition's rules; research use")
+    pairs = photo_pairs_of(found)
     return pairs, dict.fromkeys((pair.photo for pair in pairs), origin), None
 
 
@@ -224,137 +224,78 @@ def portrait_pairs(portraits: list[Photo], folder, crops: int, seed: int) -> lis
     pairs = []
     for number in range(crops):
         photo = portraits[number % len(portraits)]
-        stem = f"{_label(photo)}-{number // len(portraits):03d}"
+        stem = f"{plain_name(photo.name)}-{number // len(portraits):03d}"
         window = random_crop(photo.image, photo.masks["person"], rng(seed, "human harmony", stem))
         name = write_pair(folder, HUMAN, stem, 1, *window, ".png")
         files = (Path(folder, HUMAN, part, f"{file}.png") for part, file in ((REALS, stem), (MASKS, name)))
-        pairs.append(Pair(HUMAN, name, _label(photo), *files))
+        pairs.append(Pair(HUMAN, name, plain_name(photo.name), *files))
     return pairs
 
 
-def _label(photo: Photo) -> str:
-    return photo.name.replace("_", "")  # the layout's own mark
-
-
-def imaterialist_masks(csv, images, out) -> int:
-    """iMaterialist-fashion-2020's train.csv and images to `out/{images,masks}`: one union mask a photo (Sec. 5.1.2).
-
-    Segments are run lengths down the columns, counted from 1, at the photo's own size. Photos are hard-linked where the
-    disk allows. Returns the number of photos. Raises HarmonyError for missing columns, runs or photos that do not fit.
-    """
-    columns = ["ImageId", "EncodedPixels", "Height", "Width"]
-    try:
-        table = pd.read_csv(csv, usecols=columns)
-    except (OSError, ValueError) as error:
-        raise HarmonyError(f"{csv}: {error}; give the data set's train.csv") from None
-    photos = table.groupby("ImageId", sort=True)
-    for name, segments in progress(photos, total=len(photos), desc="union masks", unit="photo"):
-        source = next((p for p in (Path(images, f"{name}.jpg"), Path(images, name)) if p.is_file()), None)
-        if source is None:
-            raise HarmonyError(f"{images}: no photo {name}.jpg, which {csv} names")
-        shape = tuple(int(segments[side].iloc[0]) for side in ("Height", "Width"))
-        with Image.open(source) as file:
-            if file.size != shape[::-1]:
-                raise HarmonyError(f"{source}: is {file.size[0]}x{file.size[1]}, {csv} says {shape[1]}x{shape[0]}")
-        mask = union_of_runs(segments["EncodedPixels"], shape, f"{csv}, {name}")
-        write_image(Path(out, "masks", f"{Path(name).stem}.png"), mask)
-        _link(source, Path(out, "images", f"{Path(name).stem}.jpg"))
-    return len(photos)
-
-
-def union_of_runs(encoded, shape: tuple[int, int], source: str) -> np.ndarray:
-    """HxW bool, the union of run-length strings "start length start length ..." (column-major, starts counted from 1).
-
-    Raises HarmonyError naming `source` for runs that leave the image.
-    """
-    flat = np.zeros(shape[0] * shape[1], bool)
-    for text in encoded:
-        words = str(text).split()
-        runs = np.array(words if all(word.isdigit() for word in words) else [0], dtype=np.int64)
-        if len(runs) % 2 or (runs < 1).any() or (runs[::2] + runs[1::2] - 1 > flat.size).any():
-            raise HarmonyError(f"{source}: run lengths do not fit a {shape[1]}x{shape[0]} image")
-        for start, length in runs.reshape(-1, 2):
-            flat[start - 1 : start - 1 + length] = True
-    return flat.reshape(shape, order="F")
-
-
 def build_human_harmony(pairs: list[Pair], choices: list[Choice], out, seed: int, size: int | None = None,
-                        sources: dict[str, tuple[str, str]] | None = None,
-                        test: set[str] | None = None) -> dict:  # fmt: skip
+                        sources: dict[str, tuple[str, str]] | None = None, test: set[str] | None = None,
+                        dropped: dict[str, list[str]] | None = None) -> dict:  # fmt: skip
     """Write real photos, masks and the chosen candidates as an iHarmony4-layout set with a data card (README.md).
 
     pairs and size as in `generate_candidates`, choices from `select`. The photos of the test list are `test`, or else
-    drawn by iHarmony4's share (7,404 of 73,146), at least one on each side. Reals are written at the candidates' size
-    and in their format, so that no codec tells the two apart. sources: photo name -> (source, licence). Returns the
-    counts that the card shows.
-    Raises HarmonyError for a list without photos, a choice without its pair or a candidate of another size.
+    drawn by iHarmony4's share (7,404 of 73,146). Reals are written at the candidates' size and in their format, so that
+    no codec tells the two apart. sources: photo name -> (source, licence); dropped as from `clean_photos`: both for the
+    card. Returns the counts that it shows. Raises HarmonyError for a list without photos, a choice without its pair or
+    a candidate of another size.
     """
     known = {pair.key: pair for pair in pairs}
-    photos = sorted({known[choice.kept.key].photo for choice in choices if choice.kept.key in known})
-    if len(photos) < 2:
-        raise HarmonyError(f"{len(photos)} photos cannot be split into training and test; give at least 2")
-    n_test = min(max(1, round(len(photos) * TEST_SHARE)), len(photos) - 1)
-    rule = "by iHarmony4's share (7,404 test images of 73,146)" if test is None else "as the embedded photos are"
+    if lost := [choice.kept.path for choice in choices if choice.kept.key not in known]:
+        raise HarmonyError(f"{lost[0]}: chosen, but its pair is not given; give the pairs it was made from")
+    photos = sorted({known[choice.kept.key].photo for choice in choices})
+    rule = "as the embedded photos are" if test else "by iHarmony4's share (7,404 test images of 73,146)"
     if test is None:
-        test = set(rng(seed, "human harmony", "split").permutation(photos)[:n_test].tolist())
+        count = max(1, round(len(photos) * TEST_SHARE))
+        test = set(rng(seed, "human harmony", "split").permutation(photos)[:count].tolist())
     if not 0 < len(test & set(photos)) < len(photos):
         empty = "training" if test & set(photos) else "test"
-        raise HarmonyError(f"{out}: the {empty} list has no photo left; add some")
-    lists, ratios = {"train": [], "test": []}, []
-    with _replacing(
-        out, *{choice.kept.path.parent for choice in choices}, *{pair.real.parent for pair in pairs}
-    ) as folder:
+        raise HarmonyError(f"{out}: the {empty} list has no photo left of {len(photos)}; add some")
+    lists, large = {"train": [], "test": []}, 0
+    made_from = {c.kept.path.parent for c in choices} | {pair.real.parent for pair in pairs}
+    with _replacing(out, *made_from) as folder:
         for choice in progress(choices, desc="Human Harmony", unit="image"):
-            if choice.kept.key not in known:
-                raise HarmonyError(f"{choice.kept.path}: chosen, but its pair is not given")
-            pair, suffix = known[choice.kept.key], choice.kept.path.suffix
+            pair, kept = known[choice.kept.key], choice.kept
             real, mask = pair.load(size)
-            with Image.open(choice.kept.path) as file:
-                if file.size != mask.shape[::-1]:
-                    raise HarmonyError(
-                        f"{choice.kept.path}: is {file.size}, not {mask.shape[::-1]}; give the size it was made at"
-                    )
-            photo, number = pair.name.rsplit("_", 1)
-            write_pair(folder, pair.subset, photo, number, real, mask, suffix)
-            line = f"{pair.subset}/{COMPOSITES}/{choice.kept.path.name}"
-            _link(choice.kept.path, folder / line)
+            if _size(kept.path) != mask.shape[::-1]:
+                found = "{}x{}".format(*_size(kept.path))
+                raise HarmonyError(f"{kept.path}: is {found}, not {mask.shape[1]}x{mask.shape[0]}; give its own size")
+            write_pair(folder, pair.subset, *pair.name.rsplit("_", 1), real, mask, kept.path.suffix)
+            line = f"{pair.subset}/{COMPOSITES}/{kept.path.name}"
+            _link(kept.path, folder / line)
             lists["test" if pair.photo in test else "train"].append(line)
-            ratios.append(float(mask.mean()))
+            large += bool(mask.mean() > 0.2)
         for split, lines in lists.items():
             write_list(folder, split, lines)
         counts = {"photos": len(photos), "composites": len(choices), **{s: len(lines) for s, lines in lists.items()},
-                  "foreground_over_0.2": float(np.mean(np.array(ratios) > 0.2))}  # fmt: skip
+                  "foreground_over_0.2": large / len(choices)}  # fmt: skip
         origins = Counter((sources or {}).get(photo, ("not stated", "not stated")) for photo in photos)
-        (folder / "README.md").write_text(data_card(counts, origins, choices, rule), encoding="utf-8")
+        (folder / "README.md").write_text(_card(counts, origins, choices, rule, dropped or {}), encoding="utf-8")
         write_json(folder / SUMMARY, {"seed": seed, "size": size, **counts})
     return counts
 
 
-def data_card(counts: dict, origins: dict[tuple[str, str], int], choices: list[Choice], rule: str) -> str:
-    """The Markdown data card of a Human Harmony set; origins: (source, licence) -> photos; rule: how it was split."""
-    candidates = sorted({1 + len(choice.rejected) for choice in choices})
-    drawn = " to ".join(str(n) for n in dict.fromkeys((candidates[0], candidates[-1])))
+def _card(counts: dict, origins: dict, choices: list[Choice], rule: str, dropped: dict) -> str:
+    numbers = sorted({1 + len(choice.rejected) for choice in choices})
+    drawn = " to ".join(str(n) for n in dict.fromkeys((numbers[0], numbers[-1])))
+    left_out = ", ".join(f"{len(names)} {reason}" for reason, names in dropped.items() if names) or "nothing"
     rows = "\n".join(f"| {source} | {licence} | {n:,} |" for (source, licence), n in sorted(origins.items()))
     return f"""# Human Harmony
 
 Real photos of people and, for each, a composite whose foreground colours an inverse harmonization model changed. The
 real photo is the ground truth of its composite. Layout and list files are iHarmony4's.
 
-| | count |
-|---|---|
-| photos | {counts["photos"]:,} |
-| composites | {counts["composites"]:,} |
-| training list | {counts["train"]:,} |
-| test list | {counts["test"]:,} |
+| photos | composites | training list | test list | foreground over a fifth |
+|---|---|---|---|---|
+| {counts["photos"]:,} | {counts["composites"]:,} | {counts["train"]:,} | {counts["test"]:,} | \
+{counts["foreground_over_0.2"]:.0%} |
 
-{counts["foreground_over_0.2"]:.0%} of the composites have a foreground of more than a fifth of the image.
-
-## How it was made
-
-For each photo and mask the model drew {drawn} usable candidates, and the harmony classifier kept the one it found most
-likely to be a composite. Backgrounds are the photo's own. Photos, not composites, were split {rule}.
-
-## Sources and licences
+Cleaning left out: {left_out}. For each photo and mask the model drew {drawn} usable candidates, and the harmony
+classifier kept the one it found most likely to be a composite. Backgrounds are the photo's own. Photos, not composites,
+were split {rule}.
 
 | source | licence of the photos | photos |
 |---|---|---|

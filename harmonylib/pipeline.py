@@ -19,8 +19,12 @@ from PIL import Image
 from .devices import pick_device
 from .diffusion import latent_mask, sampling_scheduler, scale_latents, unscale_latents
 from .errors import HarmonyError
-from .images import MASK_THRESHOLD, paste, to_rgb, to_tensor, to_uint8
+from .images import MASK_THRESHOLD, to_rgb, to_tensor, to_uint8
 from .vae import HarmonyVAE
+from .weights import first_line, load_autoencoder, load_strict
+
+OUTPUT_TYPES = ("pil", "pt", "latent")
+STRICT_SIZE = 256  # pixels of the square that `strict` starts from
 
 
 class PromptEmbedding(ModelMixin, ConfigMixin):
@@ -73,6 +77,12 @@ def pad_to_multiple(tensor: torch.Tensor, multiple: int, mode: str) -> torch.Ten
     return F.pad(tensor, (0, -width % multiple, 0, -height % multiple), mode=mode)
 
 
+def squash(image: torch.Tensor, mask: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image (bilinear, antialiased) and mask (nearest) at `size`, whatever the aspect."""
+    image = F.interpolate(image, size=size, mode="bilinear", antialias=True).clamp(-1, 1)
+    return image, F.interpolate(mask, size=size, mode="nearest")
+
+
 class DiffHarmonyPipeline(DiffusionPipeline):
     """Harmonize composites with a latent diffusion model (DiffHarmony, Sec. 3.1 of DiffHarmony++).
 
@@ -106,28 +116,33 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         output_type: str = "pil",
         candidates: int = 1,
         temperature: float = 1.0,
+        strict: bool = False,
     ):
         """Harmonize a batch.
 
         image, mask: PIL, arrays, tensors (Bx3xHxW in [-1, 1], Bx1xHxW in {0, 1}) or lists; any size and aspect, padded
-        to a multiple of 8 inside. height and width squash the input to that size first (the papers' protocol), and are
-        then the output's. generator: None, one, or one per output image. paste: put the input's background back.
-        output_type: "pil", "pt" (Bx3xHxW in [0, 1]) or "latent" (scaled). candidates: outputs per image, conditioned
-        once; temperature scales the initial noise. Random draws per generator, in order: initial latents, posterior of
-        the composite, one per step, posterior of the condition in the decoder.
-        Raises HarmonyError for unequal sizes, empty masks, fp16 on a CPU or a generator list of the wrong length.
+        inside to what the autoencoder divides by. height and width squash the input to that size first (the papers'
+        protocol), and are then the output's. strict: reduce the input to 256x256 before anything else, so that a large
+        height and width use no more information than methods at 256 px have. generator: None, one, or one per output
+        image. paste: put the input's background back. output_type: "pil", "pt" (Bx3xHxW in [0, 1]) or "latent"
+        (scaled). candidates: outputs per image, conditioned once; temperature scales the initial noise. Random draws
+        per generator, in order: initial latents, posterior of the composite, one per step, posterior of the condition.
+        Raises HarmonyError for unequal sizes, empty masks, fp16 on a CPU, a generator list of the wrong length or an
+        unknown output_type.
         """
+        if output_type not in OUTPUT_TYPES:
+            raise HarmonyError(f"output_type {output_type!r} is unknown; use {', '.join(OUTPUT_TYPES)}")
         image, mask = read_inputs(image, mask)
         device, dtype = self.unet.device, self.unet.dtype
         if dtype == torch.float16 and device.type == "cpu":
             raise HarmonyError("fp16 weights do not run on a CPU; load with torch_dtype=torch.float32")
         if isinstance(generator, list) and len(generator) != len(image) * candidates:
             raise HarmonyError(f"{len(generator)} generators for {len(image) * candidates} outputs; give one for each")
-        if height or width:
-            size = (height or image.shape[-2], width or image.shape[-1])
-            image = F.interpolate(image, size=size, mode="bilinear", antialias=True).clamp(-1, 1)
-            mask = F.interpolate(mask, size=size, mode="nearest")
-        full_height, full_width = image.shape[-2:]
+        size = (height or image.shape[-2], width or image.shape[-1])
+        if strict:
+            image, mask = squash(image, mask, (STRICT_SIZE, STRICT_SIZE))
+        if size != image.shape[-2:]:
+            image, mask = squash(image, mask, size)
         padded = pad_to_multiple(image, self.factor, "replicate").to(device, dtype)
         padded_mask = pad_to_multiple(mask, self.factor, "constant").to(device, dtype)
         latents = self._denoise(
@@ -136,9 +151,10 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         if output_type == "latent":
             return ImagePipelineOutput(images=latents)
         output = self._decode(latents, padded, padded_mask, generator)
-        output = output[..., :full_height, :full_width].float().clamp(-1, 1).cpu()
+        output = output[..., : size[0], : size[1]].float().clamp(-1, 1).cpu()
         if paste:
-            output = _paste_background(output, image, mask, candidates)
+            image, mask = (t.float().cpu().repeat_interleave(candidates, dim=0) for t in (image, mask))
+            output = torch.where(mask > 0.5, output, image)
         if output_type == "pt":
             return ImagePipelineOutput(images=output / 2 + 0.5)
         return ImagePipelineOutput(images=[Image.fromarray(array) for array in to_uint8(output)])
@@ -174,25 +190,15 @@ class DiffHarmonyPipeline(DiffusionPipeline):
 
         Raises HarmonyError naming the part that is missing or damaged.
         """
-        vae_part = HarmonyVAE if _has_condition(folder) else AutoencoderKL
-        parts = {"vae": vae_part, "unet": UNet2DConditionModel, "scheduler": DDPMScheduler, "prompt": PromptEmbedding}
-        loaded = {"vae": vae} if vae is not None else {}
-        for name in parts.keys() - loaded.keys():
-            try:
-                dtype = {} if name == "scheduler" else {"torch_dtype": torch_dtype}
-                loaded[name] = parts[name].from_pretrained(folder, subfolder=name, **dtype)
-            except Exception as error:
-                reason = str(error).splitlines()[0]
-                raise HarmonyError(
-                    f"{folder}/{name} cannot be loaded ({reason}); train it or restore the folder"
-                ) from None
-        return cls(**loaded).to(pick_device(device))
+        prompt = load_strict(PromptEmbedding.from_pretrained, folder, subfolder="prompt", torch_dtype=torch_dtype)
+        return cls(prompt=prompt, **_base_parts(folder, vae, None, torch_dtype)).to(pick_device(device))
 
     @classmethod
-    def from_stable_diffusion(cls, folder, vae=None, device="auto") -> "DiffHarmonyPipeline":
+    def from_stable_diffusion(cls, folder, vae=None, unet=None, device="auto", torch_dtype=torch.float32):
         """Build from a Stable Diffusion inpainting folder or hub id; the empty caption is encoded once and cached.
 
-        vae replaces the folder's autoencoder (sd-vae-ft-mse, a HarmonyVAE). Needs the `sd` extra (transformers).
+        vae replaces the folder's autoencoder (sd-vae-ft-mse, a published ConditionVAE as HarmonyVAE), unet its UNet (a
+        fine-tuned one saved apart). Needs the `sd` extra (transformers). Raises HarmonyError as `from_pretrained`.
         """
         try:
             from transformers import CLIPTextModel, CLIPTokenizer
@@ -200,28 +206,37 @@ class DiffHarmonyPipeline(DiffusionPipeline):
             raise HarmonyError(
                 'Stable Diffusion\'s text encoder needs transformers: pip install "harmonylib[sd]"'
             ) from None
-        tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-        encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
-        tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+            encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+        except Exception as error:
+            reason = first_line(error)
+            raise HarmonyError(f"{folder}: tokenizer or text_encoder cannot be loaded ({reason}); restore it") from None
+        length = encoder.config.max_position_embeddings
+        tokens = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         with torch.no_grad():
             embeds = encoder(tokens.input_ids)[0].float()
         prompt = PromptEmbedding(*embeds.shape[1:])
         prompt.embeds.data.copy_(embeds)
-        return cls(
-            vae=vae or AutoencoderKL.from_pretrained(folder, subfolder="vae"),
-            unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
-            scheduler=DDPMScheduler.from_pretrained(folder, subfolder="scheduler"),
-            prompt=prompt,
-        ).to(pick_device(device))
+        return cls(prompt=prompt.to(torch_dtype), **_base_parts(folder, vae, unet, torch_dtype)).to(pick_device(device))
 
 
-def _has_condition(folder) -> bool:
+def open_autoencoder(folder, **options) -> AutoencoderKL:
+    """A HarmonyVAE where the folder's config has a conditional encoder, else a plain AutoencoderKL; both strictly."""
     try:
-        return "additional_in_channels" in HarmonyVAE.load_config(folder, subfolder="vae")
-    except OSError:
-        return False
+        config = AutoencoderKL.load_config(folder, subfolder=options.get("subfolder"))
+    except Exception:
+        config = {}  # the loader says what is wrong
+    return (HarmonyVAE.from_pretrained if "additional_in_channels" in config else load_autoencoder)(folder, **options)
 
 
-def _paste_background(output, image, mask, candidates):
-    repeat = lambda t: t.repeat_interleave(candidates, dim=0)  # noqa: E731
-    return paste(output, repeat(image).float().cpu(), repeat(mask).cpu())
+def _base_parts(folder, vae, unet, torch_dtype) -> dict:
+    """Autoencoder, UNet and scheduler of a pipeline folder, or those given."""
+    dtype = {"torch_dtype": torch_dtype}
+    vae = vae or open_autoencoder(folder, subfolder="vae", **dtype)
+    unet = unet or load_strict(UNet2DConditionModel.from_pretrained, folder, subfolder="unet", **dtype)
+    try:
+        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    except Exception as error:
+        raise HarmonyError(f"{folder}/scheduler cannot be loaded ({first_line(error)}); restore the folder") from None
+    return {"vae": vae, "unet": unet, "scheduler": scheduler}

@@ -17,7 +17,7 @@ from .diffusion import base_scheduler, denoising_loss, latent_mask, scale_latent
 from .distributed import rank_and_world
 from .errors import HarmonyError
 from .jsonio import write_json
-from .pipeline import DiffHarmonyPipeline, PromptEmbedding
+from .pipeline import DiffHarmonyPipeline, PromptEmbedding, open_autoencoder
 from .training import TrainSettings, train
 
 
@@ -162,12 +162,12 @@ def open_base(settings, seed: int) -> DiffHarmonyPipeline:
     """The base that the `base` section of params.yaml names, as a pipeline on the CPU.
 
     source "pipeline": a saved DiffHarmonyPipeline folder; "stable-diffusion": an SD inpainting folder or hub id, with
-    `vae` replacing its autoencoder; "small": the small base with random weights.
+    `vae` (a plain autoencoder or a Harmony-VAE) replacing its own; "small": the small base with random weights.
     """
     if settings.source == "pipeline":
         return DiffHarmonyPipeline.from_pretrained(settings.path, device="cpu")
     if settings.source == "stable-diffusion":
-        vae = AutoencoderKL.from_pretrained(settings.vae) if settings.vae else None
+        vae = open_autoencoder(settings.vae, torch_dtype=torch.float32) if settings.vae else None
         return DiffHarmonyPipeline.from_stable_diffusion(settings.path, vae, device="cpu")
     if settings.source != "small":
         raise HarmonyError(f"base.source {settings.source!r} is unknown; use small, pipeline or stable-diffusion")

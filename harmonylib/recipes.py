@@ -151,6 +151,17 @@ def relight(image, mask, parameters):
     return ((image * 2 ** (stops / GAMMA) / MID_GREY) ** (1 + contrast) * MID_GREY).clip(0, 1)
 
 
+def restyle(image: torch.Tensor, rngs, settings: RecipeSettings = DEFAULTS) -> torch.Tensor:
+    """The whole photo by another retoucher under another light: Bx3xHxW in [0, 1], one numpy generator an image.
+
+    Ours, no recipe of iHarmony4's: both regions change alike and stay in harmony, so that a network that sees few
+    photos learns how regions relate instead of the photos' own colours.
+    """
+    everywhere = torch.ones_like(image[:, :1])
+    retouched = retouch(image, everywhere, np.stack([draw_retouch(rng, settings) for rng in rngs]))
+    return relight(retouched, everywhere, np.stack([draw_relight(rng, settings) for rng in rngs]))
+
+
 # ---- the recipes: (real, mask, rng, reference, settings) -> composite ----
 
 
@@ -201,24 +212,25 @@ def foreground_delta_e(real: np.ndarray, composite: np.ndarray, mask: np.ndarray
     return float(np.linalg.norm(rgb2lab(real[mask]) - rgb2lab(composite[mask]), axis=-1).mean())
 
 
-def plausible(real, composite, mask, settings: RecipeSettings = DEFAULTS) -> tuple[bool, str]:
+def plausible(real, composite, mask, settings: RecipeSettings = DEFAULTS) -> tuple[bool, str, float]:
     """Whether the foreground changed enough to see, not absurdly, and without clipping; else the reason why not.
 
-    real and composite HxWx3 uint8, mask HxW bool. The reason is "" for a plausible composite.
+    real and composite HxWx3 uint8, mask HxW bool. The reason is "" for a plausible composite; the third value is the
+    change itself, the mean CIE76 difference of the foreground.
     """
     if not mask.any():
         raise HarmonyError("the mask is empty; a composite needs a foreground")
     change = foreground_delta_e(real, composite, mask)
     low, high = settings.delta_e
     if change < low:
-        return False, f"too little change: delta E {change:.1f} < {low:g}"
+        return False, f"too little change: delta E {change:.1f} < {low:g}", change
     if change > high:
-        return False, f"too much change: delta E {change:.1f} > {high:g}"
-    ends = [np.isin(image[mask], (0, 255)).any(-1) for image in (real, composite)]
+        return False, f"too much change: delta E {change:.1f} > {high:g}", change
+    ends = [((image[mask] == 0) | (image[mask] == 255)).any(-1) for image in (real, composite)]
     clipped = float((ends[1] & ~ends[0]).mean())
     if clipped > settings.clipped:
-        return False, f"clipped: {clipped:.0%} of the foreground > {settings.clipped:.0%}"
-    return True, ""
+        return False, f"clipped: {clipped:.0%} of the foreground > {settings.clipped:.0%}", change
+    return True, "", change
 
 
 def make_composite(
@@ -235,10 +247,9 @@ def make_composite(
     for attempt in range(max(1, tries)):
         rng = seeded_rng(*seed_words, recipe, attempt)
         composite = RECIPES[recipe](real, mask, rng, reference, settings)
-        good, reason = plausible(real, composite, mask, settings)
+        good, reason, change = plausible(real, composite, mask, settings)
         if good:
             break
-    change = foreground_delta_e(real, composite, mask)
     info = {"recipe": recipe, "tries": attempt + 1, "delta_e": change, "plausible": good, "reason": reason}
     return composite, info
 

@@ -1,5 +1,8 @@
 """The stage-2 refiner of DiffHarmony (grey rows of DiffHarmony++ Table 4): a residual UNet without time embedding."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -10,7 +13,16 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional as F
 
+from .cache import cached_array, weights_digest
+from .datasets import TripleSet
+from .diffusion import unscale_latents
 from .errors import HarmonyError
+from .evaluate import resize
+from .pipeline import DiffHarmonyPipeline
+from .progress import progress
+from .seeds import generator
+from .vae import HarmonyVAE
+from .weights import LegacyAttention, load_strict
 
 
 def _resnet(in_channels: int, out_channels: int, groups: int) -> ResnetBlock2D:
@@ -44,7 +56,7 @@ class _MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](hidden, None)), None)
 
 
-class RefinementUNet(ModelMixin, ConfigMixin):
+class RefinementUNet(LegacyAttention, ModelMixin, ConfigMixin):
     """Refine a stage-1 output: forward(Bx7xHxW) -> Bx3xHxW, input [stage-1 output | mask | composite] (facts: 91.40 M).
 
     The output is the network's plus the first three input channels. H and W that do not divide by 8 are padded inside.
@@ -78,6 +90,11 @@ class RefinementUNet(ModelMixin, ConfigMixin):
         self.conv_norm_out = nn.GroupNorm(groups, channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 
+    @classmethod
+    def from_pretrained(cls, folder, **options) -> "RefinementUNet":
+        """ModelMixin's, strict: HarmonyError names what is missing or foreign (`weights.load_strict`)."""
+        return load_strict(super().from_pretrained, folder, **options)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
             raise HarmonyError(f"the refiner takes Bx{self.config.in_channels}xHxW, not {tuple(x.shape)}")
@@ -100,3 +117,62 @@ class RefinementUNet(ModelMixin, ConfigMixin):
                 hidden = upsampler(hidden)
         hidden = self.conv_out(F.silu(self.conv_norm_out(hidden)))
         return hidden[..., :height, :width] + x[:, : self.config.out_channels]
+
+
+def sample_latents(pipeline: DiffHarmonyPipeline, data: TripleSet, seed: int, steps=5, batch_size=16) -> np.ndarray:
+    """Scaled latents (N x C x h x w float32) of every composite of `data` at its size, cached; noise seeded by name."""
+    parts = [weights_digest(part) for part in (pipeline.unet, pipeline.vae, pipeline.prompt)]
+    key = {"latents": data.key, "weights": parts, "scheduler": dict(pipeline.scheduler.config), "draws": [seed, steps]}
+    side = -(-data.composites.shape[1] // pipeline.factor)
+
+    def fill(array):
+        for chosen in _batches(data, batch_size, "sampling"):
+            batch = data.batch(chosen)
+            noise = [generator(seed, "stage one", data.triples[i].name) for i in chosen]
+            output = pipeline(batch["composite"], batch["mask"], steps, generator=noise, output_type="latent")
+            array[chosen] = output.images.float().cpu().numpy()
+
+    return cached_array(key, (len(data), pipeline.vae.config.latent_channels, side, side), np.float32, fill)
+
+
+def decode_latents(vae, latents: np.ndarray, data: TripleSet, size: int, seed: int, batch_size=16) -> np.ndarray:
+    """Stage-1 outputs: N x 3 x size x size float16 in [-1, 1], decoded from `sample_latents`, cached.
+
+    A HarmonyVAE also sees the composites of `data`. The outputs are resized (antialiased) to `size`, never quantised.
+    """
+    key = {"stage one": Path(latents.filename).stem, "vae": weights_digest(vae), "size": size, "seed": seed}
+
+    @torch.inference_mode()
+    def fill(array):
+        for chosen in _batches(data, batch_size, "decoding"):
+            z = unscale_latents(torch.from_numpy(latents[chosen]).to(vae.device), vae)
+            condition = {}
+            if isinstance(vae, HarmonyVAE):
+                batch = data.batch(chosen)
+                noise = [generator(seed, "decode", data.triples[i].name) for i in chosen]
+                condition = {"image": batch["composite"].to(z), "mask": batch["mask"].to(z), "generator": noise}
+            array[chosen] = resize(vae.decode(z, **condition).sample.float().clamp(-1, 1), size).cpu().numpy()
+
+    return cached_array(key, (len(data), 3, size, size), np.float16, fill)
+
+
+def _batches(data, batch_size, name):
+    starts = progress(range(0, len(data), batch_size), desc=name, unit="batch")
+    return (list(range(start, min(start + batch_size, len(data)))) for start in starts)
+
+
+def refinement_loss(model: RefinementUNet, batch: dict, generator=None) -> dict[str, torch.Tensor]:
+    """MSE over the whole image (facts: stage 2). batch: "output" (stage 1), "mask", "composite" and "real"."""
+    output = model(torch.cat([batch["output"], batch["mask"], batch["composite"]], dim=1))
+    return {"loss": F.mse_loss(output.float(), batch["real"])}
+
+
+@torch.inference_mode()
+def refine(model: RefinementUNet, outputs: np.ndarray, data: TripleSet, batch_size=16) -> np.ndarray:
+    """Refined stage-1 outputs (N x 3 x S x S float32 in [-1, 1]); `data` at the same size S."""
+    refined = np.empty(outputs.shape, np.float32)
+    for chosen in _batches(data, batch_size, "refining"):
+        batch = data.batch(chosen)
+        x = torch.cat([torch.from_numpy(outputs[chosen]).float(), batch["mask"], batch["composite"]], dim=1)
+        refined[chosen] = model(x.to(model.device)).float().clamp(-1, 1).cpu().numpy()
+    return refined

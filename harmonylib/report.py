@@ -28,9 +28,9 @@ FIGURES = (  # (paper's figure, what ours shows, patterns under reports/figures)
     (PLUS, "3", "What Harmony-VAE repairs in decoding", ("harmony_vae-harmonize/reconstruction.png",)),
     (PLUS, "3", "Methods side by side on test images", ("evaluation/qualitative.png",)),
     (PLUS, "4", "Methods side by side on the Human Harmony test list", ("evaluation/human_harmony.png",)),
-    (CONTRASTIVE, "3", "Layout of the preference study", ("votes/*.png",)),
+    (CONTRASTIVE, "3", "Layout of the preference study, versions in random order", ("evaluation/study.png",)),
     (CONTRASTIVE, "4", "Every method beside the real photo", ("evaluation/qualitative.png",)),
-    (CONTRASTIVE, "5 and 6", "Real composites (DIH99, RealHM)", ("real_composites/*.png",)),
+    (CONTRASTIVE, "5 and 6", "Composites without ground truth", ("evaluation/real_composites.png",)),
     (CONTRASTIVE, "7", "What each part of the method changes", ("table_VI/*.png",)),
     (CONTRASTIVE, "8 and 9", "Style modules over training", ("table_style/*.png",)),
     (CONTRASTIVE, "10", "Background features of encoder and decoder", ("resunet/encoder_decoder.png",)),
@@ -47,34 +47,7 @@ TABLES_INTRO = """<h1>Tables of both papers</h1><p>As printed, and in tinted cel
 side by side to show the layout and the order of methods, not to be compared digit by digit: the data here are
 <strong>{}</strong>.</p>"""
 
-STYLE = """
-:root{--ink:#1f2430;--soft:#5c6370;--line:#dfe3ea;--paper:#fff;--tint:#f5f7fa;--accent:#0b6e99;--own:#e8f4ec}
-*{box-sizing:border-box}
-body{margin:0;color:var(--ink);background:var(--paper);
-  font:17px/1.6 system-ui,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-header,main,footer{max-width:72rem;margin:auto;padding:0 1.25rem}
-nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;padding:1rem 0;border-bottom:1px solid var(--line)}
-nav a[aria-current]{color:var(--ink);font-weight:600;text-decoration:none}a{color:var(--accent)}
-h1{font-size:1.9rem;line-height:1.2;margin:1.6rem 0 .6rem}h2{font-size:1.35rem;margin:2.2rem 0 .5rem}
-h3{margin:1.6rem 0 .4rem}p,li{max-width:46rem}.soft,caption,small,footer{color:var(--soft)}
-footer{margin-top:3rem;padding-bottom:2rem;font-size:.85rem}
-.scroll,.output_html,.output_area{overflow-x:auto;max-width:100%}
-table{border:0;border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;margin:.5rem 0}
-th,td{padding:.3rem .6rem;border:0;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
-th{background:var(--tint);font-weight:600}tbody th{text-align:left}thead th{text-align:center}
-th.own,td.own{background:var(--own)}td small{display:block;white-space:nowrap;font-size:.78rem}
-tbody th{min-width:5rem}.cards tbody th{min-width:14rem}.cards td:nth-child(2){text-align:left}
-.badge{white-space:nowrap;border-radius:1rem;padding:.1rem .6rem;background:var(--tint);font-weight:600}
-.holds{background:#d7efdd}.absent{background:#fbe3cf}img,svg{max-width:100%;height:auto}figure{margin:1.5rem 0}
-figcaption{color:var(--soft);font-size:.9rem}
-pre{overflow-x:auto;background:var(--tint);padding:.7rem .9rem;border-radius:.4rem;font-size:.82rem;line-height:1.45}
-.output_area pre{background:none;padding:.3rem .9rem;margin:.3rem 0}.prompt{display:none}
-.note{background:var(--tint);border-left:4px solid var(--accent);padding:.6rem 1rem;max-width:46rem}
-@media(max-width:40rem){.cards,.cards tbody,.cards tr,.cards th{display:block}.cards thead{display:none}
-.cards tr{margin-bottom:1.2rem}.cards td{display:flex;justify-content:space-between;gap:1rem}
-.cards td::before{content:attr(data-label);color:var(--soft)}
-body{font-size:16px}h1{font-size:1.5rem}header,main,footer{padding:0 .9rem}th,td{padding:.25rem .4rem}}
-"""
+STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
 
 
 def _claims_html(claims: list[dict]) -> str:
@@ -90,10 +63,12 @@ def _claims_html(claims: list[dict]) -> str:
             f'<span class="badge {styles.get(c["verdict"], "")}">{c["verdict"]}</span>{small(c["status"])}',
             "–" if c["effect"] is None else f"{c['effect']:+.2f}{unit}".replace("-", "−"),
             "–" if lo is None else f"{lo:+.2f} to {hi:+.2f}".replace("-", "−"),
-            "–" if c["n"] is None else f"{c['n']} images, {c['photos']} photos",
+            "–" if c["n"] is None else f"{c['n']} {'votes' if unit == ' points' else 'images'}, {c['photos']} photos",
             text_of(c["published"]),
             text_of(c["place"]),
-            f"no {file}.json" if c["profile"] is None else source_link(file) + small(f"profile {c['profile']}"),
+            f"no {file}.json"
+            if c["profile"] is None
+            else source_link(file) + small(c["profile"] and f"profile {c['profile']}"),
         )
         labelled = zip(names, cells, strict=True)
         body += f'<tr><th scope="row">{text_of(c["claim"])}</th>'
@@ -227,7 +202,22 @@ def _headline(data: dict) -> str:
     return scroll(f"<table><thead>{head}</thead><tbody>{body}</tbody></table>", "Test set, averages")
 
 
-def _index_page(data: dict, claims: list[dict], titles: dict, figures: Path, site: Path) -> str:
+def _cost_html(counted: dict, timed: dict | None) -> str:
+    """What a model costs: as the benchmarks timed it in a process of its own, or else what the run counted."""
+    columns = {"parameters": "Parameters", "gflops_per_image": "GFLOP an image", "size": "Pixels",
+               "images_per_second": "Images/s", "peak_megabytes": "Peak memory, MB"}  # fmt: skip
+    head = "<tr><th></th>" + "".join(f'<th scope="col">{label}</th>' for label in columns.values()) + "</tr>"
+    body = ""
+    for model, row in (timed["models"] if timed else counted).items():
+        values = ["–" if row.get(key) is None else f"{row[key]:,}" for key in columns]
+        body += f'<tr><th scope="row">{text_of(model)}</th>{"".join(f"<td>{value}</td>" for value in values)}</tr>'
+    about = f"On {text_of(timed['machine'])}, one image at a time. " if timed else "Speed and memory: not run. "
+    source = source_link("complexity" if timed else "evaluation_details")
+    table = scroll(f"<table><thead>{head}</thead><tbody>{body}</tbody></table>", "Costs")
+    return f'<h2 id="costs">What each model costs</h2>{table}<p class="soft">{about}Source: {source}.</p>'
+
+
+def _index_page(data: dict, claims: list[dict], costs: str, titles: dict, figures: Path, site: Path) -> str:
     tally = {word: sum(c["verdict"] == word for c in claims) for word in (HOLDS, ABSENT, TOO_FEW, NOT_RUN)}
     few = " That is under 20 photos: the numbers show that the chain works, and no verdict is drawn from them."
     few = few if data["photos"] < 20 else ""
@@ -237,7 +227,7 @@ Each page is made from what that pipeline wrote, and each number names its file.
 <p class="note">Profile <strong>{text_of(data["profile"])}</strong>, {text_of(data.get("data", ""))}: n = {data["n"]}
 test composites of {data["photos"]} photos at {data.get("size")} px. Protocol: {text_of(data["protocol"])}.{few}</p>
 <h2>Test set</h2>{_headline(data)}<p class="soft">Averages over images; small: 95 % interval over photos. Source:
-{source_link("evaluation")}. Beside the printed tables: <a href="tables.html">Tables</a>.</p>
+{source_link("evaluation_details")}. Beside the printed tables: <a href="tables.html">Tables</a>.</p>
 <h2>The papers' claims</h2><p>{"; ".join(f"{n} × {word}" for word, n in tally.items())}.
 <a href="claims.html">All claims</a> with effect, interval and n.</p><h2>Key figures</h2>"""
     captions = ("One test image of each subset: composite (foreground outlined), methods, real photo",
@@ -249,7 +239,7 @@ test composites of {data["photos"]} photos at {data.get("size")} px. Protocol: {
         links += (
             f'<li><a href="notebooks/{text_of(name)}.html">{text_of(title)}</a> <small>{text_of(name)}</small></li>'
         )
-    return body + f'<h2 id="notebooks">Notebooks</h2><ul>{links}</ul>'
+    return body + costs + f'<h2 id="notebooks">Notebooks</h2><ul>{links}</ul>'
 
 
 def _page(title: str, body: str, current: str, up: str = "", style: str = "") -> str:
@@ -267,18 +257,21 @@ def _page(title: str, body: str, current: str, up: str = "", style: str = "") ->
 
 
 def build_site(notebooks, site="reports/site", metrics="reports/metrics", figures="reports/figures",
-               executed="reports/notebooks") -> dict:  # fmt: skip
+               executed="reports/notebooks", complexity="benchmarks/complexity.json") -> dict:  # fmt: skip
     """Write the site, replacing what is there, and return {"profile", "pages", "claims"}.
 
+    complexity: what `python -m benchmarks.complexity` wrote, if it did (times differ from run to run: no stage's work).
     notebooks: names of executed notebooks in `executed`, without suffix, in reading order. Equal inputs give equal
-    bytes. Raises HarmonyError for a missing notebook or evaluation.json, or when a page fails `check_site`.
+    bytes. Raises HarmonyError for a missing notebook or evaluation_details.json, or when a page fails `check_site`.
     """
     from pygments.formatters import HtmlFormatter
 
     site, figures = Path(site), Path(figures)
     written = {path.stem: read_json(path) for path in sorted(Path(metrics).glob("*.json")) if path.stem != "report"}
     files = {name: from_ablation(file) for name, file in written.items()}
-    data = files.get("evaluation") or read_json(Path(metrics, "evaluation.json"))
+    data = files.get("evaluation_details") or read_json(Path(metrics, "evaluation_details.json"))
+    timed = read_json(complexity) if Path(complexity).is_file() else None
+    written |= {"complexity": timed} if timed else {}
     building = site.with_name(f".{site.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     (building / "notebooks").mkdir(parents=True)
@@ -302,7 +295,7 @@ def build_site(notebooks, site="reports/site", metrics="reports/metrics", figure
         shown = [table_html(t, printed[printed["table"] == t.number], files.get(t.file), label) for t in tables]
         tables_body += f"<h2>{text_of(paper)}</h2>{''.join(shown)}"
     bodies = {
-        "index": _index_page(data, claims, titles, figures, building),
+        "index": _index_page(data, claims, _cost_html(data.get("cost", {}), timed), titles, figures, building),
         "tables": tables_body,
         "figures": _figures_page(figures, building),
         "claims": claims_body,

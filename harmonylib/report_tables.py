@@ -28,18 +28,18 @@ class Table:
 
 TABLES = (
     (PLUS, "diffharmony_plus_plus", (
-        Table("1", "Four sub-datasets of iHarmony4", "evaluation", ("subset", "metric"), ("source", "row")),
+        Table("1", "Four sub-datasets of iHarmony4", "evaluation_details", ("subset", "metric"), ("source", "row")),
         Table("2", "Data augmentation on two small subsets", "table_2", ("subset", "metric"), ("source", "row")),
-        Table("3", "By foreground ratio", "evaluation", ("source", "part", "row", "metric"), ("detail",),
+        Table("3", "By foreground ratio", "evaluation_details", ("source", "part", "row", "metric"), ("detail",),
               ("subset", " ")),
         Table("4", "Harmony-VAE and refinement at several resolutions", "table_4", ("source", "row"), ("metric",)),
         Table("5", "Initialisation and trained parts", "table_5", ("source", "part", "metric"), ("detail",),
               ("row", ", ")),
     )),
     (CONTRASTIVE, "region_wise_contrastive", (
-        Table("I", "Composites per sub-dataset", "evaluation", ("source", "row"), ("subset",)),
-        Table("II", "MSE, PSNR and parameters", "evaluation", ("source", "row"), ("subset", "metric")),
-        Table("III", "Foreground errors", "evaluation", ("source", "row"), ("subset", "metric")),
+        Table("I", "Composites per sub-dataset", "evaluation_details", ("source", "row"), ("subset",)),
+        Table("II", "MSE, PSNR and parameters", "evaluation_details", ("source", "row"), ("subset", "metric")),
+        Table("III", "Foreground errors", "evaluation_details", ("source", "row"), ("subset", "metric")),
         Table("IV", "Resolutions (PSNR)", "table_IV", ("source", "subset"), ("row",)),
         Table("V", "User study", "votes", ("source", "metric"), ("row",)),
         Table("VI", "Loss terms and style fusion", "table_VI", ("source", "row"), ("metric",)),
@@ -72,7 +72,7 @@ def rows_of(models: dict, wanted, subset=lambda name: name) -> list[dict]:
             value, (lo, hi) = part.get(key), part.get("interval", {}).get(key) or (None, None)
             if value is None:
                 text = "–" + small(part.get("status"))
-            elif metric == "n":
+            elif metric in ("n", "votes"):
                 text = f"{value:,}"
             else:
                 text = f"{factor * value:.2f}"
@@ -119,8 +119,8 @@ def table_html(table: Table, printed: pd.DataFrame, data: dict | None, label: st
     rows = [
         r | {"source": "published", "text": _as_printed(r["value"], r["metric"])} for r in printed.to_dict("records")
     ]
-    own = [r | {"source": f"ours, {data.get('profile')}"} for r in _own(table, data, wanted)] if data else []
-    rows += own
+    name = ", ".join(filter(None, ("ours", (data or {}).get("profile"))))
+    rows += [r | {"source": name} for r in _own(table, data, wanted)] if data else []
     for row in rows:
         if table.split:
             column, separator = table.split
@@ -130,8 +130,8 @@ def table_html(table: Table, printed: pd.DataFrame, data: dict | None, label: st
     cells = {(tuple(r[k] for k in table.down), tuple(r[k] for k in table.across)): r for r in rows}
     about = "Ours: not run" + (" (<code>make ablations</code>)" if table.file.startswith("table_") else "") + "."
     if data:
-        about = f"Ours: profile {text_of(data.get('profile'))}, <strong>{text_of(data.get('data', label))}</strong>; "
-        about += f"{_count(data)}; small: 95 % interval over photos. Source: {source_link(table.file)}."
+        about = f"{name.capitalize()}, <strong>{text_of(data.get('data', label))}</strong>; {_count(data)}; "
+        about += f"small: 95 % interval. Source: {source_link(table.file)}."
         if table.number == "III":
             about += " Printed fSSIM follows IIH's definition, ours the standard one: not comparable."
     notes = {}
@@ -157,6 +157,8 @@ def _as_printed(value: float, metric: str) -> str:
 
 
 def _count(data: dict) -> str:
+    if "participants" in data:
+        return f"n = {data['n']} votes of {data['participants']} participants on {data['photos']} images"
     parts = [part for model in data.get("models", {}).values() for part in model.values()]
     n, photos = (data.get(key) or max((part.get(key) or 0 for part in parts), default=0) for key in ("n", "photos"))
     return f"n = {n} composites of {photos} photos"
@@ -169,11 +171,11 @@ def _grid(cells: dict, depth: int) -> str:
         labels = list(dict.fromkeys(key[position] for key in cells))  # by first appearance on every level
         ranks = [{v: i for i, v in enumerate(dict.fromkeys(x[k] for x in labels))} for k in range(len(labels[0]))]
         if position:  # wide tables start with our columns: what is right of the window is seen by few
-            ranks[0] |= {v: -1 for v in ranks[0] if v.startswith("ours, ")}
+            ranks[0] |= {v: -1 for v in ranks[0] if v.startswith("ours")}
         return sorted(labels, key=lambda label: [rank[v] for rank, v in zip(ranks, label, strict=True)])
 
     down, across = ordered(0), ordered(1)
-    own = lambda labels: ' class="own"' if any(str(v).startswith("ours, ") for v in labels) else ""  # noqa: E731
+    own = lambda labels: ' class="own"' if any(str(v).startswith("ours") for v in labels) else ""  # noqa: E731
     head = ""
     for level in range(len(across[0])):
         head += "<tr>" + (f'<td colspan="{depth}" rowspan="{len(across[0])}"></td>' if level == 0 else "")

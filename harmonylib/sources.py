@@ -1,6 +1,5 @@
 """Where the benchmark comes from: the embedded photos, a folder of photos and masks, or iHarmony4 itself."""
 
-import re
 import shutil
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +13,8 @@ from .benchmark import BenchmarkSettings, make_benchmark
 from .errors import HarmonyError
 from .files import atomic_path
 from .images import read_image, read_mask, resize_image
-from .layout import SPLITS, Triple, read_triples, write_list
+from .layout import SPLITS, Triple, plain_name, read_triples, write_list
+from .manifest import read_examples
 from .parallel import parallel_map
 from .photos import load_photos
 from .recipes import RecipeSettings, foreground_delta_e
@@ -55,32 +55,52 @@ def _decode(image_file: Path, mask_file: Path) -> tuple[np.ndarray, np.ndarray]:
     return image, mask
 
 
-def folder_photos(path, seed: int) -> list[PhotoFile]:
+def folder_photos(path, seed: int, index=None) -> list[PhotoFile]:
     """The photos of `images/` + `masks/` below path, a seeded tenth (at least two) of them for the test split.
 
-    Names are cut down to letters and digits and made unique, because iHarmony4's file names give "-" and "_" a meaning.
-    Raises HarmonyError when there is no such folder, a photo has no mask, or there are fewer than four photos.
+    index: a CSV with columns image, mask and split that names the photos and decides the split instead. Names are made
+    plain (`layout.plain_name`) and unique. Raises HarmonyError when there is no such folder, a photo has no mask, or
+    there are fewer than four photos.
     """
-    from .datasets import photo_pairs  # here, because it imports all that training needs
-
-    pairs = photo_pairs(path)
-    if len(pairs) < 4:
-        raise HarmonyError(f"{path}: {len(pairs)} photos; give at least four, two for each split")
-    tests = set(rng(seed, "test photos").permutation(len(pairs))[: max(2, round(TEST_SHARE * len(pairs)))].tolist())
-    labels = _labels(image.stem for image, _ in pairs)
-    splits = ("test" if index in tests else "train" for index in range(len(pairs)))
-    return [PhotoFile(label, split, *files) for label, split, files in zip(labels, splits, pairs, strict=True)]
+    found = read_examples(path, "photos", index)
+    if len(found) < 4:
+        raise HarmonyError(f"{path}: {len(found)} photos; give at least four, two for each split")
+    tests = rng(seed, "test photos").permutation(len(found))[: max(2, round(TEST_SHARE * len(found)))]
+    drawn = np.where(np.isin(np.arange(len(found)), tests), "test", "train").tolist()
+    rows = zip(_labels(example.name for example in found), drawn, found, strict=True)
+    return [PhotoFile(label, example.split or split, example.real, example.mask) for label, split, example in rows]
 
 
 def _labels(stems) -> list[str]:
     labels, used = [], set()
     for number, stem in enumerate(stems):
-        label = re.sub(r"[^A-Za-z0-9]", "", stem) or "photo"
+        label = plain_name(stem) or "photo"
         while label.lower() in used:
             label += f"x{number}"
         used.add(label.lower())
         labels.append(label)
     return labels
+
+
+def make_data(photos, out, index=None, pairs: int | None = None, variants: int = 1, size: int = 256, seed: int = 0,
+              recipes: RecipeSettings | None = None, force: bool = False, workers: int | None = None):  # fmt: skip
+    """An iHarmony4-layout set at `out` made of whole photos with masks; rows as `benchmark.make_benchmark`.
+
+    index as in `folder_photos`. pairs: photos per subset and split (None: all of them); variants: composites of each;
+    size: long side in pixels. Raises HarmonyError where `out` exists (with force: where it is no data set) or holds the
+    photos.
+    """
+    photos, out = Path(photos).resolve(), Path(out)
+    if out.resolve() in (photos, *photos.parents):
+        raise HarmonyError(f"{out}: holds the photos; choose another folder")
+    if out.exists() and not (force and (out / "IHD_train.txt").is_file()):
+        mend = "is no data set; choose another folder" if force else "exists; choose another folder or add --force"
+        raise HarmonyError(f"{out}: {mend}")
+    files = folder_photos(photos, seed, index)
+    counts = [sum(file.split == split for file in files) for split in SPLITS]
+    counts = counts if pairs is None else [min(pairs, count) for count in counts]
+    amounts = BenchmarkSettings(*counts, variants, variants, size, region_share=0.0, crops=False)
+    return make_benchmark(out, files, amounts, recipes or RecipeSettings(), seed, workers=workers)
 
 
 def prepare(data, root, seed: int) -> pd.DataFrame:
@@ -119,8 +139,10 @@ def _make(root: Path, photos, data, seed: int) -> pd.DataFrame:
         test_variants=data.test_variants,
         size=data.size,
         region_share=data.region_share,
+        restyle_share=data.restyle_share,
     )
-    return make_benchmark(root, photos, amounts, RecipeSettings(), seed, data.subsets).drop(columns="delta_e")
+    recipes = RecipeSettings(delta_e=tuple(data.delta_e), clipped=data.clipped)
+    return make_benchmark(root, photos, amounts, recipes, seed, data.subsets).drop(columns="delta_e")
 
 
 def _point(root: Path, path: Path, data) -> pd.DataFrame:

@@ -1,4 +1,7 @@
-"""Paired image/mask transforms (albumentations). Masks stay {0, 1}: they are always resized by nearest neighbour."""
+"""Random transforms of images and their mask together (albumentations); `images.to_square` is the fixed geometry.
+
+Masks stay {0, 1}: they are always resized by nearest neighbour.
+"""
 
 import albumentations as A
 import cv2
@@ -9,26 +12,11 @@ from .seeds import seed_for
 cv2.setNumThreads(0)
 
 
-def random_crop(size: int, scale=(0.5, 1.0), flip: bool = True) -> A.Compose:
-    """RandomResizedCrop to size x size (DiffHarmony's optional augmentation: area 0.5-1, ratio 3/4-4/3) and flip."""
+def random_crop(size: int, scale=(0.5, 1.0)) -> A.Compose:
+    """RandomResizedCrop to size x size (DiffHarmony's optional augmentation: area 0.5-1, ratio 3/4-4/3), flip."""
     crop = A.RandomResizedCrop((size, size), scale=scale, ratio=(3 / 4, 4 / 3),
                                interpolation=cv2.INTER_AREA, mask_interpolation=cv2.INTER_NEAREST)  # fmt: skip
-    return _paired([crop, A.HorizontalFlip(p=0.5 if flip else 0.0)])
-
-
-def squash(size: int) -> A.Compose:
-    """Resize to size x size whatever the aspect (the published evaluation and the contrastive paper, 256 px)."""
-    return _paired([A.Resize(size, size, interpolation=cv2.INTER_AREA, mask_interpolation=cv2.INTER_NEAREST)])
-
-
-def shorter_side_crop(size: int) -> A.Compose:
-    """Shorter side to `size`, then centre crop (Harmony-VAE's training geometry)."""
-    resize = A.SmallestMaxSize(size, interpolation=cv2.INTER_AREA, mask_interpolation=cv2.INTER_NEAREST)
-    return _paired([resize, A.CenterCrop(size, size)])
-
-
-def _paired(steps) -> A.Compose:
-    return A.Compose(steps, additional_targets={"real": "image"})
+    return A.Compose([crop, A.HorizontalFlip(p=0.5)], additional_targets={"real": "image"})
 
 
 def apply(transform: A.Compose, seed_words: tuple, mask: np.ndarray, **images: np.ndarray) -> dict[str, np.ndarray]:

@@ -7,10 +7,12 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution, Encoder
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch.nn import functional as F
 
 from .errors import HarmonyError
+from .weights import LegacyAttention, load_strict
 
 
 class Condition(NamedTuple):
@@ -87,7 +89,7 @@ class ConditionalEncoder(Encoder):
         return skips, mid, moments
 
 
-class HarmonyVAE(AutoencoderKL):
+class HarmonyVAE(LegacyAttention, AutoencoderKL):
     """AutoencoderKL plus a conditional encoder whose features reach the decoder through zero convolutions.
 
     Built from a plain autoencoder by `from_vae`, its output equals that autoencoder's bit for bit. `encode` is
@@ -180,18 +182,11 @@ class HarmonyVAE(AutoencoderKL):
 
     @classmethod
     def from_pretrained(cls, folder, **options) -> "HarmonyVAE":
-        """ModelMixin's, strict: raises HarmonyError naming the keys that are missing or unknown.
+        """ModelMixin's, strict: HarmonyError names what is missing or foreign (`weights.load_strict`).
 
-        Reads .safetensors and .bin (weights only, no code), also with the attention names of old autoencoders.
+        Reads published ConditionVAE folders, .safetensors or .bin (never code), with old attention names too.
         """
-        model, info = super().from_pretrained(folder, output_loading_info=True, **options)
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[kind]:
-                names = ", ".join(map(str, sorted(info[kind])[:3]))
-                raise HarmonyError(
-                    f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} ({names}, ...); not a Harmony-VAE"
-                )
-        return model
+        return load_strict(super().from_pretrained, folder, **options)
 
     def skip_convs(self) -> list[nn.Conv2d]:
         """All zero-initialised convolutions, from full resolution down, then mid, then latent."""
@@ -204,10 +199,11 @@ class HarmonyVAE(AutoencoderKL):
         for module in (self.conditional_encoder, self.latent_skip_conv, *([self.decoder] if decoder else [])):
             module.requires_grad_(True)
 
-    def encode_condition(self, image, mask, sample_posterior=True, generator=None, candidates: int = 1) -> Condition:
-        """Features of a condition image Bx3xHxW in [-1, 1] and its mask Bx1xHxW in {0, 1} (H, W multiples of 8).
+    def encode_condition(self, image, mask, noise=None, candidates: int = 1) -> Condition:
+        """Features of a condition image Bx3xHxW in [-1, 1] and its mask Bx1xHxW in {0, 1} (H, W as for `decode`).
 
-        candidates: how many latents in a row each condition serves; the encoder runs once for all of them.
+        candidates: how many latents in a row each condition serves; the encoder runs once for all of them. noise: for
+        sampling the condition's posterior, one per latent; None takes its mode.
         """
         skips, mid, moments = self.conditional_encoder(image, mask)
         if candidates > 1:
@@ -215,13 +211,13 @@ class HarmonyVAE(AutoencoderKL):
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         posterior = DiagonalGaussianDistribution(moments)
-        latent = posterior.sample(generator) if sample_posterior else posterior.mode()
+        latent = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         if self.post_quant_conv is not None:
             latent = self.post_quant_conv(latent)
         return Condition(skips, mid, self.latent_skip_conv(latent))
 
     def decode_with(self, latents: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Decode unscaled latents Bx4xhxw with an encoded condition -> Bx3x8hx8w."""
+        """Decode unscaled latents BxCxhxw with an encoded condition -> Bx3xHxW."""
         hidden = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
         decoder, skips = self.decoder, list(condition.skips)
         hidden = decoder.conv_in(hidden + condition.latent)
@@ -236,9 +232,10 @@ class HarmonyVAE(AutoencoderKL):
     def decode(self, latents, image=None, mask=None, sample_posterior=True, generator=None, return_dict=True):
         """Decode unscaled latents; with `image` (composite) and `mask` the decoder is conditioned on them.
 
-        latents Bx4xhxw; image Bx3x8hx8w in [-1, 1]; mask Bx1x8hx8w in {0, 1}. Without a condition: the plain decoder.
-        With K times as many latents as images, each image is the condition of K latents in a row and encoded once.
-        After `enable_tiling()` large inputs are decoded in overlapping tiles, condition included.
+        latents BxCxhxw; image Bx3xHxW in [-1, 1]; mask Bx1xHxW in {0, 1}; H = 8h, W = 8w with four widths. Without a
+        condition: the plain decoder. With K times as many latents as images, each image is the condition of K latents
+        in a row and encoded once. The noise of all posteriors is one draw of the latents' shape, so that neither
+        `enable_slicing` nor `enable_tiling` (overlapping tiles, condition included) changes it.
         Raises HarmonyError when only one of image and mask is given or sizes disagree.
         """
         if image is None and mask is None:
@@ -249,36 +246,39 @@ class HarmonyVAE(AutoencoderKL):
         expected = tuple(side * factor for side in latents.shape[-2:])
         if image.shape[-2:] != expected or mask.shape[-2:] != expected:
             raise HarmonyError(f"image {tuple(image.shape[-2:])} and mask {tuple(mask.shape[-2:])} must be {expected}")
-        if len(latents) % len(image):
-            raise HarmonyError(f"{len(latents)} latents cannot be shared among {len(image)} condition images")
+        if len(latents) % len(image) or len(image) != len(mask):
+            raise HarmonyError(f"{len(latents)} latents cannot be shared by {len(image)} images and {len(mask)} masks")
+        options = {"generator": generator, "device": latents.device, "dtype": latents.dtype}
+        noise = randn_tensor(latents.shape, **options) if sample_posterior else None
         if self.use_slicing and len(image) > 1:
-            parts = zip(latents.split(len(latents) // len(image)), image.split(1), mask.split(1), strict=True)
-            decode = self._decode_tiled
-            sample = torch.cat([decode(z, i, m, sample_posterior, generator, factor) for z, i, m in parts])
+            size = len(latents) // len(image)
+            noises = noise.split(size) if sample_posterior else [None] * len(image)
+            parts = zip(latents.split(size), image.split(1), mask.split(1), noises, strict=True)
+            sample = torch.cat([self._decode_tiled(*part, factor) for part in parts])
         else:
-            sample = self._decode_tiled(latents, image, mask, sample_posterior, generator, factor)
+            sample = self._decode_tiled(latents, image, mask, noise, factor)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def _decode_tiled(self, latents, image, mask, sample_posterior, generator, factor):
+    def _decode_tiled(self, latents, image, mask, noise, factor):
         """Overlapping tiles blended by linear ramps (approximate: GroupNorm sees one tile); one tile without tiling."""
-        height, width = latents.shape[-2:]
-        tile = self.tile_latent_min_size if self.use_tiling else max(height, width)
-        overlap = max(1, round(tile * self.tile_overlap_factor))
         candidates = len(latents) // len(image)
-        output = total = 0
+        height, width = latents.shape[-2:]
+        tile = self.tile_latent_min_size
+        if not self.use_tiling or max(height, width) <= tile:
+            return self.decode_with(latents, self.encode_condition(image, mask, noise, candidates))
+        overlap = max(1, round(tile * self.tile_overlap_factor))
+        output = latents.new_zeros(len(latents), self.config.out_channels, *image.shape[-2:])
+        total = latents.new_zeros(image.shape[-2:])
         for top in _starts(height, tile, overlap):
             for left in _starts(width, tile, overlap):
-                bottom, right = min(height, top + tile), min(width, left + tile)
-                window = (..., slice(top * factor, bottom * factor), slice(left * factor, right * factor))
-                condition = self.encode_condition(image[window], mask[window], sample_posterior, generator, candidates)
-                piece = self.decode_with(latents[..., top:bottom, left:right], condition)
-                if (bottom - top, right - left) == (height, width):
-                    return piece
-                weight = _ramp(piece.shape[-2], overlap * factor).view(-1, 1) * _ramp(piece.shape[-1], overlap * factor)
-                weight = weight.to(piece)
-                edges = (left * factor, (width - right) * factor, top * factor, (height - bottom) * factor)
-                output = output + F.pad(piece * weight, edges)
-                total = total + F.pad(weight, edges)
+                small = (..., slice(top, top + tile), slice(left, left + tile))
+                large = (..., slice(top * factor, (top + tile) * factor), slice(left * factor, (left + tile) * factor))
+                drawn = None if noise is None else noise[small]
+                condition = self.encode_condition(image[large], mask[large], drawn, candidates)
+                piece = self.decode_with(latents[small], condition)
+                weight = torch.outer(*(_ramp(side, overlap * factor) for side in piece.shape[-2:])).to(piece)
+                output[large] += piece * weight
+                total[large] += weight
         return output / total
 
 
@@ -298,7 +298,7 @@ def _ramp(length: int, overlap: int) -> torch.Tensor:
 def harmony_vae_loss(kind: str = "l2"):
     """Loss closure for `training.train` (Eq. 2): batch {"moments", "target", "condition", "mask"}.
 
-    moments: Bx8xhxw posterior moments of the target (cached); kind: "l2" (paper) or "l1" (published code), whole image.
+    moments: Bx2Cxhxw posterior moments of the target (cached); kind: "l2" (paper) or "l1" (published code).
     """
     if kind not in ("l1", "l2"):
         raise HarmonyError(f"loss {kind!r} is unknown; use l2 (paper) or l1 (published code)")

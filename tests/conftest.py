@@ -7,6 +7,7 @@ import harmonylib  # noqa: F401  (first: the torchvision guard)
 from harmonylib.diffusion import base_scheduler
 from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding
 from harmonylib.pretrain import build_autoencoder, build_unet
+from harmonylib.resunet import ContrastiveResUNet
 from harmonylib.vae import HarmonyVAE
 
 
@@ -31,6 +32,14 @@ def tiny_pipeline(tiny_vae):
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def save_resunet(folder):
+    """A random ResUNet that changes pictures and works at 32 px, saved; returns the folder."""
+    model = ContrastiveResUNet(base_channels=16, depth=2, residual_convs=0, sample_size=32)
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    model.save_pretrained(folder)
+    return folder
 
 
 def keys_digest(state_dict) -> str:

@@ -135,3 +135,11 @@ def test_pairs_are_objects_or_regions_as_the_share_says(photos):
     assert not any(np.array_equal(region, own) for own in photos[0].masks.values())
     drawn = [draw_pair(photos[0], number, replace(SMALL, region_share=0.0), (0,)) for number in range(4)]
     assert len({image.shape for image, _ in drawn} | {image.tobytes() for image, _ in drawn}) > 4
+
+
+def test_restyling_changes_training_photos_only(made, photos, tmp_path):
+    make_benchmark(tmp_path / "restyled", photos, replace(SMALL, restyle_share=1.0), RECIPES, 0, ["HCOCO"], workers=1)
+    before, after = contents(made[0]), contents(tmp_path / "restyled")
+    reals = {split: {t.real.name for t in read_triples(tmp_path / "restyled", split)} for split in ("train", "test")}
+    for name in (path for path in after if "real_images" in path):
+        assert (before[name] == after[name]) == (name.rsplit("/", 1)[1] in reals["test"])

@@ -108,9 +108,9 @@ def test_save_and_load(classifier, tmp_path):
 
 def test_fit_head_separates_unseen_photos():
     model = HarmonyClassifier("resnet10t", size=32)
-    features, labels, photos = probe_data(width=model.network.num_features)
+    features, labels, photos = probe_data(width=model.network.num_features, shift=2.5)
     report = model.fit_head(features[:120], labels[:120], photos[:120])
-    assert report["photos_fit"] == 32 and report["photos_held_out"] == 8
+    assert report["photos"] == 40 and 0.6 < report["auc"] < 1  # of scores by heads that had not seen the photo
     p = model.predict(features[120:])
     scores = evaluate_classifier(p, labels[120:], photos=photos[120:])
     assert 0.6 < scores["auc"] < 1 and scores["auc_interval"][0] < scores["auc"] < scores["auc_interval"][1]
@@ -130,17 +130,23 @@ def test_probabilities_are_calibrated_for_equal_classes():
     scores = evaluate_classifier(model.predict(features[1800:]), labels[1800:])
     assert scores["auc"] == pytest.approx(0.76, abs=0.04)  # two unit normals one apart
     for row in scores["calibration"]:
-        if row["n"] > 60:
-            assert row["predicted"] == pytest.approx(row["observed"], abs=0.12)
+        if row["n"] > 100:
+            assert row["predicted"] == pytest.approx(row["observed"], abs=0.06)
 
 
-def test_fit_head_keeps_its_order_when_there_is_nothing_to_learn():
+def test_fit_head_knows_that_there_was_nothing_to_learn():
+    """Few photos, many features and no signal: a head learns its photos by heart, the calibration must not."""
     model = HarmonyClassifier("resnet10t", size=32)
     features, labels, photos = probe_data(photos=30, width=model.network.num_features, shift=0)
-    model.fit_head(features, labels, photos)
+    report = model.fit_head(features, labels, photos)
     assert model.calibration[0] > 0
+    memory = evaluate_classifier(model.predict(features), labels)["auc"]
+    assert memory > 0.99 and 0.3 < report["auc"] < 0.7
+    assert np.abs(model.predict(probe_data(photos=40, width=512, shift=0)[0]) - 0.5).max() < 0.3
     with pytest.raises(HarmonyError, match="lack reals or composites"):
         model.fit_head(features, np.ones_like(labels), photos)
+    with pytest.raises(HarmonyError, match=r"photos \(1\) lack"):
+        model.fit_head(features, labels, ["f0"] * len(labels))
 
 
 def test_evaluation_by_hand():
@@ -163,14 +169,14 @@ def test_undone_color_change_has_the_reals_statistics():
     mask[10:40, 10:50] = True
     composite = real.copy()
     composite[mask] = real[mask] * [0.5, 0.8, 1.1] + [10, 0, -20]
-    undone = undo_color_change(composite, real, mask)
+    undone = undo_color_change(composite, mask, real)
     assert np.abs(undone[mask].astype(int) - real[mask]).max() <= 2
     assert np.array_equal(undone[~mask], composite[~mask])
     flat = composite.copy()
     flat[mask] = 7
-    assert np.allclose(undo_color_change(flat, real, mask)[mask].mean(0), real[mask].mean(0), atol=0.51)
+    assert np.allclose(undo_color_change(flat, mask, real)[mask].mean(0), real[mask].mean(0), atol=0.51)
     with pytest.raises(HarmonyError, match="no foreground"):
-        undo_color_change(composite, real, mask & False)
+        undo_color_change(composite, mask & False, real)
 
 
 def test_round_trip_codec_hides_the_file_format(tmp_path):

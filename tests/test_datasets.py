@@ -8,14 +8,13 @@ from harmonylib.datasets import (
     PhotoBatches,
     PixelBatches,
     TripleSet,
-    indexed_pairs,
     inpainting_masks,
     load_pairs,
-    photo_pairs,
 )
 from harmonylib.errors import HarmonyError
 from harmonylib.images import write_image
 from harmonylib.layout import read_triples, write_composite, write_list, write_pair
+from harmonylib.manifest import photo_pairs
 
 
 @pytest.fixture
@@ -106,13 +105,6 @@ def test_photos_with_masks(tmp_path):
     assert len(pairs) == 2 and pairs[0][0].shape == (15, 20, 3)
     batch = PhotoBatches(pairs, 16, 4, "test")(0)
     assert batch["real"].shape == (4, 3, 16, 16) and set(batch["mask"].unique().tolist()) <= {0, 1}
-    (tmp_path / "index.csv").write_text("image,mask,split\nimages/one.png,masks/one.png,train\n")
-    assert len(indexed_pairs(tmp_path, tmp_path / "index.csv", "train")) == 1
-    with pytest.raises(HarmonyError, match="split test"):
-        indexed_pairs(tmp_path, tmp_path / "index.csv", "test")
-    (tmp_path / "masks" / "two.png").unlink()
-    with pytest.raises(HarmonyError, match="no mask"):
-        photo_pairs(tmp_path)
 
 
 def test_inpainting_masks_never_empty():

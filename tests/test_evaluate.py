@@ -10,6 +10,7 @@ from harmonylib.metrics import METRICS, score
 from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding
 from harmonylib.pretrain import build_autoencoder, build_unet
 from harmonylib.resunet import ContrastiveResUNet
+from harmonylib.training import TrainingDiverged
 from harmonylib.vae import HarmonyVAE
 
 SIZE = 32
@@ -147,3 +148,12 @@ def test_broken_predictions_are_errors_naming_the_method(data, broken):
 def test_put_on_gives_an_evaluating_model():
     model = evaluate.put_on(ContrastiveResUNet(4, 2, 0).train(), "cpu")
     assert not model.training and next(model.parameters()).device.type == "cpu"
+
+
+def test_stored_outputs_are_handed_out_in_order_and_must_be_finite():
+    images = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 2, 2) / 24
+    method = evaluate.stored_method("stored", images)
+    assert torch.equal(method.call(None, None, ["a"])[0], torch.from_numpy(images[0]))
+    assert torch.equal(method.call(None, None, ["b"])[0], torch.from_numpy(images[1]))
+    with pytest.raises(TrainingDiverged, match="broken: the outputs are not finite"):
+        evaluate.stored_method("broken", images * np.nan)

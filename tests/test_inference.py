@@ -1,11 +1,13 @@
+import json
+
 import numpy as np
 import pytest
-import torch
-from conftest import keys_digest
+from conftest import save_resunet
+from PIL import Image
 
 import harmonylib as hl
 from harmonylib.errors import HarmonyError
-from harmonylib.inference import carry_over
+from harmonylib.inference import blend, carry_over, load_model, model_window
 
 
 @pytest.fixture
@@ -15,6 +17,12 @@ def composite():
     mask = np.zeros((60, 90), bool)
     mask[10:40, 20:70] = True
     return image, mask
+
+
+@pytest.fixture
+def resunet(tmp_path):
+    """The folder of a random ResUNet that works at 32 px."""
+    return save_resunet(tmp_path / "net")
 
 
 def test_background_untouched_at_any_size(tiny_pipeline, tmp_path, composite):
@@ -28,43 +36,104 @@ def test_background_untouched_at_any_size(tiny_pipeline, tmp_path, composite):
     assert np.array_equal(output, again)
 
 
-def test_carry_over_repeats_a_known_colour_change(composite):
-    """A change that is a colour map at working size is the same map at full size."""
+def test_strength_feather_and_mask_size(resunet, composite):
     image, mask = composite
-    image = (image // 2 + 40).astype(np.uint8)
-    changed = np.clip(image * 0.9 + np.array([8, 0, -6]), 0, 255).round().astype(np.uint8)
-    small, small_changed, small_mask = image[::2, ::2], changed[::2, ::2], mask[::2, ::2]
-    result = carry_over(image, mask, small, small_changed, small_mask)
-    assert np.abs(result[mask].astype(int) - changed[mask]).max() <= 2
-    assert np.array_equal(result[~mask], image[~mask])
+    mask[40:60, 20:70] = True  # down to the picture's border
+
+    def run(**options):
+        return np.asarray(hl.harmonize(image, mask, model=resunet, device="cpu", **options)).astype(int)
+
+    full, half, none = run(), run(strength=0.5), run(strength=0)
+    assert np.array_equal(none, image)
+    assert np.abs(half - (image + full) / 2).max() <= 0.5 and np.abs(full - image).max() > 2
+    soft = run(feather=8)
+    assert np.array_equal(soft[~mask], image[~mask])
+    change, whole = np.abs(soft - image)[..., 0].astype(float), np.abs(full - image)[..., 0]
+    assert np.array_equal(soft[30:60, 32:58], full[30:60, 32:58])  # deep inside and at the border: all of it
+    assert change[10, 30:60].sum() < 0.3 * whole[10, 30:60].sum()  # at the mask's edge: an eighth
+    small = Image.fromarray(mask[::2, ::2])
+    with pytest.raises(HarmonyError, match="45x30 but the picture is 90x60.*--resize-mask"):
+        hl.harmonize(image, small, model=resunet, device="cpu")
+    assert np.array_equal(np.asarray(hl.harmonize(image, small, model=resunet, device="cpu", fit_mask=True)), full)
 
 
-def test_bad_input(composite, tmp_path):
+def test_blend_is_linear_in_depth():
+    region = np.ones((9, 9), bool)
+    region[:, 0] = False
+    result = blend(np.zeros((9, 9, 3), np.uint8), np.full((9, 9, 3), 200, np.uint8), region, 0.5, 4)
+    assert result[4, :, 0].tolist() == [0, 25, 50, 75, 100, 100, 100, 100, 100]
+
+
+def test_transparency_and_metadata(resunet, composite):
+    image, mask = composite
+    alpha = np.full(mask.shape, 255, np.uint8)
+    alpha[:, 60:] = 0
+    before = Image.fromarray(np.dstack([image, alpha]))
+    before.info["icc_profile"] = b"0123456789abcdefRGB "
+    after = hl.harmonize(before, mask, model=resunet, device="cpu")
+    bands = np.asarray(after)
+    assert after.mode == "RGBA" and after.info == before.info and np.array_equal(bands[..., 3], alpha)
+    same = ~mask | (alpha == 0)
+    assert np.array_equal(bands[same], np.asarray(before)[same]) and not np.array_equal(
+        bands[..., :3][mask], image[mask]
+    )
+
+
+def test_a_small_foreground_gets_a_window():
+    region = np.zeros((400, 1000), bool)
+    region[390:396, 5:45] = True
+    rows, columns = model_window(region, 64)
+    assert (rows.start, rows.stop, columns.start, columns.stop) == (336, 400, 0, 120)
+    region[:, 500:] = True
+    assert model_window(region, 64) == (slice(0, 400), slice(0, 1000))
+
+
+def test_carry_over_repeats_a_known_colour_change(composite):
+    """A change that is a colour map at working size is the same map at full size, and light across it is kept."""
+    ramp = np.linspace(0, 1, 90)[None, :, None] * [90, 60, 30] + np.linspace(60, 120, 60)[:, None, None]
+    image, mask = ramp.astype(np.uint8), composite[1]
+    light = 1 + 0.2 * np.sin(np.linspace(0, 3, 60))[:, None, None]
+    for gain, bound in ((0.9, 2), (light, 4)):
+        changed = np.clip(image * gain + np.array([8, 0, -6]), 0, 255).round().astype(np.uint8)
+        small, small_changed, small_mask = image[::2, ::2], changed[::2, ::2], mask[::2, ::2]
+        result = carry_over(image, mask, small, small_changed, small_mask)
+        assert np.abs(result[mask].astype(int) - changed[mask]).max() <= bound
+        assert np.array_equal(result[~mask], image[~mask])
+
+
+def test_bad_input(composite, tmp_path, resunet):
     image, mask = composite
     for bad, match in (
-        ((image, mask[:, :50]), "resize"),
+        ((image, mask[:, :50]), "50x60 but the picture is 90x60"),
         ((image, mask & False), "no foreground"),
+        ((image, mask | True), "all is foreground"),
         ((image[..., 0], mask), "HxWx3"),
+        ((tmp_path / "a.png", mask), "no such file"),
     ):
         with pytest.raises(HarmonyError, match=match):
-            hl.harmonize(*bad, model=tmp_path)
+            hl.harmonize(*bad, model=resunet)
+    for options, match in (({"strength": 1.5}, "strength is 1.5"), ({"feather": -1}, "feather is -1")):
+        with pytest.raises(HarmonyError, match=match):
+            hl.harmonize(image, mask, model=resunet, **options)
+
+
+def test_missing_and_damaged_weights(tmp_path, resunet, tiny_pipeline):
     with pytest.raises(HarmonyError, match="no weights"):
-        hl.harmonize(image, mask, model=tmp_path / "nothing")
+        load_model(str(tmp_path / "nothing"), "cpu")
     with pytest.raises(HarmonyError, match="neither"):
-        hl.harmonize(image, mask, model=tmp_path)
-    with pytest.raises(HarmonyError, match="no such file"):
-        hl.harmonize(tmp_path / "a.png", mask)
-
-
-def test_refinement_unet_is_the_published_one():
-    with torch.device("meta"):
-        model = hl.RefinementUNet()
-    assert sum(p.numel() for p in model.parameters()) == 91_402_627
-    assert keys_digest(model.state_dict()) == "207ec666e45a108d"
-    tiny = hl.RefinementUNet(block_out_channels=(8, 8, 16, 16), norm_num_groups=4)
-    x = torch.randn(1, 7, 21, 30)
-    torch.nn.init.zeros_(tiny.conv_out.weight)
-    torch.nn.init.zeros_(tiny.conv_out.bias)
-    assert torch.equal(tiny(x), x[:, :3])
-    with pytest.raises(HarmonyError, match="Bx7"):
-        tiny(x[:, :4])
+        load_model(str(tmp_path), "cpu")
+    weights = resunet / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    for damage in (lambda: weights.write_bytes(whole[:1000]), weights.unlink):
+        damage()
+        with pytest.raises(HarmonyError, match="cannot be loaded"):
+            load_model(str(resunet), "cpu")
+    weights.write_bytes(whole)
+    config = json.loads((resunet / "config.json").read_text())
+    (resunet / "config.json").write_text(json.dumps(config | {"depth": 3}))
+    with pytest.raises(HarmonyError, match="do not fit|cannot be loaded"):
+        load_model(str(resunet), "cpu")
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/unet/diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(HarmonyError, match="model/unet cannot be loaded"):
+        load_model(str(tmp_path / "model"), "cpu")

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,18 +8,16 @@ import pytest
 
 from harmonylib.errors import HarmonyError
 from harmonylib.generate import Candidate, Choice, Pair
-from harmonylib.images import read_image, read_mask, resize_image, write_image
+from harmonylib.images import resize_image, write_image
 from harmonylib.jsonio import write_json
 from harmonylib.layout import read_lines, read_triples, write_composite, write_list, write_pair
 from harmonylib.mixing import (
     build_human_harmony,
     clean_photos,
     human_photos,
-    imaterialist_masks,
     mix,
     mix_count,
     photo_pairs_of,
-    union_of_runs,
 )
 from harmonylib.seeds import rng
 
@@ -199,8 +198,8 @@ def human(folder, names):
 
 def test_human_harmony(tmp_path):
     pairs, choices = human(tmp_path, [f"woman-{n:02d}" for n in range(25)])
-    sources = {"woman_03": ("a museum", "CC0")}
-    counts = build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24, sources=sources)
+    sources, dropped = {"woman_03": ("a museum", "CC0")}, {"small": [], "plain": ["x", "y"]}
+    counts = build_human_harmony(pairs, choices, tmp_path / "out", 0, 24, sources, dropped=dropped)
     assert (counts["photos"], counts["train"], counts["test"]) == (25, 22, 3)
     train, test = (read_triples(tmp_path / "out", split) for split in ("train", "test"))
     assert len({t.photo for t in train}) == 22 and not {t.photo for t in train} & {t.photo for t in test}
@@ -208,9 +207,9 @@ def test_human_harmony(tmp_path):
         composite, mask, real = triple.load()
         assert np.array_equal(composite[~mask], real[~mask]) and not np.array_equal(composite, real)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "| a museum | CC0 | 1 |" in card and "| not stated | not stated | 24 |" in card and "| test list | 3 |" in card
-    )
+    for text in ("| a museum | CC0 | 1 |", "| not stated | not stated | 24 |", "| 25 | 25 | 22 | 3 | 100% |",
+                 "left out: 2 plain.", "drew 2 usable", "7,404"):  # fmt: skip
+        assert text in card
     again = tmp_path / "again"
     build_human_harmony(pairs[::-1], choices[::-1], again, 0, size=24)
     assert {t.name for t in read_triples(again, "test")} == {t.name for t in test}
@@ -220,9 +219,9 @@ def test_human_harmony_split_is_the_papers(tmp_path):
     assert round(29103 * 7404 / 73146) == 2946
     pairs, choices = human(tmp_path, ["a", "b"])
     assert build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24)["test"] == 1
-    with pytest.raises(HarmonyError, match="at least 2"):
+    with pytest.raises(HarmonyError, match="training list has no photo left of 1"):
         build_human_harmony(pairs[:1], choices[:1], tmp_path / "one", 0, size=24)
-    with pytest.raises(HarmonyError, match="size it was made at"):
+    with pytest.raises(HarmonyError, match="is 24x20, not 48x40; give its own size"):
         build_human_harmony(pairs, choices, tmp_path / "big", 0)
     assert not (tmp_path / "big").exists()
 
@@ -290,23 +289,42 @@ def test_clean_photos(tmp_path):
         clean_photos(pairs[2:3])
 
 
-def test_imaterialist_union_masks(tmp_path):
-    real, _ = photo("fashion", 4, 3)
-    write_image(tmp_path / "photos" / "abc.jpg", real)
-    table = "ImageId,EncodedPixels,Height,Width,ClassId\nabc,1 2 5 1,4,3,0\nabc,2 2,4,3,31\n"
-    (tmp_path / "train.csv").write_text(table)
-    assert imaterialist_masks(tmp_path / "train.csv", tmp_path / "photos", tmp_path / "out") == 1
-    expected = np.array([[1, 1, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]], bool)  # runs go down the columns
-    assert np.array_equal(read_mask(tmp_path / "out" / "masks" / "abc.png"), expected)
-    assert np.array_equal(
-        read_image(tmp_path / "out" / "images" / "abc.jpg"), read_image(tmp_path / "photos" / "abc.jpg")
-    )
-    for runs in ("12 2", "0 1", "3", "x 1"):
-        with pytest.raises(HarmonyError, match="here: run lengths"):
-            union_of_runs([runs], (4, 3), "here")
-    (tmp_path / "train.csv").write_text("ImageId,Height\n")
-    with pytest.raises(HarmonyError, match="train.csv"):
-        imaterialist_masks(tmp_path / "train.csv", tmp_path / "photos", tmp_path / "out")
+def test_imaterialist_photos(tmp_path):
+    for name in ("abc", "plain"):
+        write_image(tmp_path / "train" / f"{name}.jpg", photo(name, 80, 70)[0])
+    write_image(tmp_path / "train" / "plain.jpg", np.full((80, 70, 3), 250, np.uint8))
+    rows = "".join(f"{name},801 2000,80,70,0\n{name},3001 800,80,70,31\n" for name in ("abc", "plain"))
+    (tmp_path / "train.csv").write_text("ImageId,EncodedPixels,Height,Width,ClassId\n" + rows)
+    settings = SimpleNamespace(source="imaterialist", path=str(tmp_path), pairs=0)
+    pairs, sources, test = human_photos(settings, tmp_path / "work", 0)
+    assert [p.photo for p in pairs] == ["abc", "plain"] == list(sources) and test is None
+    assert "iMaterialist" in sources["abc"][0] and pairs[0].load()[1].sum() == 2800  # the union of two segments
+    kept, dropped = clean_photos(pairs)
+    assert [p.photo for p in kept] == ["abc"] and dropped["plain"] == ["plain_1"]
+
+
+def test_an_empty_training_list_is_refused(root, candidates, tmp_path):
+    shutil.copytree(root, tmp_path / "empty")
+    write_list(tmp_path / "empty", "train", [])
+    with pytest.raises(HarmonyError, match="the train list has no composites"):
+        mix(tmp_path / "empty", candidates, tmp_path / "out", 1.0, 0)
+    with pytest.raises(HarmonyError, match="the training list is empty"):
+        mix_count(1.0, 0, 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_human_harmony(tmp_path, monkeypatch):
+    pairs, choices = human(tmp_path, ["a", "b"])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("harmonylib.mixing.write_json", full)  # the last file of all
+    with pytest.raises(OSError, match="No space"):
+        build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24)
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+    with pytest.raises(HarmonyError, match="chosen, but its pair is not given"):
+        build_human_harmony(pairs[1:], choices, tmp_path / "out", 0, size=24)
 
 
 def test_summary_is_plain_json(root, candidates, tmp_path):

@@ -1,12 +1,23 @@
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_vae import legacy
 
+import harmonylib.pipeline as pipeline_module
 from harmonylib.diffusion import base_scheduler, foreground_weighted_mse, latent_mask, sampling_scheduler
 from harmonylib.errors import HarmonyError
+from harmonylib.inference import harmonize
 from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding
-from harmonylib.pretrain import build_unet
+from harmonylib.pretrain import build_autoencoder, build_unet, open_base
+from harmonylib.vae import HarmonyVAE
 
 
 def example(height=40, width=50, batch=1):
@@ -57,20 +68,41 @@ def test_candidates_share_the_condition_and_differ(tiny_pipeline):
     assert not torch.allclose(many[0], many[2], atol=1e-2)
 
 
-def test_random_draws_in_the_published_order(tiny_pipeline, monkeypatch):
-    """Initial latents, composite posterior, one per step (also the last), condition posterior in the decoder."""
-    import diffusers.models.autoencoders.vae as vae_module
-    import diffusers.schedulers.scheduling_euler_ancestral_discrete as euler
-
-    import harmonylib.pipeline as pipeline_module
-
-    calls = []
-    for module, name in ((pipeline_module, "pipeline"), (euler, "step"), (vae_module, "decoder")):
-        original = module.randn_tensor
-        record = lambda *a, _o=original, _n=name, **k: (calls.append(_n), _o(*a, **k))[1]  # noqa: E731
-        monkeypatch.setattr(module, "randn_tensor", record)
-    tiny_pipeline(*example(), generator=seeds(0))
-    assert calls == ["pipeline", "pipeline", *["step"] * 5, "decoder"]
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_sampling_against_the_formulas(tiny_pipeline, prediction):
+    """Euler ancestral written out, with the published order of draws from one generator: initial latents, posterior of
+    the composite, one noise per step (the last too), posterior of the condition in the decoder."""
+    vae, unet = tiny_pipeline.vae, tiny_pipeline.unet
+    vae.latent_skip_conv.reset_parameters()  # so that the last draw is heard
+    tiny_pipeline.scheduler = sampling_scheduler(base_scheduler(prediction).config)
+    image, mask = example(40, 48)
+    sigmas = [14.6146, 4.0861, 1.6156, 0.6952, 0.02917, 0.0]  # rounded, as printed in the facts
+    draw = torch.Generator().manual_seed(3)
+    noise = lambda: torch.randn(1, 4, 5, 6, generator=draw)  # noqa: E731
+    with torch.no_grad():
+        latents = noise() * sigmas[0]
+        posterior = vae.encode(image).latent_dist
+        composite = (posterior.mean + posterior.std * noise()) * vae.config.scaling_factor
+        small = mask[..., ::8, ::8]
+        for t, now, after in zip([999, 749.25, 499.5, 249.75, 0], sigmas[:-1], sigmas[1:], strict=True):
+            x = torch.cat([latents / (now**2 + 1) ** 0.5, small, composite], dim=1)
+            out = unet(x, t, tiny_pipeline.prompt.embeds).sample
+            if prediction == "epsilon":
+                clean = latents - now * out
+            else:
+                clean = latents / (now**2 + 1) - out * now / (now**2 + 1) ** 0.5
+            up = (after**2 * (now**2 - after**2) / now**2) ** 0.5
+            down = (after**2 - up**2) ** 0.5
+            latents = latents + (latents - clean) / now * (down - now) + noise() * up
+        skips, mid, moments = vae.conditional_encoder(image, mask)
+        mean, logvar = vae.quant_conv(moments).chunk(2, dim=1)
+        z = mean + (logvar.clamp(-30, 20) / 2).exp() * noise()
+        z = vae.post_quant_conv(latents / vae.config.scaling_factor) + vae.latent_skip_conv(vae.post_quant_conv(z))
+        expected = vae.decoder(z)  # the other skips are still zero
+    result = tiny_pipeline(image, mask, generator=seeds(3)[0], paste=False, output_type="pt").images
+    sampled = tiny_pipeline(image, mask, generator=seeds(3)[0], output_type="latent").images
+    assert torch.allclose(sampled, latents, atol=2e-3)
+    assert torch.allclose(result * 2 - 1, expected.clamp(-1, 1), atol=5e-3)
 
 
 def test_input_and_output_kinds_agree(tiny_pipeline):
@@ -90,6 +122,27 @@ def test_height_and_width_squash(tiny_pipeline):
     assert tiny_pipeline(*example(), height=32, width=64, output_type="pt").images.shape == (1, 3, 32, 64)
 
 
+def test_strict_starts_from_256_pixels(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline_module, "STRICT_SIZE", 16)
+    image, mask = example(64, 64)
+    options = {"height": 32, "width": 48, "output_type": "pt"}
+    strict = tiny_pipeline(image, mask, generator=seeds(0), strict=True, **options).images
+    reduced = pipeline_module.squash(image, mask, (16, 16))
+    by_hand = tiny_pipeline(*reduced, generator=seeds(0), **options).images
+    assert strict.shape == (1, 3, 32, 48) and torch.equal(strict, by_hand)
+    assert not torch.allclose(strict, tiny_pipeline(image, mask, generator=seeds(0), **options).images)
+    assert tiny_pipeline(image, mask, strict=True, output_type="pt").images.shape == image.shape
+
+
+def test_a_base_with_quarter_latents(tiny_pipeline):
+    vae = HarmonyVAE.from_vae(build_autoencoder((8, 8, 16))).eval()
+    pipeline = DiffHarmonyPipeline(vae, tiny_pipeline.unet, tiny_pipeline.scheduler, tiny_pipeline.prompt)
+    pipeline.set_progress_bar_config(disable=True)
+    image, mask = example(41, 53)
+    assert pipeline(image, mask, output_type="latent").images.shape == (1, 4, 11, 14)
+    assert pipeline(image, mask, output_type="pt").images.shape == image.shape
+
+
 def test_save_and_load(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path)
     again = DiffHarmonyPipeline.from_pretrained(tmp_path, device="cpu")
@@ -98,6 +151,8 @@ def test_save_and_load(tiny_pipeline, tmp_path):
     image, mask = example()
     first, second = (p(image, mask, generator=seeds(0), output_type="pt").images for p in (tiny_pipeline, again))
     assert torch.allclose(first, second, atol=1e-5)
+    again.scheduler.set_timesteps(5)
+    assert again.scheduler.timesteps.tolist() == [999.0, 749.25, 499.5, 249.75, 0.0]
 
 
 def test_bad_input(tiny_pipeline, tmp_path):
@@ -108,7 +163,9 @@ def test_bad_input(tiny_pipeline, tmp_path):
         tiny_pipeline(image, torch.zeros_like(mask))
     with pytest.raises(HarmonyError, match="generators"):
         tiny_pipeline(image, mask, generator=seeds(0, 1))
-    with pytest.raises(HarmonyError, match="channels"):
+    with pytest.raises(HarmonyError, match="output_type 'np'"):
+        tiny_pipeline(image, mask, output_type="np")
+    with pytest.raises(HarmonyError, match="takes 7 channels, not 9"):
         DiffHarmonyPipeline(
             tiny_pipeline.vae, build_unet((32, 32), latent_channels=3), tiny_pipeline.scheduler, PromptEmbedding(1, 32)
         )
@@ -124,6 +181,122 @@ def test_everything_foreground_and_one_pixel(tiny_pipeline):
     assert torch.isfinite(tiny_pipeline(image, torch.ones_like(mask), output_type="pt").images).all()
     tiny = tiny_pipeline(image[..., :1, :1], torch.ones(1, 1, 1, 1), output_type="pt").images
     assert tiny.shape == (1, 3, 1, 1) and torch.isfinite(tiny).all()
+
+
+def test_a_large_photo(tiny_pipeline, tmp_path):
+    """4,000 x 3,000: whole through `harmonize`, squashed through the pipeline."""
+    image, mask = np.zeros((3000, 4000, 3), np.uint8), np.zeros((3000, 4000), bool)
+    image[..., 0], mask[1000:1300, 1000:1300] = np.arange(4000) // 16, True
+    tiny_pipeline.save_pretrained(tmp_path)
+    output = np.asarray(harmonize(image, mask, model=tmp_path, device="cpu"))
+    assert output.shape == image.shape and np.array_equal(output[~mask], image[~mask])
+    assert tiny_pipeline(image, mask, height=24, width=32).images[0].size == (32, 24)
+
+
+class Encoder:
+    """Stands for transformers' CLIPTextModel: notes what it is asked."""
+
+    config = SimpleNamespace(max_position_embeddings=77)
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    @classmethod
+    def from_pretrained(cls, folder, subfolder):
+        assert (Path(folder) / subfolder).is_dir(), f"no {subfolder}"
+        return cls(folder)
+
+    def __call__(self, tokens):
+        return (torch.arange(77 * 32.0).view(1, 77, 32) + tokens.sum(),)
+
+
+class Tokenizer(Encoder):
+    def __call__(self, text, **options):
+        assert text == "" and options["padding"] == "max_length" and options["max_length"] == 77
+        return SimpleNamespace(input_ids=torch.ones(1, 77, dtype=torch.long))
+
+
+@pytest.fixture
+def sd_folder(tiny_vae, tmp_path):
+    """A random folder in the layout of Stable Diffusion inpainting: .bin files, old attention names, PNDM scheduler."""
+    tiny_vae.save_pretrained(tmp_path / "vae", safe_serialization=False)
+    torch.save(legacy(tiny_vae.state_dict()), tmp_path / "vae/diffusion_pytorch_model.bin")
+    build_unet((32, 32)).half().save_pretrained(tmp_path / "unet", safe_serialization=False)
+    for name in ("scheduler", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"):
+        (tmp_path / name).mkdir()
+    scheduler = {
+        "_class_name": "PNDMScheduler",
+        "_diffusers_version": "0.6.0",
+        "beta_end": 0.012,
+        "beta_start": 0.00085,
+    }
+    scheduler |= {"beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False}
+    scheduler |= {"skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False}
+    (tmp_path / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionInpaintPipeline"}')
+    return tmp_path
+
+
+def check_stable_diffusion(pipeline, folder):
+    pipeline.set_progress_bar_config(disable=True)
+    image, mask = example()
+    assert pipeline(image, mask, generator=seeds(0), output_type="pt").images.shape == image.shape
+    pipeline.scheduler.set_timesteps(5)
+    assert pipeline.scheduler.timesteps.tolist() == [999.0, 749.25, 499.5, 249.75, 0.0]
+    assert pipeline.scheduler.sigmas[0] == pytest.approx(14.6146, abs=1e-4)
+    assert pipeline.scheduler.config.prediction_type == "epsilon" and pipeline.unet.dtype == torch.float32
+    pipeline.save_pretrained(folder / "saved")
+    again = DiffHarmonyPipeline.from_pretrained(folder / "saved", device="cpu")
+    assert torch.equal(again.prompt.embeds, pipeline.prompt.embeds)
+
+
+def test_stable_diffusion_folder(sd_folder, tiny_vae, monkeypatch):
+    fake = SimpleNamespace(CLIPTextModel=Encoder, CLIPTokenizer=Tokenizer)
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    open_it = partial(DiffHarmonyPipeline.from_stable_diffusion, sd_folder, device="cpu")
+    pipeline = open_it()
+    check_stable_diffusion(pipeline, sd_folder)
+    assert torch.equal(pipeline.prompt.embeds, torch.arange(77 * 32.0).view(1, 77, 32) + 77)
+    settings = SimpleNamespace(source="stable-diffusion", path=str(sd_folder), vae=str(sd_folder / "vae"))
+    assert torch.equal(open_base(settings, 0).vae.decoder.conv_in.weight, tiny_vae.decoder.conv_in.weight)
+    harmony = HarmonyVAE.from_vae(tiny_vae)
+    harmony.save_pretrained(sd_folder / "condition_vae")
+    settings.vae = str(sd_folder / "condition_vae")
+    assert isinstance(open_base(settings, 0).vae, HarmonyVAE)
+
+    shutil.rmtree(sd_folder / "unet")
+    with pytest.raises(HarmonyError, match="unet cannot be loaded"):
+        open_it()
+    assert open_it(unet=pipeline.unet).unet is pipeline.unet  # a UNet saved apart, as the published inverse one
+    shutil.rmtree(sd_folder / "tokenizer")
+    with pytest.raises(HarmonyError, match="tokenizer or text_encoder cannot be loaded"):
+        open_it()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(HarmonyError, match=r"harmonylib\[sd\]"):
+        open_it()
+
+
+def test_stable_diffusion_folder_with_transformers(sd_folder):
+    transformers = pytest.importorskip("transformers")
+    words = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}
+    (sd_folder / "tokenizer/vocab.json").write_text(json.dumps(words))
+    (sd_folder / "tokenizer/merges.txt").write_text("#version: 0.2\n")
+    transformers.CLIPTokenizer.from_pretrained(sd_folder / "tokenizer").save_pretrained(sd_folder / "tokenizer")
+    config = transformers.CLIPTextConfig(
+        vocab_size=3, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    encoder = transformers.CLIPTextModel(config).eval()
+    encoder.save_pretrained(sd_folder / "text_encoder")
+    pipeline = DiffHarmonyPipeline.from_stable_diffusion(sd_folder, device="cpu")
+    with torch.no_grad():
+        assert torch.allclose(pipeline.prompt.embeds, encoder(torch.tensor([[0] + [1] * 76]))[0], atol=1e-5)
+    check_stable_diffusion(pipeline, sd_folder)
+
+
+def test_unknown_base():
+    with pytest.raises(HarmonyError, match="base.source 'sd'"):
+        open_base(SimpleNamespace(source="sd"), 0)
 
 
 def test_latent_mask_takes_the_top_left_pixel():

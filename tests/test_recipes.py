@@ -23,6 +23,7 @@ from harmonylib.recipes import (
     plausible,
     recolor_batch,
     relight,
+    restyle,
     retouch,
     transfer_batch,
 )
@@ -143,16 +144,16 @@ def test_parameters_stay_within_their_strengths():
 
 def test_filter_refuses_no_change_and_absurd_change():
     real, mask = scene(0)
-    assert plausible(real, real, mask) == (False, "too little change: delta E 0.0 < 2")
+    assert plausible(real, real, mask) == (False, "too little change: delta E 0.0 < 2", 0)
     inverted, burnt, fair = real.copy(), real.copy(), real.copy()
     inverted[mask] = real[mask][:, ::-1] // 4
-    good, reason = plausible(real, inverted, mask)
+    good, reason, _ = plausible(real, inverted, mask)
     assert not good and "too much" in reason
     burnt[mask] = np.where(real[mask] > 150, 255, real[mask])
-    good, reason = plausible(real, burnt, mask)
+    good, reason, _ = plausible(real, burnt, mask)
     assert not good and "clipped" in reason
     fair[mask] = (real[mask] * 0.85).astype(np.uint8)
-    assert plausible(real, fair, mask) == (True, "")
+    assert plausible(real, fair, mask)[:2] == (True, "")
 
 
 def test_pixels_clipped_in_the_photo_already_are_not_held_against_it():
@@ -281,3 +282,12 @@ def test_recolor_batch_on_cuda_equals_cpu():
     there = recolor_batch(real.cuda(), mask.cuda(), torch.Generator().manual_seed(0))
     assert there.device.type == "cuda"
     assert (there.cpu() - here).abs().max() <= 2 / 255
+
+
+def test_restyle_changes_every_photo_as_a_whole_and_by_its_own_generator():
+    image = torch.full((2, 3, 12, 16), 0.5)
+    first, again = (restyle(image, [np.random.default_rng(n) for n in (0, 1)]) for _ in range(2))
+    assert torch.equal(first, again) and first.shape == image.shape and first.min() >= 0 and first.max() <= 1
+    assert not torch.equal(first[0], first[1])
+    assert ((first - image).abs().amax((1, 2, 3)) > 0.02).all()
+    assert torch.equal(restyle(image[1:], [np.random.default_rng(1)])[0], first[1])

@@ -1,3 +1,5 @@
+import re
+
 import nbformat
 import numpy as np
 import pandas as pd
@@ -6,7 +8,7 @@ from PIL import Image
 
 from harmonylib.claims import CLAIMS, PLUS, Claim, from_ablation, measure_claim
 from harmonylib.errors import HarmonyError
-from harmonylib.jsonio import write_json
+from harmonylib.jsonio import read_json, write_json
 from harmonylib.metrics import buckets, summarise
 from harmonylib.published import load
 from harmonylib.report import build_site, check_site, notebook_html
@@ -35,7 +37,7 @@ def run(tmp_path):
     table = pd.DataFrame(rows)
     paired = {"diffharmony++ vs diffharmony": {"all": {"n": 6, "photos": 3, "psnr": [1.25, 0.5, 2.0]}}}
     write_json(
-        tmp_path / "metrics/evaluation.json",
+        tmp_path / "metrics/evaluation_details.json",
         {"protocol": "standard", "profile": "fake", "data": "embedded demonstration data", "n": 6, "photos": 3}
         | {"models": summarise(table), "paired": paired, "buckets": {"benchmark": buckets(table)}}
         | {"counts": {"train": {"HCOCO": 1234}, "test": {"HCOCO": 6}}}
@@ -95,8 +97,8 @@ def test_missing_inputs_are_one_clear_line_and_keep_the_old_site(run):
     with pytest.raises(HarmonyError, match="02_two.ipynb: no such executed notebook"):
         build(run, ("02_two",))
     assert check_site(run / "site") == []
-    (run / "metrics/evaluation.json").unlink()
-    with pytest.raises(HarmonyError, match=r"evaluation\.json: no such file"):
+    (run / "metrics/evaluation_details.json").unlink()
+    with pytest.raises(HarmonyError, match=r"evaluation_details\.json: no such file"):
         build(run)
 
 
@@ -229,9 +231,41 @@ def test_every_claim_of_a_full_run_traces_to_a_file(run):
     assert len(report["claims"]) == len(CLAIMS)
     found = [c for c in report["claims"] if c["effect"] is not None]
     assert [c["claim"] for c in found] == ["Harmony-VAE improves on the plain autoencoder"]
-    assert found[0]["source"] == "evaluation.json: paired / diffharmony++ vs diffharmony / all / psnr"
+    assert found[0]["source"] == "evaluation_details.json: paired / diffharmony++ vs diffharmony / all / psnr"
     assert found[0]["verdict"] == TOO_FEW and found[0]["effect"] == 1.25
-    assert "+1.25 dB" in read(run, "claims.html") and 'href="metrics.html#evaluation"' in read(run, "claims.html")
+    assert "+1.25 dB" in read(run, "claims.html") and 'href="metrics.html#evaluation_details"' in read(
+        run, "claims.html"
+    )
+
+
+def numbers(value):
+    """Every number of a metrics file, as the pages write it."""
+    if isinstance(value, (dict, list)):
+        return set().union(*map(numbers, value.values() if isinstance(value, dict) else value))
+    known = isinstance(value, (int, float)) and value == value
+    return {f"{value:.2f}", f"{100 * value:.2f}", f"{value / 1e6:.2f}", f"{value:,}"} if known else set()
+
+
+def test_every_number_of_ours_traces_to_a_metrics_file(run):
+    file = run / "complexity.json"
+    cost = {"parameters": 123456, "gflops_per_image": 4.5, "size": 96, "images_per_second": 7.75, "peak_megabytes": 81}
+    write_json(file, {"machine": "a test", "models": {"diffharmony": cost}})
+    votes = {
+        "n": 6,
+        "photos": 2,
+        "participants": 3,
+        "models": {"ours": {"all": {"votes": 6, "preference_percent": 1e2}}},
+    }
+    write_json(run / "metrics/votes.json", votes)
+    build_site(("01_one",), run / "site", run / "metrics", run / "figures", run / "executed", file)
+    known = set().union(*(numbers(read_json(path)) for path in [*(run / "metrics").glob("*.json"), file]))
+    counts = read_json(run / "metrics/evaluation_details.json")["counts"]
+    known |= {f"{sum(split.values()):,}" for split in counts.values()}  # Table I's totals
+    index, tables = read(run, "index.html"), read(run, "tables.html")
+    cells = re.findall(r'<td class="own">(.*?)</td>', tables) + re.findall(r"<td>(.*?)</td>", index)
+    found = set(re.findall(r"\d[\d,]*(?:\.\d+)?", " ".join(cells)))
+    assert len(found) > 100 and found <= known, found - known
+    assert "n = 6 votes of 3 participants on 2 images" in tables and "123,456" in index and "7.75" in index
 
 
 def test_all_printed_numbers_stand_in_the_tables(run):

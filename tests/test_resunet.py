@@ -221,16 +221,19 @@ def test_padding_does_not_touch_sizes_that_fit():
     assert torch.equal(seen[0], torch.cat([image, mask], 1))
 
 
-def test_bf16_autocast_and_bf16_weights_stay_finite_and_close():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_finite_and_close(dtype):
     model, image, mask = tiny().eval(), torch.rand(2, 3, 24, 24) * 2 - 1, square_mask(2, 24)
+    image[1] = 0.3  # zero variance
     with torch.no_grad():
         reference = model(image, mask)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             output = model(image, mask)
         assert output.dtype == torch.float32 and output.isfinite().all()
         assert (output - reference).abs().mean() < 0.05 * (reference - image).abs().mean()
-        half = model.to(torch.bfloat16)(image.bfloat16(), mask)
-    assert half.dtype == torch.bfloat16 and half.isfinite().all()
+        half = model.to(dtype)(image.to(dtype), mask)
+    assert half.dtype == dtype and half.isfinite().all()
+    assert (half - reference).abs().mean() < 0.05 * (reference - image).abs().mean()
 
 
 def test_the_result_for_an_image_does_not_depend_on_its_batch():

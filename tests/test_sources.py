@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from harmonylib import sources
+from harmonylib.check import audit
+from harmonylib.cli import app, run
 from harmonylib.errors import HarmonyError
 from harmonylib.images import write_image
 from harmonylib.layout import read_triples, write_composite, write_list, write_pair
@@ -31,7 +33,8 @@ def folder(tmp_path):
 def data(source, path=None, subsets=("HCOCO", "Hday2night")):
     amounts = {"size": 40, "train_pairs": 3, "test_pairs": 2, "train_variants": 2, "test_variants": 1}
     path = None if path is None else str(path)
-    return SimpleNamespace(source=source, path=path, subsets=list(subsets), region_share=0.0, **amounts)
+    shares = {"region_share": 0.0, "restyle_share": 0.0, "delta_e": [2.0, 30.0], "clipped": 0.1}
+    return SimpleNamespace(source=source, path=path, subsets=list(subsets), **shares, **amounts)
 
 
 def iharmony4(root):
@@ -87,6 +90,38 @@ def test_both_kinds_have_one_manifest(folder, tmp_path):
     made = sources.prepare(data("photos", folder, ["HCOCO"]), tmp_path / "a", seed=0)
     pointed = sources.prepare(data("iharmony4", iharmony4(tmp_path / "i"), ["HCOCO"]), tmp_path / "b", seed=0)
     assert list(made.columns) == list(pointed.columns)
+
+
+def test_the_filter_follows_the_settings(folder, tmp_path):
+    bounds = data("photos", folder, ["Hday2night"])
+    bounds.delta_e = [90.0, 99.0]
+    rows = sources.prepare(bounds, tmp_path / "benchmark", seed=0)
+    assert not rows["plausible"].any() and rows["reason"].str.contains("< 90").all()
+
+
+def test_make_data_command(folder, tmp_path, capsys):
+    """The index decides the split, the set audits clean, and nothing is overwritten unasked."""
+    files = sorted(folder.rglob("images/*.jpg"))
+    lines = [f"{p.relative_to(folder)},{p.parent.parent.relative_to(folder)}/masks/{p.stem}.png" for p in files]
+    index, out = tmp_path / "index.csv", tmp_path / "set"
+    index.write_text(
+        "\n".join(["image,mask,split", *(f"{line},{'test' if 'b/' in line else 'train'}" for line in lines)])
+    )
+    arguments = ["make-data", str(folder), str(out), "--index", str(index), "--size", "64", "--workers", "1"]
+    assert run(app, "harmonylib", arguments) == 0
+    assert "composites kept although no draw was plausible" in capsys.readouterr().out
+    for split, stems in (("train", {"1", "2b", "3"}), ("test", {"1x3", "2bx4", "6"})):
+        triples = read_triples(out, split)
+        assert len(triples) == 4 * 3 and {t.photo for t in triples} == stems
+    assert not audit(out, workers=1).findings
+    assert max(read_triples(out, "test")[0].load()[1].shape) == 64
+    assert run(app, "harmonylib", arguments) == 1 and "exists; choose another folder" in capsys.readouterr().err
+    fewer = [*arguments, "--force", "--pairs", "2", "--seed", "1"]
+    assert run(app, "harmonylib", fewer) == 0 and len(read_triples(out, "test")) == 4 * 2
+    for target, words in ((folder, "holds the photos"), (folder.parent, "holds the photos"), (index, "is no data set")):
+        assert run(app, "harmonylib", ["make-data", str(folder), str(target), "--force"]) == 1
+        assert words in capsys.readouterr().err
+    assert len(list(folder.rglob("*.jpg"))) == 6
 
 
 def test_bad_settings_are_named(folder, tmp_path):

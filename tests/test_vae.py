@@ -1,10 +1,33 @@
+import json
+import os
+
 import pytest
 import torch
 from conftest import keys_digest
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from harmonylib.errors import HarmonyError
 from harmonylib.vae import HarmonyVAE, harmony_vae_loss
+from harmonylib.weights import load_autoencoder
+
+LEGACY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def legacy(state_dict, convolutions=True):
+    """The tensors under the attention names of old files, weights as 1x1 convolutions."""
+    old = {}
+    for name, tensor in state_dict.items():
+        for new, before in LEGACY.items():
+            if f"attentions.0.{new}.weight" in name and convolutions:
+                tensor = tensor[..., None, None]
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+        old[name] = tensor
+    return old
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def count(module, trainable=False):
@@ -98,34 +121,96 @@ def test_condition_is_heard_after_a_step(tiny_vae):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_round_trip_and_legacy_names(tiny_vae, tmp_path, suffix):
+def test_published_folder_with_old_names(tiny_vae, tmp_path, suffix):
+    """As the published folder is: class ConditionVAE, a config of old diffusers, old attention names and shapes."""
     model = HarmonyVAE.from_vae(tiny_vae, skip_init="random")
-    model.save_pretrained(tmp_path, safe_serialization=suffix == "safetensors")
-    if suffix == "bin":
-        path = tmp_path / "diffusion_pytorch_model.bin"
-        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-        legacy = {}
-        for name, tensor in torch.load(path, weights_only=True).items():
-            for new, old in names.items():
-                name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
-            legacy[name] = tensor
-        torch.save(legacy, path)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("latents_mean", "latents_std", "shift_factor", "use_quant_conv", "use_post_quant_conv"):
+        config.pop(key)
+    config |= {"_class_name": "ConditionVAE", "_diffusers_version": "0.26.3"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    write = save_file if suffix == "safetensors" else torch.save
+    write(legacy(model.state_dict()), tmp_path / f"diffusion_pytorch_model.{suffix}")
     again = HarmonyVAE.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert same(model, again) and not again.training
+    again.save_pretrained(tmp_path / "copy")
+    assert same(model, HarmonyVAE.from_pretrained(tmp_path / "copy"))
+    written = json.loads((tmp_path / "copy/config.json").read_text())
+    assert written["additional_in_channels"] == 1
+    assert load_file(tmp_path / "copy/diffusion_pytorch_model.safetensors").keys() == model.state_dict().keys()
 
 
-def test_tiling_agrees_roughly_and_slicing_exactly(tiny_vae):
+def test_old_autoencoder_files(tiny_vae, tmp_path):
+    tiny_vae.save_pretrained(tmp_path, safe_serialization=False)
+    torch.save(legacy(tiny_vae.state_dict()), tmp_path / "diffusion_pytorch_model.bin")
+    loaded = load_autoencoder(tmp_path)
+    assert type(loaded) is AutoencoderKL and same(tiny_vae, loaded)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_damaged_and_foreign_folders_are_named(tiny_vae, tmp_path):
+    model = HarmonyVAE.from_vae(tiny_vae)
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = model.state_dict()
+    for change, message in (
+        ({"latent_skip_conv.bias": None}, r"1 missing keys \(latent_skip_conv.bias\); not the weights of a HarmonyVAE"),
+        ({"alien.weight": torch.zeros(1)}, r"1 unexpected keys \(alien.weight\)"),
+        ({"latent_skip_conv.bias": torch.zeros(5)}, "cannot be loaded .*latent_skip_conv.bias"),
+    ):
+        save_file({name: tensor for name, tensor in (tensors | change).items() if tensor is not None}, weights)
+        with pytest.raises(HarmonyError, match=message):
+            HarmonyVAE.from_pretrained(tmp_path)
+    weights.unlink()
+    torch.save({"latent_skip_conv.bias": Evil(tmp_path / "was here")}, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(HarmonyError, match="cannot be loaded"):
+        HarmonyVAE.from_pretrained(tmp_path)
+    assert not (tmp_path / "was here").exists()
+    with pytest.raises(HarmonyError, match="nowhere cannot be loaded"):
+        HarmonyVAE.from_pretrained(tmp_path / "nowhere")
+
+
+def test_slicing_is_exact_and_tiling_close(tiny_vae):
+    """Both with a condition and sampled posteriors: the noise is one draw, whatever is cut how."""
     model = HarmonyVAE.from_vae(tiny_vae, skip_init="random")
     latents, image, mask = inputs(size=128, batch=2)
+    seeds = lambda: [torch.Generator().manual_seed(s) for s in (1, 2, 3, 4)]  # noqa: E731
     with torch.no_grad():
-        whole = model.decode(latents, image, mask, sample_posterior=False).sample
+        both = latents.repeat_interleave(2, dim=0)
+        whole = model.decode(both, image, mask, generator=seeds()).sample
+        assert not torch.allclose(whole[0], whole[1])
         model.enable_slicing()
-        assert torch.allclose(model.decode(latents, image, mask, sample_posterior=False).sample, whole, atol=1e-4)
+        assert torch.allclose(model.decode(both, image, mask, generator=seeds()).sample, whole, atol=1e-4)
         model.enable_tiling()
         model.tile_latent_min_size = 12
-        tiled = model.decode(latents, image, mask, sample_posterior=False).sample
+        tiled = model.decode(both, image, mask, generator=seeds()).sample
+        model.tile_latent_min_size = 16  # not larger than a tile: whole
+        assert torch.allclose(model.decode(both, image, mask, generator=seeds()).sample, whole, atol=1e-4)
     assert tiled.shape == whole.shape and torch.isfinite(tiled).all()
-    assert (tiled - whole).abs().mean() < 0.25 * whole.std()
+    assert 0 < (tiled - whole).abs().mean() < 0.25 * whole.std()
+
+
+def test_tiles_cover_any_shape_and_hear_their_own_condition(tiny_vae):
+    model = HarmonyVAE.from_vae(tiny_vae, skip_init="random")
+    model.enable_tiling()
+    model.tile_latent_min_size = 8
+    latents, image = torch.randn(1, 4, 5, 21), torch.rand(1, 3, 40, 168) * 2 - 1
+    mask = torch.ones(1, 1, 40, 168)
+    with torch.no_grad():
+        before = model.decode(latents, image, mask, sample_posterior=False).sample
+        image[..., 120:] *= -1
+        after = model.decode(latents, image, mask, sample_posterior=False).sample
+    assert before.shape == image.shape and torch.isfinite(before).all()
+    assert torch.equal(before[..., :48], after[..., :48]) and not torch.allclose(before[..., 120:], after[..., 120:])
 
 
 def test_one_condition_for_several_candidates(tiny_vae):
@@ -144,12 +229,13 @@ def test_bad_input(tiny_vae):
         model.decode(latents, image)
     with pytest.raises(HarmonyError, match="must be"):
         model.decode(latents, image[..., :24, :], mask)
+    with pytest.raises(HarmonyError, match="shared"):
+        model.decode(latents, image, mask[:1])
     with pytest.raises(HarmonyError, match="unknown"):
         harmony_vae_loss("l3")
 
 
 def test_plain_autoencoder_folder_is_refused(tiny_vae, tmp_path):
     tiny_vae.save_pretrained(tmp_path)
-    assert AutoencoderKL.from_pretrained(tmp_path) is not None
     with pytest.raises(HarmonyError, match="conditional_encoder"):
         HarmonyVAE.from_pretrained(tmp_path)

@@ -1,0 +1,142 @@
+"""The contrastive ResUNet: its loss against a loop over patches, what the term costs in training, inference and memory.
+
+On CUDA with the paper's network (28.37 M parameters, 256 px, batch 8), elsewhere with the `mini` profile's. Weights and
+images are random, which costs the same.
+"""
+
+import multiprocessing
+import resource
+import sys
+
+import numpy as np
+import torch
+
+from harmonylib.contrastive import RegionContrastiveLoss, harmonization_loss, sample_cells
+from harmonylib.devices import autocast, has_bf16, pick_device
+from harmonylib.resunet import ContrastiveResUNet
+
+from .paired import paired
+
+
+def images(device, batch: int, size: int):
+    """(composite, real, mask) with a foreground of a quarter of the picture."""
+    composite, real = torch.rand(2, batch, 3, size, size, device=device) * 2 - 1
+    mask = torch.zeros(batch, 1, size, size, device=device)
+    mask[..., size // 4 : 3 * size // 4, size // 4 : 3 * size // 4] = 1
+    return composite, real, mask
+
+
+def network(device) -> ContrastiveResUNet:
+    torch.manual_seed(0)
+    model = ContrastiveResUNet() if device.type == "cuda" else ContrastiveResUNet(16, 4, 1)
+    return model.to(device)
+
+
+def patch_by_patch(loss: RegionContrastiveLoss, output, real, mask) -> torch.Tensor:
+    """Reading B as written: one crop and one embedding at a time, one image after another."""
+    cells, total = sample_cells(mask, loss.stride, loss.patches)[:2], 0.0
+    side = mask.shape[-1]
+
+    def embed(image, cell):
+        corner = (min(max(int(part) * 4 - 2, 0), side - 8) for part in divmod(int(cell), -(-side // 4)))
+        top, left = corner
+        return torch.nn.functional.normalize(loss.mlp(image[:, top : top + 8, left : left + 8].flatten()), dim=0)
+
+    for i in range(len(mask)):
+        foreground = torch.stack([embed(output[i], cell) for cell in cells[0][i].tolist()])
+        background = torch.stack([embed(real[i], cell) for cell in cells[1][i].tolist()]).detach()
+        for k, query in enumerate(foreground):
+            others = torch.cat([foreground[:k], foreground[k + 1 :]])
+            logits = torch.cat([(query @ background[k])[None], others @ query]) / loss.temperature
+            total = total + logits.logsumexp(0) - logits[0]
+    return total / loss.patches / len(mask)
+
+
+def loss_row(device, batch: int = 8, size: int = 256) -> dict:
+    output, real, mask = images(device, batch, size)
+    loss = RegionContrastiveLoss().to(device)
+    output.requires_grad_()
+    timing = paired(
+        lambda: loss(output, real, mask).backward(), lambda: patch_by_patch(loss, output, real, mask).backward(), 5
+    )
+    return {"name": f"contrastive loss, forward and backward, K 256, {batch} x {size} px: batched / a loop", **timing}
+
+
+def step_row(device) -> dict:
+    batch, size = (8, 256) if device.type == "cuda" else (8, 64)
+    composite, real, mask = images(device, batch, size)
+    model, contrast = network(device).to(memory_format=torch.channels_last), RegionContrastiveLoss().to(device)
+    parameters = [*model.parameters(), *contrast.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+
+    def step(term):
+        with autocast(device):
+            terms = harmonization_loss(model(composite, mask), real, mask, term)
+        terms["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    timing = paired(lambda: step(contrast), lambda: step(None))
+    return {"name": f"training step, {batch} x {size} px: with / without the contrastive term", **timing}
+
+
+@torch.inference_mode()
+def forward(model, composite, mask, precision: str):
+    with autocast(composite.device, precision):
+        return model(composite, mask)
+
+
+def inference_rows(device) -> list[dict]:
+    """Images per second, plain (fp32, contiguous) against channels-last, and against channels-last with bf16."""
+    rows = []
+    for size in (256, 512, 1024):
+        batch = max(1, 1024 // size if device.type == "cuda" else 1)
+        composite, _, mask = images(device, batch, size)
+        plain, last = network(device).eval(), network(device).eval().to(memory_format=torch.channels_last)
+        for precision in ("fp32", *(["bf16"] if has_bf16(device) else [])):
+            timing = paired(
+                lambda p=precision, m=last, c=composite, k=mask: forward(m, c, k, p),
+                lambda m=plain, c=composite, k=mask: forward(m, c, k, "fp32"),
+                5,
+            )
+            rates = {side: batch / timing[side] for side in ("ours", "baseline")}
+            name = f"ResUNet inference at {size} px: channels-last {precision} / contiguous fp32"
+            rows.append({"name": name, **timing, **rates, "unit": "images/s"})
+    return rows
+
+
+def peak_memory(variant: tuple[str, bool], size: int = 1024) -> float:
+    """MiB at the peak of one forward pass of one image; on a CPU the process's peak, so call it in a fresh one."""
+    precision, channels_last = variant
+    device = pick_device()
+    model = network(device).eval()
+    model = model.to(memory_format=torch.channels_last) if channels_last else model
+    composite, _, mask = images(device, 1, size)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    forward(model, composite, mask, precision)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def memory_row(device) -> dict:
+    best = "bf16" if has_bf16(device) else "fp32"
+    pair = []
+    for _ in range(3):
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            pair.append(pool.map(peak_memory, [(best, True), ("fp32", False)], chunksize=1))
+    ours, plain = np.array(pair).T
+    low, middle, high = np.quantile(plain / ours, (0.25, 0.5, 0.75)).tolist()
+    return {
+        "name": f"ResUNet peak memory at 1024 px: channels-last {best} / contiguous fp32",
+        "ours": float(np.median(ours)), "baseline": float(np.median(plain)), "ratio": middle,
+        "unit": "MiB", "spread": [low, high],
+    }  # fmt: skip
+
+
+def rows() -> list[dict]:
+    """Rows of benchmarks/results.json; a ratio above 1 means that ours is better."""
+    device = pick_device()
+    return [loss_row(device), step_row(device), *inference_rows(device), memory_row(device)]

@@ -1,0 +1,52 @@
+"""Loading weights strictly: a folder with missing or foreign keys is an error, not a warning."""
+
+import torch
+from diffusers import AutoencoderKL
+
+from .errors import HarmonyError
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def load_strict(load, folder, **options):
+    """load(folder, **options), `load` being a diffusers class's from_pretrained; .safetensors, or .bin without code.
+
+    Raises HarmonyError for a folder that is not there or damaged, and naming keys that are missing, foreign or of
+    another shape (diffusers fills such parameters at random and warns).
+    """
+    where = "/".join(filter(None, (str(folder), options.get("subfolder"))))
+    try:
+        model, info = load(folder, output_loading_info=True, **options)
+    except Exception as error:  # diffusers, safetensors and pickle raise many kinds
+        raise HarmonyError(f"{where} cannot be loaded ({first_line(error)}); train it or restore the folder") from None
+    for kind in ("missing", "unexpected"):
+        if keys := info[f"{kind}_keys"]:
+            names = ", ".join([*sorted(keys)[:3], *(["..."] if len(keys) > 3 else [])])
+            raise HarmonyError(
+                f"{where}: {len(keys)} {kind} keys ({names}); not the weights of a {type(model).__name__}"
+            )
+    return model
+
+
+class LegacyAttention:
+    """Mixin: in old files attention weights may be 1x1 convolutions, besides their names (which diffusers maps)."""
+
+    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, torch.Tensor]) -> None:
+        super()._fix_state_dict_keys_on_load(state_dict)
+        for name, tensor in state_dict.items():
+            if ".attentions." in name and tensor.ndim == 4:
+                state_dict[name] = tensor[..., 0, 0]
+
+
+class _LegacyAutoencoder(LegacyAttention, AutoencoderKL):
+    pass
+
+
+def load_autoencoder(folder, **options) -> AutoencoderKL:
+    """A plain autoencoder, strictly, attention names of old files included. Raises HarmonyError as `load_strict`."""
+    vae = load_strict(_LegacyAutoencoder.from_pretrained, folder, **options)
+    vae.__class__ = AutoencoderKL  # the same layout; saved folders must name the class that everybody has
+    return vae

@@ -1,0 +1,131 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from harmonylib import HarmonyError, ablation, cache
+from harmonylib.claims import from_ablation
+from harmonylib.datasets import TripleSet
+from harmonylib.images import write_image
+from harmonylib.jsonio import read_json, write_json
+from harmonylib.layout import Triple
+from harmonylib.params import Settings
+from harmonylib.training import TrainingDiverged
+
+
+def scores(psnr, mse=1.0):
+    """Four images of three photos in two subsets; psnr: one value an image."""
+    table = pd.DataFrame({"subset": ["a", "a", "b", "b"], "name": list("wxyz"), "photo": [1, 1, 2, 3]})
+    return table.assign(model="any", psnr=np.array(psnr, float), mse=mse)
+
+
+def diverge(seed):
+    raise TrainingDiverged(f"lost at seed {seed}")
+
+
+def once(seed):
+    return scores([10, 10, 10, 10]) if seed else diverge(seed)
+
+
+def variants():
+    return {"low": lambda seed: scores([20, 22, 24, 26], 4.0),
+            "high": lambda seed: scores(np.array([21, 23, 26, 30]) + 2 * seed, 3.0),
+            "once": once, "never": diverge}  # fmt: skip
+
+
+def test_rows_are_means_over_seeds_then_images_and_failures_are_null():
+    table = ablation.run_variants(variants(), range(2))
+    rows = table.rows(["psnr", "mse"])
+    assert rows["high"]["psnr"] == np.mean([22, 24, 27, 31]) and (rows["high"]["n"], rows["high"]["photos"]) == (4, 3)
+    assert [run["psnr"] for run in rows["high"]["runs"]] == [25, 27]
+    low, high = rows["high"]["interval"]["psnr"]
+    assert 23 <= low < rows["high"]["psnr"] < high <= 31
+    assert rows["once"]["status"] == "1 of 2 seeds finished" and rows["once"]["psnr"] == 10
+    assert rows["once"]["runs"][0] == {"seed": 0, "psnr": None, "mse": None, "status": "lost at seed 0"}
+    assert rows["never"]["psnr"] is None and rows["never"]["interval"] == {"psnr": None, "mse": None}
+    assert rows["never"]["status"] == "0 of 2 seeds finished"
+    assert table.rows(["psnr"], ["b"])["high"]["b"]["psnr"] == np.mean([27, 31])
+
+
+def test_differences_are_paired_on_images_and_on_the_seeds_that_both_finished():
+    table = ablation.run_variants(variants(), range(2))
+    gain = table.difference("high", "low", "psnr")
+    assert gain["improvement"] == np.mean([2, 2, 3, 5]) and 2 <= gain["interval"][0] <= gain["interval"][1] <= 5
+    assert gain["verdict"] == "too few photos for a verdict" and gain["photos"] == 3
+    assert table.difference("high", "low", "mse")["improvement"] == 1  # positive is better
+    assert table.difference("high", "low", "psnr", "b")["improvement"] == 4
+    partly = table.difference("high", "once", "psnr")  # seed 1 alone
+    assert partly["improvement"] == 27 - 10 and partly["status"] == "1 of 2 seeds"
+    gains = table.difference("up", "down", "psnr", terms={"high": 1, "low": -1, "once": 2})
+    assert gains["improvement"] == 27 - 23 + 20
+    never = table.difference("never", "low", "psnr")
+    assert never["improvement"] is None and never["verdict"] == "not run"
+
+
+def test_shuffled_images_are_matched_by_name_and_missing_ones_refused():
+    shuffled = {"a": lambda s: scores([1, 2, 3, 4]), "b": lambda s: scores([1, 2, 3, 9]).iloc[::-1]}
+    gain = ablation.run_variants(shuffled, [0]).difference("b", "a", "psnr")
+    assert gain["improvement"] == 5 / 4
+    short = ablation.run_variants({"a": lambda s: scores([1, 2, 3, 4]), "b": lambda s: scores([1, 2, 3, 4])[:3]}, [0])
+    with pytest.raises(HarmonyError, match="b: 1 of 4 predictions are missing"):
+        short.rows(["psnr"])
+
+
+@pytest.mark.parametrize("subsets", [("all",), ("a", "b")])
+def test_a_report_is_what_the_claims_read(tmp_path, subsets):
+    table = ablation.run_variants(variants(), range(2))
+    pairs = [("high", "low"), ("never", "low"), ("up", "down", {"high": 2, "low": -2})]
+    data = ablation.report("T", table, ["psnr", "mse"], pairs, subsets, profile="fake", steps=3)
+    write_json(tmp_path / "table.json", data)
+    read = from_ablation(read_json(tmp_path / "table.json"))
+    assert (read["profile"], read["steps"], read["seeds"], read["n"], read["photos"]) == ("fake", 3, 2, 4, 3)
+    effect = read["paired"]["high vs low"][subsets[0]]
+    assert effect["psnr"][0] == (3 if subsets == ("all",) else 2) and len(effect["psnr"]) == 3
+    assert read["paired"]["up vs down"][subsets[0]]["psnr"][0] == 2 * effect["psnr"][0]
+    assert "psnr" not in read["paired"]["never vs low"][subsets[0]]
+    assert read["models"]["low"][subsets[0]]["mse"] == 4
+    assert read["models"]["never"][subsets[0]]["psnr"] is None
+    assert len(ablation.plot(data).axes) == 2
+    assert list(ablation.side_by_side(data, ["psnr"]).columns) == [("ours", "psnr")]
+
+
+def test_published_values_stand_beside_ours_in_our_units():
+    names = ["1: L1", "2: L1 + Lpixel"]
+    table = ablation.run_variants({name: lambda s: scores([1, 2, 3, 4]).assign(fssim=0.5) for name in names}, [0])
+    data = ablation.report("VI", table, ["psnr", "mse", "fssim"], [names[::-1]])
+    assert data["rows"]["1: L1"]["published"] == pytest.approx({"psnr": 34.56, "mse": 54.55, "fssim": 0.8568})
+    assert [d["published"] for d in data["differences"]] == pytest.approx([0.97, 12.41, 0.0246])
+    assert ablation.side_by_side(data, ["psnr", "mse"])["published", "psnr"].tolist() == [34.56, 35.53]
+
+
+def test_nothing_to_run_is_named_and_other_errors_pass():
+    with pytest.raises(HarmonyError, match="nothing to run"):
+        ablation.run_variants(variants(), [])
+    with pytest.raises(ZeroDivisionError):
+        ablation.run_variants({"a": lambda seed: 1 / 0}, [0])
+
+
+def test_the_resunet_trains_with_the_runs_settings_and_the_rows_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cache, "ROOT", tmp_path / "cache")
+    draw = np.random.default_rng(0)
+    paths = [tmp_path / name for name in ("composite.png", "mask.png", "real.png")]
+    for path, array in zip(
+        paths, (draw.integers(256, size=(16, 16, 3)), np.eye(16) * 255, np.zeros((16, 16, 3))), strict=True
+    ):
+        write_image(path, array.astype(np.uint8))
+    section = Settings(
+        steps=9, batch_size=2, size=16, base_channels=2, depth=2, residual_convs=0, style="none", patches=4
+    )
+    run = Settings(resunet=section, ablations=Settings(resunet_steps=3), device="cpu", precision="fp32")
+    data, seen = TripleSet([Triple("a", "x", *paths)], 16), []
+
+    def observe(model):
+        seen.append(model.config.style)
+        return {"psnr": float(len(seen))}
+
+    model, history = ablation.train_resunet(run, data, 0, observe, style="rain")
+    assert model.config.style == "rain" and model.config.base_channels == 2 and not model.training
+    assert [entry["psnr"] for entry in history] == [1.0, 2.0, 3.0] and "contrastive" in history[0]
+    again, _ = ablation.train_resunet(run, data, 0, style="rain")
+    assert all((a == b).all() for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert "contrastive" not in ablation.train_resunet(run, data, 0, weights=(0.4, 0.5, 0.0))[1][0]

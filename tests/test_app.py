@@ -1,0 +1,212 @@
+"""The browser app: its answers to a plain client, and the page itself in headless Chromium, from upload to download."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import save_resunet
+from PIL import Image
+
+from harmonylib import app
+
+REPOSITORY = Path(__file__).parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """photo.png, mask.png (other size: small.png) and a random ResUNet in toy/."""
+    root = tmp_path_factory.mktemp("app")
+    ramp = np.linspace(0, 200, 320)[None, :, None] + np.arange(200)[:, None, None] / 5 + [0, 10, 15]
+    Image.fromarray(ramp.astype(np.uint8)).save(root / "photo.png")
+    mask = np.zeros((200, 320), np.uint8)
+    mask[50:150, 100:220] = 255
+    Image.fromarray(mask).save(root / "mask.png")
+    Image.fromarray(mask[::2, ::2]).save(root / "small.png")
+    save_resunet(root / "toy")
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    """The URL of the real command, run as a process of its own in an empty folder."""
+    (folder / "cwd").mkdir()
+    command = [sys.executable, "-m", "harmonylib.cli", "app", "--port", "0", "--no-browser", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder / "cwd")}
+    process = subprocess.Popen(
+        [*command, "--model", str(folder / "toy")],
+        cwd=folder / "cwd",
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield re.search(r"http://\S+/", process.stdout.readline())[0]
+    process.terminate()
+    process.wait(20)
+    assert not list((folder / "cwd").iterdir())  # uploads never reach the disk
+
+
+def fetch(url, data=None, **headers):
+    """(status, body) of a GET, or a POST of `data`."""
+    request = urllib.request.Request(url, data, {name.replace("_", "-"): value for name, value in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def post(address, files, **fields):
+    """The JSON lines and the file of an upload."""
+    parts = [(f'name="{name}"', str(value).encode()) for name, value in fields.items()]
+    parts += [(f'name="{name}"; filename="{path.name}"', path.read_bytes()) for name, path in files.items()]
+    body = b"".join(b"--x\r\nContent-Disposition: form-data; %s\r\n\r\n%s\r\n" % (h.encode(), d) for h, d in parts)
+    status, answer = fetch(f"{address}harmonize", body + b"--x--\r\n", Content_Type="multipart/form-data; boundary=x")
+    lines = []
+    while answer and not (lines and "bytes" in lines[-1]):
+        line, _, answer = answer.partition(b"\n")
+        lines.append(json.loads(line))
+    return status, lines, answer
+
+
+def test_upload_to_download(address, folder):
+    files = {"picture": folder / "photo.png", "mask": folder / "mask.png"}
+    status, lines, data = post(address, files, model="toy", strength=1)
+    assert status == 200 and lines[-1] == {"name": "photo-harmonized.png", "type": "image/png", "bytes": len(data)}
+    assert [line.get("stage") for line in lines[:-1]] == [
+        "waiting", "reading", "loading the model", "harmonizing", "saving"
+    ]  # fmt: skip
+    before, after = np.asarray(Image.open(folder / "photo.png")), np.asarray(Image.open(io.BytesIO(data)))
+    region = np.asarray(Image.open(folder / "mask.png")) > 127
+    assert np.array_equal(before[~region], after[~region]) and not np.array_equal(before[region], after[region])
+
+
+def test_bad_uploads_are_one_line(address, folder):
+    picture, mask = folder / "photo.png", folder / "mask.png"
+    for files, fields, words in (
+        ({"picture": picture}, {}, "no mask was sent"),
+        ({"picture": picture, "mask": folder / "toy/config.json"}, {}, "config.json: not a readable image"),
+        ({"picture": picture, "mask": folder / "small.png"}, {}, "160x100 but the picture is 320x200"),
+        ({"picture": picture, "mask": mask}, {"model": "/etc"}, "'/etc' is not offered"),
+        ({"picture": picture, "mask": mask}, {"strength": "much"}, "must be numbers"),
+        ({"picture": picture, "mask": mask}, {"kind": "gif"}, "kind 'gif'"),
+    ):
+        status, lines, _ = post(address, files, **{"model": "toy", **fields})
+        assert status == 200 and words in lines[-1]["error"]
+    Image.new("1", (10_000, 5_000)).save(folder / "large.png")
+    _, lines, _ = post(address, {"picture": folder / "large.png", "mask": mask}, model="toy")
+    assert "50 megapixels" in lines[-1]["error"]
+
+
+def test_only_its_own_page_may_ask(address):
+    assert fetch(address)[0] == fetch(address, Origin=address[:-1])[0] == 200
+    assert fetch(address, Host="evil.example")[0] == 403
+    assert fetch(f"{address}harmonize", b"", Origin="http://evil.example")[0] == 403
+    assert fetch(f"{address}examples/none/mask")[0] == 404 and fetch(f"{address}../app.py")[0] in (403, 404)
+    status, _ = fetch(f"{address}harmonize", b"", Content_Length=str(app.MAX_BYTES + 1))
+    assert status == 400
+
+
+def test_examples(address):
+    offered = json.loads(fetch(f"{address}setup")[1])
+    assert offered["models"][0] == "toy" and len(offered["examples"]) >= 3
+    for name in offered["examples"]:
+        sizes = {
+            Image.open(io.BytesIO(fetch(f"{address}examples/{name.replace(' ', '%20')}/{part}")[1])).size
+            for part in ("picture", "mask")
+        }
+        assert len(sizes) == 1
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt install chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def page(browser, address):
+    """The open page; at the end it must have asked for nothing but its own address and logged no error."""
+    page, asked, logged = browser.new_page(viewport={"width": 1280, "height": 860}), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: logged.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: logged.append(str(error)))
+    page.goto(address)
+    yield page
+    assert not logged and all(url.startswith((address, "blob:")) for url in asked)
+    page.close()
+
+
+def downloaded(page, path):
+    with page.expect_download() as download:
+        page.click("#download")
+    download.value.save_as(path)
+    return download.value.suggested_filename, np.asarray(Image.open(path))
+
+
+def test_page_with_files(page, folder, tmp_path):
+    page.set_input_files("#picture", folder / "photo.png")
+    page.set_input_files("#mask-file", folder / "mask.png")
+    page.select_option("#model", "toy")
+    page.click("#go")
+    page.wait_for_selector("#compare:visible")
+    name, after = downloaded(page, tmp_path / "out.png")
+    before, region = np.asarray(Image.open(folder / "photo.png")), np.asarray(Image.open(folder / "mask.png")) > 127
+    assert name == "photo-harmonized.png"
+    assert np.array_equal(before[~region], after[~region]) and not np.array_equal(before[region], after[region])
+    page.fill("#compare", "20")
+    assert page.eval_on_selector("#after", "e => getComputedStyle(e).clipPath") == "inset(0px 0px 0px 20%)"
+    page.click("#edit")
+    page.set_input_files("#mask-file", folder / "small.png")
+    page.wait_for_selector("#fit:visible")
+    page.click("#go")
+    page.wait_for_selector("#error:visible")
+    assert 'small.png is 160 × 100: another size; tick "Resize' in page.inner_text("#error")
+    page.check("#fit-mask")
+    page.click("#go")
+    page.wait_for_selector("#compare:visible")
+
+
+def test_page_with_a_drawn_mask(page, folder, tmp_path):
+    page.set_input_files("#picture", folder / "photo.png")
+    page.wait_for_selector("#mask:visible")
+    assert page.is_disabled("#go")
+    box = page.locator("#mask").bounding_box()
+    corners = [(0.25, 0.25), (0.75, 0.25), (0.75, 0.75), (0.25, 0.75)]
+    points = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in corners]
+    page.mouse.move(*points[0])
+    page.mouse.down()
+    for point in points[1:]:
+        page.mouse.move(*point, steps=4)
+    page.mouse.up()
+    page.click("[data-tool=eraser]")  # one dab in the middle
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.click("#go")
+    page.wait_for_selector("#compare:visible")
+    _, after = downloaded(page, tmp_path / "out.png")
+    before = np.asarray(Image.open(folder / "photo.png"))
+    changed = (before != after).any(-1)
+    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    assert np.abs(np.array([rows[0], rows[-1], columns[0], columns[-1]]) - [50, 150, 80, 240]).max() <= 3
+    assert not changed[99:102, 159:162].any() and changed.sum() > 0.5 * 100 * 160
+
+
+def test_page_on_a_phone_with_an_example(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.click("#examples button >> nth=0")
+    page.wait_for_selector("#go:enabled")
+    page.click("#go")
+    page.wait_for_selector("#download:visible")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -1,0 +1,89 @@
+import multiprocessing
+import os
+import time
+
+import numpy as np
+import pytest
+
+from harmonylib import cache
+from harmonylib.errors import HarmonyError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "ROOT", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def entry(number, megabytes=1):
+    return cache.cached_array({"n": number}, (megabytes, 1000, 1000), np.uint8, lambda array: array.fill(number))
+
+
+def entries():
+    return sorted(path.name for path in cache.ROOT.glob("*.npy"))
+
+
+def test_the_bound_drops_what_was_not_used_for_longest(monkeypatch):
+    monkeypatch.setenv("HARMONYLIB_CACHE_GB", "0.0025")
+    first, second = entry(1), entry(2)
+    for age, array in ((20, second), (10, first)):
+        os.utime(array.filename, (time.time() - age,) * 2)
+    entry(1)  # used again: now the second is the oldest
+    before = entries()
+    entry(3)
+    assert set(before) - set(entries()) == {os.path.basename(second.filename)} and len(entries()) == 2
+    assert (second == 2).all()  # an array in use stays readable
+    with pytest.raises(HarmonyError, match="needs 0.0 GB, the cache has 0.0025; set HARMONYLIB_CACHE_GB higher"):
+        entry(4, megabytes=3)
+    assert len(entries()) == 2
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "much", "nan"])
+def test_a_bound_that_is_none(monkeypatch, text):
+    monkeypatch.setenv("HARMONYLIB_CACHE_GB", text)
+    with pytest.raises(HarmonyError, match=f"HARMONYLIB_CACHE_GB={text}: must be"):
+        entry(1)
+
+
+def test_a_full_disk_is_found_out_beforehand(monkeypatch):
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(HarmonyError, match="no room for"):
+        entry(1)
+
+
+def test_a_failure_or_a_killed_process_leaves_nothing_behind(folder):
+    def fail(array):
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError):
+        cache.cached_array({"n": 1}, (10,), np.uint8, fail)
+    assert not entries() and not list(folder.glob(".*"))
+    name = entry(1).filename
+    os.rename(name, f"{folder}/.{os.path.basename(name)[:-4]}.abc.npy")  # as a process leaves it that was killed
+    assert (entry(1) == 1).all() and not list(folder.glob(".*")) and len(entries()) == 1
+    assert cache.clear() > 1e6 and not folder.exists() and cache.clear() == 0
+
+
+def _worker(root, queue):
+    cache.ROOT = root
+
+    def fill(array):
+        queue.put(os.getpid())
+        time.sleep(0.3)
+        array.fill(7)
+
+    queue.put(int(cache.cached_array({"n": 1}, (100,), np.uint8, fill).sum()))
+
+
+@pytest.mark.skipif(cache.fcntl is None, reason="no file locks")
+def test_of_several_processes_one_makes_the_entry(folder):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    workers = [context.Process(target=_worker, args=(folder, queue)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    results = [queue.get(timeout=30) for _ in range(4)]
+    for worker in workers:
+        worker.join()
+    assert results.count(700) == 3 and len(entries()) == 1  # the fourth word is the one maker's id

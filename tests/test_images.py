@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harmonylib import transforms
+from harmonylib.errors import HarmonyError
+from harmonylib.images import (
+    read_image,
+    read_mask,
+    resize_image,
+    resize_mask,
+    to_square,
+    to_tensor,
+    to_uint8,
+    write_image,
+)
+
+
+def soft_disc(side=64):
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+    return (255 / (1 + np.exp(12 * (np.hypot(x, y) - 0.6)))).astype(np.uint8)
+
+
+def test_soft_masks_are_cut_and_not_dithered(tmp_path):
+    """PIL's conversion to mode "1" would scatter pixels along a soft edge."""
+    grey = soft_disc()
+    Image.fromarray(grey).save(tmp_path / "soft.png")
+    mask = read_mask(tmp_path / "soft.png")
+    np.testing.assert_array_equal(mask, grey > 127)
+    assert (np.asarray(Image.fromarray(grey).convert("1")) != mask).any()
+
+
+def test_masks_of_all_modes_are_one(tmp_path):
+    mask = soft_disc() > 127
+    grey = Image.fromarray(mask.astype(np.uint8) * 255)
+    palette = Image.fromarray(mask.astype(np.uint8)).convert("P")
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    sixteen = Image.fromarray(mask.astype(np.uint16) * 65535)
+    images = {"L": grey, "1": Image.fromarray(mask), "RGB": grey.convert("RGB"), "P": palette, "16": sixteen}
+    for name, image in images.items():
+        image.save(tmp_path / f"{name}.png")
+        np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.png"), mask, err_msg=name)
+
+
+def test_masks_stay_masks_when_resized():
+    mask = np.zeros((40, 60), bool)
+    mask[:, 30:] = True
+    for size in ((20, 30), (17, 23), (80, 120)):
+        small = resize_mask(mask, size)
+        assert small.dtype == bool and small.shape == size and abs(small.mean() - 0.5) < 0.05
+    image = np.where(mask[..., None], np.uint8(255), np.uint8(0)).repeat(3, axis=2)
+    assert len(np.unique(resize_image(image, (17, 23)))) > 2  # images are blended, masks above were not
+
+
+def test_geometries():
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[:, 10:30] = 255
+    assert (to_square(image, 10, "centre-crop") == 255).all()
+    assert to_square(image, 10, "squash")[:, :2].max() < 20
+    mask = to_square(image[..., 0] > 0, 10, "squash")
+    assert mask.dtype == bool and mask.mean() == 0.5
+    with pytest.raises(HarmonyError, match="geometry 'stretch'"):
+        to_square(image, 10, "stretch")
+
+
+def test_sixteen_bits_and_transparency(tmp_path):
+    Image.fromarray(np.uint16([[0, 257 * 100, 65535]])).save(tmp_path / "deep.png")
+    assert read_image(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 100, 255]
+    layer = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
+    layer.putpixel((1, 0), (10, 20, 30, 0))
+    layer.save(tmp_path / "layer.png")
+    assert read_image(tmp_path / "layer.png").tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        write_image(tmp_path / "a.png", np.zeros((3, 3, 7), np.uint8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_and_back():
+    array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(to_uint8(to_tensor(array)), array)
+    assert to_tensor(array[..., 0] > 99).unique().tolist() == [0, 1]
+    assert to_uint8(torch.full((3, 1, 1), 99 / 127.5 - 1 + 0.9 / 255)).tolist() == [[[99] * 3]]  # rounds, not truncates
+
+
+def test_random_crops_move_image_and_mask_together():
+    """The mask is drawn into the picture: wherever a crop lands, both agree, and the mask stays {0, 1}."""
+    mask = soft_disc(80) > 127
+    image = np.where(mask[..., None], np.uint8(255), np.uint8(0)).repeat(3, axis=2)
+    crop, seen = transforms.random_crop(32), set()
+    for seed in range(8):
+        out = transforms.apply(crop, ("test", seed), mask, composite=image, real=255 - image)
+        assert out["mask"].dtype == bool and out["mask"].shape == (32, 32)
+        assert ((out["composite"][..., 0] > 127) == out["mask"]).mean() > 0.93
+        np.testing.assert_allclose(out["composite"] + out["real"].astype(int), 255, atol=1)
+        seen.add(out["mask"].tobytes())
+    again = transforms.apply(crop, ("test", 7), mask, composite=image)
+    assert len(seen) > 4 and again["mask"].tobytes() == out["mask"].tobytes()

@@ -1,0 +1,79 @@
+"""docs/published-weights.md, step by step, on tiny folders of the published layout."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+
+import harmonylib as hl
+from harmonylib import cli
+from harmonylib.inference import load_model
+from harmonylib.pretrain import build_autoencoder
+
+transformers = pytest.importorskip("transformers", reason='Stable Diffusion\'s text encoder: pip install ".[sd]"')
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """weights/{base,condition_vae}, and composite_images/ and masks/ named as in iHarmony4."""
+    base = tmp_path / "weights/base"
+    channels = {"block_out_channels": (32, 32), "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 8}
+    blocks = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    unet = UNet2DConditionModel(
+        in_channels=9, down_block_types=blocks[0], up_block_types=blocks[1], cross_attention_dim=16, **channels
+    )
+    unet.save_pretrained(base / "unet", safe_serialization=False)
+    vae = build_autoencoder((8, 8, 16))
+    vae.register_to_config(sample_size=32)
+    vae.save_pretrained(base / "vae", safe_serialization=False)
+    DDPMScheduler(beta_schedule="scaled_linear").save_pretrained(base / "scheduler")
+    text = transformers.CLIPTextConfig(
+        vocab_size=4, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    transformers.CLIPTextModel(text).save_pretrained(base / "text_encoder")
+    words = tmp_path / "words"
+    words.mkdir()
+    vocabulary = {"a": 0, "a</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
+    (words / "vocab.json").write_text(json.dumps(vocabulary))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(words, model_max_length=8)
+    tokenizer.save_pretrained(base / "tokenizer")
+    (base / "model_index.json").write_text('{"_class_name": "StableDiffusionInpaintPipeline"}')
+    hl.HarmonyVAE.from_vae(vae).save_pretrained(tmp_path / "weights/condition_vae")
+
+    for folder in ("composite_images", "masks"):
+        (tmp_path / folder).mkdir()
+    draw = np.random.default_rng(0)
+    Image.fromarray(draw.integers(0, 256, (24, 32, 3), np.uint8)).save(tmp_path / "composite_images/f800_1_2.png")
+    mask = np.zeros((24, 32), np.uint8)
+    mask[4:20, 8:24] = 255
+    Image.fromarray(mask).save(tmp_path / "masks/f800_1.png")
+    return tmp_path
+
+
+def harmonize(root, model):
+    arguments = ["harmonize", str(root / "composite_images"), str(root / "masks"), "-o", str(root / f"out-{model}")]
+    assert cli.run(cli.app, "harmonylib", [*arguments, "--model", str(root / model), "--device", "cpu"]) == 0
+    return np.asarray(Image.open(root / f"out-{model}" / "f800_1_2.png"))
+
+
+def test_the_archive_and_our_own_copy_of_it(archive):
+    before = np.asarray(Image.open(archive / "composite_images/f800_1_2.png"))
+    after = harmonize(archive, "weights")
+    assert (before != after).any() and np.array_equal(before[:4], after[:4])
+    pipeline = load_model(str(archive / "weights"), "cpu")
+    assert isinstance(pipeline.vae, hl.HarmonyVAE)
+    pipeline.save_pretrained(archive / "ready")
+    assert np.array_equal(harmonize(archive, "ready"), after)
+    again = load_model(str(archive / "ready"), "cpu")
+    assert torch.equal(again.prompt.embeds, pipeline.prompt.embeds) and again.prompt.embeds.any()
+
+
+def test_a_stable_diffusion_folder(archive):
+    (archive / "weights/base").rename(archive / "sd")
+    harmonize(archive, "sd")
+    assert type(load_model(str(archive / "sd"), "cpu").vae) is AutoencoderKL
