@@ -44,8 +44,8 @@ def count() -> dict[str, float]:
 
         found = {
             "UNet training step, 512 px": flops(lambda: denoise(512).sum().backward()),
-            "ResUNet training step, 512 px": flops(
-                lambda: resunet(zeros(1, 3, 512, 512), zeros(1, 1, 512, 512)).sum().backward()
+            "ResUNet training step, 256 px": flops(
+                lambda: resunet(zeros(1, 3, 256, 256), zeros(1, 1, 256, 256)).sum().backward()
             ),
         }
         vae.requires_grad_(False)
@@ -72,7 +72,7 @@ def work(one: dict[str, float]) -> dict[str, float]:
         "caches (256 and 512 px, mirrored)": 4 * COMPOSITES * (one["encode, 256 px"] + one["encode, 512 px"]),
         "Harmony-VAE, both tasks": both[0] * vae["batch_size"] * one["Harmony-VAE training step, 256 px"],
         "DiffHarmony, both tasks": both[1] * unet["batch_size"] * one["UNet training step, 512 px"],
-        "contrastive ResUNet": resunet["steps"] * resunet["batch_size"] * one["ResUNet training step, 512 px"],
+        "contrastive ResUNet": resunet["steps"] * resunet["batch_size"] * one["ResUNet training step, 256 px"],
         f"{k * CANDIDATE_PAIRS:,} candidates, 1024 px": CANDIDATE_PAIRS * (k * sample + one["encode, 1024 px"]),
         "evaluation, 1024 px": TEST * (sample + one["encode, 1024 px"]),
     }
