@@ -163,6 +163,7 @@ def interrupt_at(step, number):
 
 @fault("training", "Ctrl-C or SIGTERM")
 def test_interrupted(tmp_path, whole):
+    before = signal.getsignal(signal.SIGINT)
     for number in (signal.SIGINT, signal.SIGTERM):
         folder = tmp_path / str(number)
         with pytest.raises(KeyboardInterrupt) as stop:
@@ -170,7 +171,8 @@ def test_interrupted(tmp_path, whole):
         done = int(re.search(r"after step (\d+)", str(stop.value))[1])
         assert saved(folder)[-1].stem == f"step-{done:08d}" and done <= 21
         assert same(toy_train(folder), whole)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
+
     app = typer.Typer()
     app.command()(lambda: toy_train(tmp_path / "command", batch=interrupt_at(20, signal.SIGINT)))
     assert cli.run(app, "x", ["--"]) == 130
