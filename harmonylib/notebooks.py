@@ -252,7 +252,7 @@ def _last_cell(partial: Path) -> int:
 def _keep_failed(partial: Path, failed: Path, root: Path) -> str:
     try:
         _write_notebook(failed, stable(read_notebook(partial), keep_stderr=True))
-        return f"the notebook up to there: {failed.relative_to(root)}"
+        return f"the notebook up to there: {failed.relative_to(root) if failed.is_relative_to(root) else failed}"
     except (OSError, HarmonyError, ValueError) as error:
         return f"the notebook up to there could not be kept ({error})"
 
