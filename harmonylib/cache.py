@@ -1,9 +1,10 @@
 """Memory-mapped caches of what never changes: resized pixels and posterior moments of the frozen autoencoder.
 
 A cache entry is one .npy file named after the hash of what went into it (file contents, weights, settings), written
-beside its final place and renamed when complete, so that a killed run leaves nothing half-made. Of several processes
-that want one entry, one makes it and the others wait. All entries together stay below HARMONYLIB_CACHE_GB gigabytes (a
-variable of the environment, since it changes no result): the ones not used for longest make room.
+beside its final place and renamed when complete, so that a killed run leaves nothing half-made; a damaged entry is made
+anew. Of several processes that want one entry, one makes it and the others wait. All entries together stay below
+HARMONYLIB_CACHE_GB gigabytes (a variable of the environment, since it changes no result): the ones not used for longest
+make room.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +52,12 @@ def cached_array(key: dict, shape, dtype, fill) -> np.ndarray:
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
     path = ROOT / f"{digest}.npy"
     with contextlib.suppress(FileNotFoundError):
-        os.utime(path)  # used now
-        return np.load(path, mmap_mode="r")
+        if _whole(path):
+            with contextlib.suppress(OSError):  # a read-only cache
+                os.utime(path)  # used now
+            return np.load(path, mmap_mode="r")
     with _lock(ROOT / f"{digest}.lock"):
-        if not path.is_file():
+        if not _whole(path):
             for leftover in ROOT.glob(f".{digest}.*"):  # of a killed process, since the lock is ours
                 leftover.unlink()
             _make_room(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
@@ -62,7 +66,29 @@ def cached_array(key: dict, shape, dtype, fill) -> np.ndarray:
                 fill(array)
                 array.flush()
                 del array
+                path.with_suffix(".sum").write_text(_checksum(temporary))
+            _checked.add(path)
     return cached_array(key, shape, dtype, fill)
+
+
+_checked: set[Path] = set()  # entries whose checksum this process has compared
+
+
+def _checksum(path: Path) -> str:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return str(value)
+
+
+def _whole(path: Path) -> bool:
+    """Whether the entry is there and as it was written (looked at once by each process, at some GB a second)."""
+    if path not in _checked and path.is_file():
+        with contextlib.suppress(FileNotFoundError):
+            if path.with_suffix(".sum").read_text() == _checksum(path):
+                _checked.add(path)
+    return path in _checked and path.is_file()
 
 
 @contextlib.contextmanager
@@ -101,6 +127,7 @@ def _make_room(size: int) -> None:
             break
         total -= path.stat().st_size
         path.unlink(missing_ok=True)
+        path.with_suffix(".sum").unlink(missing_ok=True)
     if size > shutil.disk_usage(ROOT).free:
         raise HarmonyError(f"{ROOT}: no room for {size / 1e9:.1f} GB; free some, or run `harmonylib cache clear`")
 

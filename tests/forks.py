@@ -1,5 +1,6 @@
 """Child processes to kill or to connect, forked from a server that has imported torch already: they start at once."""
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -39,6 +40,7 @@ def codes(processes) -> list[int]:
 def _child(function, arguments, environment):
     import torch
 
+    faulthandler.dump_traceback_later(60, exit=True)  # a child that hangs says where
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     function(*arguments)

@@ -391,6 +391,28 @@ def test_read_only_cache(tmp_path, monkeypatch, capsys):
     return f"one line, exit code 1: `{capsys.readouterr().err.strip()}`"
 
 
+@fault("cache", "a flipped bit in an entry, an entry cut short, an entry in a folder that cannot be written")
+def test_damaged_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "ROOT", tmp_path / "cache")
+
+    def entry():
+        cache._checked.clear()  # as another process begins
+        return cache.cached_array({"a": 1}, (50,), "f4", lambda array: array.fill(7))
+
+    path = Path(entry().filename)
+    whole = path.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-30], b""):
+        path.write_bytes(damaged)
+        assert (entry() == 7).all() and path.read_bytes() == whole
+
+    def refuse(*words):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache.os, "utime", refuse)
+    assert (entry() == 7).all()
+    return "made anew; made anew; read as usual"
+
+
 def die(item):
     os.kill(os.getpid(), signal.SIGKILL)
 

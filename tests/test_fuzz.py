@@ -23,6 +23,7 @@ from harmonylib.generate import read_candidates, read_manifest
 from harmonylib.images import read_image, read_mask
 from harmonylib.jsonio import read_json, write_json
 from harmonylib.layout import read_triples
+from harmonylib.manifest import Runs
 from harmonylib.metrics import METRICS, PROTOCOLS, score
 from harmonylib.mixing import mix_count
 from harmonylib.notebooks import check_parameters, parse_parameters, read_notebook
@@ -122,14 +123,14 @@ OUTSIDE = ["../composite_images/a_1_1.jpg", "/composite_images/a_1_1.jpg", f"x/c
 LINES = st.one_of(st.sampled_from(OUTSIDE), st.text(max_size=60), st.lists(WORDS, max_size=6).map("/".join))
 
 
-@target(st.lists(LINES, max_size=4).map("\n".join))
-def reads_a_list(text):
+@target(st.lists(LINES, max_size=4).map("\n".join), st.binary(max_size=2))
+def reads_a_list(text, tail):
     for part in ("composite_images", "masks", "real_images"):  # beside the set: a list must not reach them
         Path(part).mkdir(exist_ok=True)
         for name in ("a_1_1.jpg", "a_1.jpg", "a.jpg"):
             Path(part, name).touch()
     Path("set").mkdir(exist_ok=True)
-    Path("set/IHD_train.txt").write_text(text, encoding="utf-8", errors="replace")
+    Path("set/IHD_train.txt").write_bytes(text.encode("utf-8", "replace") + tail)
     triples = read_triples("set", "train")
     assert all(Path("set").resolve() in triple.composite.resolve().parents for triple in triples)
 
@@ -154,6 +155,19 @@ def reads_a_manifest(data):
     Path("manifest.json").write_bytes(data)
     read_manifest(".")
     read_candidates(".")
+
+
+RUNS = st.one_of(
+    st.text("0123456789 -²٣", max_size=30),
+    st.lists(st.integers(-3, 80), max_size=6).map(lambda numbers: " ".join(map(str, numbers))),
+    st.lists(st.integers(0, 2**70), max_size=4).map(lambda numbers: " ".join(map(str, numbers))),
+)
+
+
+@target(st.lists(RUNS, max_size=3), st.tuples(st.integers(1, 9), st.integers(1, 9)))
+def decodes_run_lengths(texts, shape):
+    mask = Runs(tuple(texts), shape, "train.csv").decode()
+    assert mask.shape == shape and mask.dtype == bool
 
 
 @target(
