@@ -115,13 +115,14 @@ def predict(method: Method, data: TripleSet, batch_size: int = 16):
 def evaluate(methods: list[Method], data: TripleSet, batch_size: int = 16) -> pd.DataFrame:
     """Scores of every method on every triple: columns model, subset, name, photo, foreground_ratio and the metrics.
 
-    Protocol "standard", the composite's background pasted. Raises HarmonyError for an output of the wrong size or with NaN.
+    Protocol "standard", the composite's background pasted. Raises HarmonyError for an output of another size or with
+    NaN.
     """
     rows = []
     for method in methods:
         for triple, _, mask, real, output in predict(method, data, batch_size):
             about = {"model": method.name, "subset": triple.subset, "name": triple.name, "photo": triple.photo}
-            rows.append(about | {"foreground_ratio": float(mask.mean())} | score(output, real, mask, protocol="standard"))
+            rows.append(about | {"foreground_ratio": float(mask.mean())} | score(output, real, mask, "standard"))
     return pd.DataFrame(rows)
 
 
