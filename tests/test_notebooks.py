@@ -1,6 +1,7 @@
 """The notebook runner and the stripper, on tiny notebooks. A kernel costs seconds, so each run checks much."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -172,6 +173,20 @@ def test_strip(root, capsys):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "notebooks").rglob("*.ipynb")), ids=lambda path: path.stem)
+def _of_the_repository(test):
+    paths = sorted(path for folder in ("notebooks", "ablations") for path in (REPOSITORY / folder).rglob("*.ipynb"))
+    return pytest.mark.parametrize("path", paths, ids=lambda path: f"{path.parent.name}-{path.stem}")(test)
+
+
+@_of_the_repository
 def test_the_repositorys_notebooks_are_stripped(path):
     assert not notebooks.strip(path, check=True), f"run: python -m harmonylib.notebooks strip {path}"
+
+
+@_of_the_repository
+def test_no_cell_draws_into_an_output_widget(path):
+    """Headless, an Output widget sends each picture back to the kernel while the cell's reply is on its way; with large
+    pictures the reply was lost now and then, and the notebook hung for ever. ipywidgets.Image does without.
+    """
+    code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    assert not re.search(r"\b(interact\w*|Output)\(", code)
