@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help .venv repro test lint smoke lab ablations ablations-all bench fuzz clean
+.PHONY: help .venv repro test lint smoke lab pretrained ablations ablations-all bench fuzz clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +37,14 @@ smoke: .venv  ## the whole chain under the smoke profile in a temporary clone
 
 lab: .venv  ## JupyterLab, to run and change the notebooks by hand
 	.venv/bin/jupyter lab
+
+pretrained: .venv  ## train what pretrained/ ships: make pretrained PHOTOS=folder [INDEX=photos.csv]
+	@test -n "$(PHOTOS)" || { echo "error: name the photos: make pretrained PHOTOS=folder [INDEX=photos.csv]" >&2; exit 1; }
+	.venv/bin/harmonylib make-data "$(PHOTOS)" data/shipped $(if $(INDEX),--index "$(INDEX)") --variants 2 --size 128
+	.venv/bin/harmonylib profile shipped
+	.venv/bin/dvc repro resunet diffharmony@harmonize
+	.venv/bin/python -m harmonylib.weights artifacts/contrastive_resunet pretrained/contrastive-resunet
+	.venv/bin/python -m harmonylib.weights artifacts/diffharmony/harmonize pretrained/diffharmony++
 
 ablations: .venv  ## the papers' ablation tables that fit a laptop: 2, 4, 5 and VI
 	.venv/bin/dvc repro --glob 'ablations/dvc.yaml:table_*'

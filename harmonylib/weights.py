@@ -1,9 +1,18 @@
-"""Loading weights strictly: a folder with missing or foreign keys is an error, not a warning."""
+"""Loading weights strictly (a folder with missing or foreign keys is an error, not a warning), and shipping them.
+
+python -m harmonylib.weights artifacts/contrastive_resunet pretrained/contrastive-resunet
+"""
+
+import shutil
+import sys
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from .errors import HarmonyError
+from .files import atomic_path
 
 
 def first_line(error: Exception) -> str:
@@ -50,3 +59,30 @@ def load_autoencoder(folder, **options) -> AutoencoderKL:
     vae = load_strict(_LegacyAutoencoder.from_pretrained, folder, **options)
     vae.__class__ = AutoencoderKL  # the same layout; saved folders must name the class that everybody has
     return vae
+
+
+def ship(source, target) -> None:
+    """Copy the .safetensors (floating point as fp16) and .json files of a model's folder; others in `target` stay.
+
+    Raises HarmonyError where `source` holds no weights.
+    """
+    source, target = Path(source), Path(target)
+    files = [path for path in sorted(source.rglob("*")) if path.suffix in (".safetensors", ".json")]
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise HarmonyError(f"{source}: no weights (*.safetensors) there; train the model first")
+    for path in files:
+        with atomic_path(target / path.relative_to(source)) as temporary:
+            if path.suffix == ".json":
+                shutil.copyfile(path, temporary)
+                continue
+            tensors = {name: t.half() if t.is_floating_point() else t for name, t in load_file(path).items()}
+            save_file(tensors, temporary, {"format": "pt"})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("error: python -m harmonylib.weights FROM TO, two folders")
+    try:
+        ship(*sys.argv[1:])
+    except HarmonyError as error:
+        sys.exit(f"error: {error}")

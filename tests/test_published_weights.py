@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 
@@ -12,8 +13,6 @@ import harmonylib as hl
 from harmonylib import cli
 from harmonylib.inference import load_model
 from harmonylib.pretrain import build_autoencoder
-
-transformers = pytest.importorskip("transformers", reason='Stable Diffusion\'s text encoder: pip install ".[sd]"')
 
 
 @pytest.fixture
