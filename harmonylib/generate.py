@@ -57,11 +57,8 @@ class Pair:
         real, mask = read_image(self.real), read_mask(self.mask)
         if real.shape[:2] != mask.shape:
             raise HarmonyError(f"{self.mask}: mask is {mask.shape[::-1]}, real {real.shape[1::-1]}; resize the mask")
-        if size is not None:
-            factor = size / max(mask.shape)
-            shape = tuple(max(1, round(side * factor)) for side in mask.shape)
-            real, mask = resize_image(real, shape), resize_mask(mask, shape)
-        return real, mask
+        shape = scaled(mask.shape, size)
+        return resize_image(real, shape), resize_mask(mask, shape)
 
 
 @dataclass(frozen=True)
@@ -88,13 +85,18 @@ class Choice:
     rejected: tuple[tuple[Candidate, float], ...]
 
 
+def scaled(shape: tuple[int, int], size: int | None) -> tuple[int, int]:
+    """(height, width) with the longest side at `size` pixels (None: as it is)."""
+    return shape if size is None else tuple(max(1, round(side * (size / max(shape)))) for side in shape)
+
+
 def pairs_of(triples: list[Triple]) -> list[Pair]:
     """The distinct (real, mask) pairs of some triples, in order of first appearance."""
     return list(dict.fromkeys(Pair(*t.pair, t.photo, t.real, t.mask) for t in triples))
 
 
-def has_latent_foreground(mask: np.ndarray, factor: int = 8) -> bool:
-    """Whether an HxW bool mask keeps any foreground on the latent grid, `factor` pixels a cell."""
+def has_latent_foreground(mask: np.ndarray, factor: int) -> bool:
+    """Whether an HxW bool mask keeps any foreground on the latent grid, `factor` pixels a cell (`pipeline.factor`)."""
     padded = pad_to_multiple(to_tensor(mask)[None], factor, "constant")
     return bool(latent_mask(padded, [side // factor for side in padded.shape[-2:]]).any())
 

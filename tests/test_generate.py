@@ -212,8 +212,8 @@ def test_bad_settings(pipeline, pairs, tmp_path, changes, message):
 def test_foreground_that_vanishes_on_the_latent_grid(pipeline, pairs, tmp_path):
     mask = np.zeros((40, 56), bool)
     mask[1:8, 1:8] = True  # published masks take the top-left pixel of each 8x8 block
-    assert not has_latent_foreground(mask)
-    assert has_latent_foreground(~mask) and has_latent_foreground(np.eye(13, dtype=bool))
+    assert not has_latent_foreground(mask, 8) and has_latent_foreground(mask, 4)
+    assert has_latent_foreground(~mask, 8) and has_latent_foreground(np.eye(13, dtype=bool), 8)
     write_image(tmp_path / "m.png", mask)
     pair = Pair("HFlickr", "f0_2", "f0", pairs[0].real, tmp_path / "m.png")
     with pytest.raises(HarmonyError, match="m.png: no foreground is left"):

@@ -285,6 +285,8 @@ def test_clean_photos(tmp_path):
     kept, dropped = clean_photos(pairs, foreground=(0.001, 0.95))
     assert [p.photo for p in kept] == ["good"]
     assert dropped == {"small": ["small_1"], "foreground": ["tiny_1", "full_1"], "plain": ["studio_1"]}
+    kept, _ = clean_photos(pairs[:2], factor=4, foreground=(0.001, 0.95))  # a finer grid sees the tiny one
+    assert [p.photo for p in kept] == ["good", "tiny"]
     with pytest.raises(HarmonyError, match="no photo is left after cleaning .0 small, 1 foreground, 0 plain"):
         clean_photos(pairs[2:3])
 
