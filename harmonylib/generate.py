@@ -115,16 +115,17 @@ def generate_candidates(pipeline: DiffHarmonyPipeline, pairs: list[Pair], root_o
                         suffix: str = ".png", precision: str = "auto") -> dict | None:  # fmt: skip
     """K candidate composites of every pair, the real's background pasted back; returns the manifest.
 
-    size: longest side the pair is resized to (None: its own). A pair is conditioned once and its candidates are one
-    batch. Finished pairs of the same weights, files and settings are kept, all else is made anew, so a killed run
-    continues. Under torchrun each process takes its share, and those that finish before the others return None. Files
-    are equal byte for byte whatever the number of processes if each has the same number of threads.
+    size: longest side the pair is resized to (None: its own). suffix: ".png" is exact, ".jpg" lossy. A pair is
+    conditioned once and its candidates are one batch. Finished pairs of the same weights, files and settings are kept,
+    all else is made anew, so a killed run continues. Under torchrun each process takes its share, and those that finish
+    before the others return None. Files are equal byte for byte whatever the number of processes if each has the same
+    number of threads.
     The manifest lists "settings" (with the weights' hash), and for each pair its candidates with status: "ok", "nan" or
     "equal" (to the real); only "ok" ones have a file and count. Raises HarmonyError for k < 1, no pairs, steps < 1,
     temperature <= 0, an unknown suffix, unequal sizes, a mask that is empty on the latent grid, or another run that
     writes to the same root.
     """
-    if k < 1 or steps < 1 or temperature <= 0:
+    if k < 1 or steps < 1 or not 0 < temperature < float("inf"):
         raise HarmonyError(f"k {k}, steps {steps}, temperature {temperature}: k and steps are >= 1, temperature is > 0")
     if suffix not in SUFFIXES:
         raise HarmonyError(f"suffix {suffix!r} is unknown; use {' or '.join(SUFFIXES)}")
@@ -264,6 +265,7 @@ def read_manifest(root) -> dict:
         raise HarmonyError(f"{path}: not there, so the candidates are incomplete; run `harmonylib generate` again")
     manifest = read_json(path)
     try:
+        _ = manifest["settings"]["k"] < 1
         for pair in manifest["pairs"]:
             for row in pair["candidates"]:
                 if row["status"] == "ok":
