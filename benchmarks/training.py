@@ -1,5 +1,6 @@
-"""The training loop and candidate generation: prefetching, two processes, files and all, cost against size."""
+"""The training loop, candidates and the classifier: prefetching, two processes, files and all, cost against size."""
 
+import itertools
 import multiprocessing
 import os
 import socket
@@ -11,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harmonylib import cache, training
+from harmonylib.classifier import HarmonyClassifier
 from harmonylib.contrastive import harmonization_loss
 from harmonylib.datasets import PixelBatches, TripleSet
 from harmonylib.devices import autocast, has_bf16, pick_device
@@ -27,6 +29,7 @@ from .paired import paired
 
 SIZE = 96  # pixels, as in the `mini` profile
 BASE = "pretrained/base"
+PLUS = "pretrained/diffharmony++"  # built as the inverse model is, which is not shipped
 
 
 def write_set(root, pairs: int = 8, size: int = SIZE) -> None:
@@ -68,8 +71,8 @@ def prefetching(device) -> dict:
 
 
 def generation(device, k: int = 10) -> dict:
-    """K candidates of a pair, PNG files included, against one call for each candidate."""
-    pipeline = DiffHarmonyPipeline.from_pretrained(BASE, device=device)
+    """K candidates of a pair, PNG files included, against a call for each candidate that encodes the pair again."""
+    pipeline = DiffHarmonyPipeline.from_pretrained(PLUS, device=device)
     pipeline.set_progress_bar_config(disable=True)
     with tempfile.TemporaryDirectory() as folder:
         write_set(folder, pairs=1)
@@ -88,8 +91,26 @@ def generation(device, k: int = 10) -> dict:
                     drawn = pipeline(image, mask, generator=generator(index)).images[0]
                 write_image(out / f"{index}.png", np.asarray(drawn))
 
-        return {"name": f"{k} candidates at {SIZE} px with their files, {device}: a batch / one by one",
-                **paired(ours, plain, 5)}  # fmt: skip
+        times = paired(ours, plain, 5)
+        rates = {name: k / times[name] for name in ("ours", "baseline")}
+        name = f"{k} candidates at {SIZE} px with their files, {device}: a batch / one by one"
+        return {"name": name, **times, **rates, "unit": "candidates/s"}
+
+
+def features(device) -> dict:
+    """The classifier's features of 16 pictures out of the cache, against a first look at them."""
+    classifier = HarmonyClassifier().eval().to(device)  # random weights cost the same
+    with tempfile.TemporaryDirectory() as folder:
+        write_set(folder)
+        paths = [triple.composite for triple in read_triples(folder, "train")]
+        roots = (Path(folder, f"cache {turn}") for turn in itertools.count())
+
+        def extract(root):
+            cache.ROOT = root
+            classifier.extract(paths)
+
+        times = paired(lambda: extract(Path(folder, "cache")), lambda: extract(next(roots)), 5)
+        return {"name": f"classifier features of {len(paths)} pictures, {device}: cache / network", **times}
 
 
 def unet_run(device, batch: int, size: int = SIZE):
@@ -183,4 +204,5 @@ def cost_of_size(device) -> list[dict]:
 
 def rows() -> list[dict]:
     device = pick_device()
-    return [prefetching(device), generation(device), two_processes(), matrix_rate(device), *cost_of_size(device)]
+    return [*(measure(device) for measure in (prefetching, generation, features)), two_processes(), matrix_rate(device),
+            *cost_of_size(device)]  # fmt: skip

@@ -82,18 +82,18 @@ def generate(
     size: int = typer.Option(None, help="longest side in pixels; default: as the photos are"),
     steps: int = typer.Option(5, help="denoising steps"),
     temperature: float = typer.Option(1.0, help="scale of the initial noise"),
-    suffix: str = typer.Option(".png", help=".png or .jpg"),
+    suffix: str = typer.Option(".png", help=".png, or .jpg, which keeps the background only nearly as it is"),
     precision: str = typer.Option("auto", help="auto, fp32, bf16 or fp16"),
     device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
 ) -> None:
     """Draw candidate composites of real photos; `torchrun -m harmonylib.cli generate ...` shares out the work."""
     from .generate import MANIFEST, generate_candidates, pairs_of
     from .layout import read_triples
-    from .manifest import photo_pairs
+    from .manifest import detect, photo_pairs
     from .mixing import photo_pairs_of
     from .pipeline import DiffHarmonyPipeline
 
-    listed = os.path.exists(os.path.join(data, f"IHD_{split}.txt"))
+    listed = detect(data) == "iharmony4"
     pairs = pairs_of(read_triples(data, split)) if listed else photo_pairs_of(photo_pairs(data))
     pipeline = DiffHarmonyPipeline.from_pretrained(model, device=device)
     if generate_candidates(pipeline, pairs, out, k, seed, size, steps, temperature, suffix, precision):

@@ -57,11 +57,8 @@ class Pair:
         real, mask = read_image(self.real), read_mask(self.mask)
         if real.shape[:2] != mask.shape:
             raise HarmonyError(f"{self.mask}: mask is {mask.shape[::-1]}, real {real.shape[1::-1]}; resize the mask")
-        if size is not None:
-            factor = size / max(mask.shape)
-            shape = tuple(max(1, round(side * factor)) for side in mask.shape)
-            real, mask = resize_image(real, shape), resize_mask(mask, shape)
-        return real, mask
+        shape = scaled(mask.shape, size)
+        return resize_image(real, shape), resize_mask(mask, shape)
 
 
 @dataclass(frozen=True)
@@ -88,13 +85,18 @@ class Choice:
     rejected: tuple[tuple[Candidate, float], ...]
 
 
+def scaled(shape: tuple[int, int], size: int | None) -> tuple[int, int]:
+    """(height, width) with the longest side at `size` pixels (None: as it is)."""
+    return shape if size is None else tuple(max(1, round(side * (size / max(shape)))) for side in shape)
+
+
 def pairs_of(triples: list[Triple]) -> list[Pair]:
     """The distinct (real, mask) pairs of some triples, in order of first appearance."""
     return list(dict.fromkeys(Pair(*t.pair, t.photo, t.real, t.mask) for t in triples))
 
 
-def has_latent_foreground(mask: np.ndarray, factor: int = 8) -> bool:
-    """Whether an HxW bool mask keeps any foreground on the latent grid, `factor` pixels a cell."""
+def has_latent_foreground(mask: np.ndarray, factor: int) -> bool:
+    """Whether an HxW bool mask keeps any foreground on the latent grid, `factor` pixels a cell (`pipeline.factor`)."""
     padded = pad_to_multiple(to_tensor(mask)[None], factor, "constant")
     return bool(latent_mask(padded, [side // factor for side in padded.shape[-2:]]).any())
 
@@ -113,16 +115,17 @@ def generate_candidates(pipeline: DiffHarmonyPipeline, pairs: list[Pair], root_o
                         suffix: str = ".png", precision: str = "auto") -> dict | None:  # fmt: skip
     """K candidate composites of every pair, the real's background pasted back; returns the manifest.
 
-    size: longest side the pair is resized to (None: its own). A pair is conditioned once and its candidates are one
-    batch. Finished pairs of the same weights, files and settings are kept, all else is made anew, so a killed run
-    continues. Under torchrun each process takes its share, and those that finish before the others return None. Files
-    are equal byte for byte whatever the number of processes if each has the same number of threads.
+    size: longest side the pair is resized to (None: its own). suffix: ".png" is exact, ".jpg" lossy. A pair is
+    conditioned once and its candidates are one batch. Finished pairs of the same weights, files and settings are kept,
+    all else is made anew, so a killed run continues. Under torchrun each process takes its share, and those that finish
+    before the others return None. Files are equal byte for byte whatever the number of processes if each has the same
+    number of threads.
     The manifest lists "settings" (with the weights' hash), and for each pair its candidates with status: "ok", "nan" or
     "equal" (to the real); only "ok" ones have a file and count. Raises HarmonyError for k < 1, no pairs, steps < 1,
     temperature <= 0, an unknown suffix, unequal sizes, a mask that is empty on the latent grid, or another run that
     writes to the same root.
     """
-    if k < 1 or steps < 1 or temperature <= 0:
+    if k < 1 or steps < 1 or not 0 < temperature < float("inf"):
         raise HarmonyError(f"k {k}, steps {steps}, temperature {temperature}: k and steps are >= 1, temperature is > 0")
     if suffix not in SUFFIXES:
         raise HarmonyError(f"suffix {suffix!r} is unknown; use {' or '.join(SUFFIXES)}")
@@ -262,6 +265,7 @@ def read_manifest(root) -> dict:
         raise HarmonyError(f"{path}: not there, so the candidates are incomplete; run `harmonylib generate` again")
     manifest = read_json(path)
     try:
+        _ = manifest["settings"]["k"] < 1
         for pair in manifest["pairs"]:
             for row in pair["candidates"]:
                 if row["status"] == "ok":

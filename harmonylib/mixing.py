@@ -15,8 +15,18 @@ from pathlib import Path
 from PIL import Image
 
 from .errors import HarmonyError
-from .generate import Candidate, Choice, Pair, by_pair, has_latent_foreground, pairs_of, read_candidates, read_manifest
-from .images import paste, read_image, resize_image, write_image
+from .generate import (
+    Candidate,
+    Choice,
+    Pair,
+    by_pair,
+    has_latent_foreground,
+    pairs_of,
+    read_candidates,
+    read_manifest,
+    scaled,
+)
+from .images import paste, read_image, resize_image, resize_mask, write_image
 from .jsonio import write_json
 from .layout import COMPOSITES, MASKS, REALS, plain_name, read_triples, write_list, write_pair
 from .manifest import imaterialist_pairs, photo_pairs
@@ -158,14 +168,14 @@ def photo_pairs_of(paths: list[tuple[Path, Path]], subset: str = HUMAN) -> list[
     return [Pair(subset, f"{name}_1", name, *files) for name, files in zip(names, paths, strict=True)]
 
 
-def clean_photos(pairs: list[Pair], size: int | None = None, foreground=(0.01, 0.95), min_side: int = 64,
-                 min_border_std: float = 6.0) -> tuple[list[Pair], dict[str, list[str]]]:  # fmt: skip
+def clean_photos(pairs: list[Pair], size: int | None = None, factor: int = 8, foreground=(0.01, 0.95), min_side=64,
+                 min_border_std=6.0) -> tuple[list[Pair], dict[str, list[str]]]:  # fmt: skip
     """Leave out photos that cannot teach harmonization; returns (kept, {reason: names}).
 
     Reasons: "small" (a side under min_side pixels), "foreground" (share outside the bounds, or nothing left on the
-    latent grid at `size`) and "plain" (the border outside the foreground varies by less than min_border_std grey
-    levels: product shots, which the paper removed by means it does not tell, and studio backdrops). Raises HarmonyError
-    when no photo is left.
+    latent grid at `size`, `factor` pixels a cell) and "plain" (the border outside the foreground varies by less than
+    min_border_std grey levels: product shots, which the paper removed by means it does not tell, and studio backdrops).
+    Raises HarmonyError when no photo is left.
     """
     kept, dropped = [], {"small": [], "foreground": [], "plain": []}
     for pair in progress(pairs, desc="cleaning", unit="photo"):
@@ -173,9 +183,10 @@ def clean_photos(pairs: list[Pair], size: int | None = None, foreground=(0.01, 0
         width = max(1, round(BORDER * min(mask.shape)))
         border = ~mask
         border[width:-width, width:-width] = False
+        small = resize_mask(mask, scaled(mask.shape, size))
         if min(mask.shape) < min_side:
             dropped["small"].append(pair.name)
-        elif not foreground[0] <= mask.mean() <= foreground[1] or not has_latent_foreground(pair.load(size)[1]):
+        elif not (foreground[0] <= mask.mean() <= foreground[1] and has_latent_foreground(small, factor)):
             dropped["foreground"].append(pair.name)
         elif not border.any() or real[border].std(0).mean() < min_border_std:
             dropped["plain"].append(pair.name)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from harmonylib import cli
 from harmonylib.diffusion import base_scheduler
 from harmonylib.errors import HarmonyError
 from harmonylib.generate import (
@@ -89,6 +90,35 @@ def test_all_k_candidates_differ(pipeline, pairs, tmp_path, k):
     candidates = read_candidates(tmp_path)
     assert len(candidates) == k
     assert len({c.path.read_bytes() for c in candidates}) == k
+
+
+def test_a_pair_is_conditioned_once_and_its_candidates_are_one_batch(pipeline, pairs, tmp_path):
+    vae, seen = pipeline.vae, []
+    modules = {"encoder": vae.encoder, "condition": vae.conditional_encoder, "unet": pipeline.unet}
+    modules["decoder"] = vae.decoder.mid_block
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen.append((name, len(inputs[0]))))
+        for name, module in modules.items()
+    ]
+    run(pipeline, pairs[:2], tmp_path, k=3, steps=2)
+    for hook in hooks:
+        hook.remove()
+    assert seen == [("encoder", 1), ("unet", 3), ("unet", 3), ("condition", 1), ("decoder", 3)] * 2
+
+
+def test_the_command_reads_each_subsets_own_list_and_writes_jpeg(pipeline, pairs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pipeline.save_pretrained("model")
+    shutil.copytree(pairs[0].real.parents[2], "set")
+    os.rename("set/IHD_train.txt", "set/HFlickr/HFlickr_train.txt")
+    words = ["generate", "set", "out", "--model", "model", "--steps", "1", "--suffix", ".jpg", "--device", "cpu", "-k"]
+    assert cli.run(cli.app, "harmonylib", [*words, "0"]) == 1 and "error: k 0" in capsys.readouterr().err
+    assert cli.run(cli.app, "harmonylib", [*words, "1"]) == 0
+    candidates = read_candidates("out")
+    assert [c.path.name for c in candidates] == ["f0_1_g0.jpg", "f1_1_g0.jpg", "f2_1_g0.jpg"]
+    for candidate, pair in zip(candidates, pairs, strict=True):
+        real, mask = pair.load()
+        assert np.abs(read_image(candidate.path)[~mask].astype(int) - real[~mask]).mean() < 4  # noise, quality 95
 
 
 def test_background_is_the_real_photos(whole, pairs):
@@ -199,7 +229,13 @@ def test_nan_and_unchanged_candidates_are_never_counted(pipeline, pairs, tmp_pat
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"k": 0}, "k 0"), ({"steps": 0}, "steps 0"), ({"temperature": 0.0}, "temperature"), ({"suffix": ".gif"}, ".gif")],
+    [
+        ({"k": 0}, "k 0"),
+        ({"steps": 0}, "steps 0"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"suffix": ".gif"}, ".gif"),
+    ],
 )
 def test_bad_settings(pipeline, pairs, tmp_path, changes, message):
     with pytest.raises(HarmonyError, match=message):
@@ -212,8 +248,8 @@ def test_bad_settings(pipeline, pairs, tmp_path, changes, message):
 def test_foreground_that_vanishes_on_the_latent_grid(pipeline, pairs, tmp_path):
     mask = np.zeros((40, 56), bool)
     mask[1:8, 1:8] = True  # published masks take the top-left pixel of each 8x8 block
-    assert not has_latent_foreground(mask)
-    assert has_latent_foreground(~mask) and has_latent_foreground(np.eye(13, dtype=bool))
+    assert not has_latent_foreground(mask, 8) and has_latent_foreground(mask, 4)
+    assert has_latent_foreground(~mask, 8) and has_latent_foreground(np.eye(13, dtype=bool), 8)
     write_image(tmp_path / "m.png", mask)
     pair = Pair("HFlickr", "f0_2", "f0", pairs[0].real, tmp_path / "m.png")
     with pytest.raises(HarmonyError, match="m.png: no foreground is left"):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from harmonylib.check import audit
 from harmonylib.errors import HarmonyError
 from harmonylib.generate import Candidate, Choice, Pair
 from harmonylib.images import resize_image, write_image
@@ -141,6 +142,9 @@ def test_pairs_can_be_left_out(root, tmp_path):
 def test_unfinished_candidates_and_mixed_sets_are_refused(root, candidates, tmp_path):
     with pytest.raises(HarmonyError, match="incomplete"):
         mix(root, tmp_path, tmp_path / "out", 1.0, 0)
+    write_json(tmp_path / "manifest.json", {"pairs": []})
+    with pytest.raises(HarmonyError, match="not a manifest of candidates"):
+        mix(root, tmp_path, tmp_path / "out", 1.0, 0)
     mix(root, candidates, tmp_path / "out", 1.0, 0)
     with pytest.raises(HarmonyError, match="already"):
         mix(tmp_path / "out", candidates, tmp_path / "twice", 0.1, 0)
@@ -206,6 +210,7 @@ def test_human_harmony(tmp_path):
     for triple in (*train, *test):
         composite, mask, real = triple.load()
         assert np.array_equal(composite[~mask], real[~mask]) and not np.array_equal(composite, real)
+    assert not audit(tmp_path / "out", workers=1).findings
     card = (tmp_path / "out" / "README.md").read_text()
     for text in ("| a museum | CC0 | 1 |", "| not stated | not stated | 24 |", "| 25 | 25 | 22 | 3 | 100% |",
                  "left out: 2 plain.", "drew 2 usable", "7,404"):  # fmt: skip
@@ -285,6 +290,8 @@ def test_clean_photos(tmp_path):
     kept, dropped = clean_photos(pairs, foreground=(0.001, 0.95))
     assert [p.photo for p in kept] == ["good"]
     assert dropped == {"small": ["small_1"], "foreground": ["tiny_1", "full_1"], "plain": ["studio_1"]}
+    kept, _ = clean_photos(pairs[:2], factor=4, foreground=(0.001, 0.95))  # a finer grid sees the tiny one
+    assert [p.photo for p in kept] == ["good", "tiny"]
     with pytest.raises(HarmonyError, match="no photo is left after cleaning .0 small, 1 foreground, 0 plain"):
         clean_photos(pairs[2:3])
 
