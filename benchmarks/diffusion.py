@@ -184,7 +184,7 @@ def measure() -> Iterator[dict]:
         if has_bf16(device):
             half = step(parameters, losses[0], "bf16", device)
             yield {"name": f"{name} training step {size} px, bf16 against fp32 ({kind})", **paired(half, ours)}
-    for size in (256, 512) if large else (256,):
+    for size in (256, 512):
         s = System(device, large, size, batch=1)
 
         def ours(s=s, **options):
@@ -195,8 +195,16 @@ def measure() -> Iterator[dict]:
 
         name = f"5-step inference {size} px"
         yield {"name": f"{name}, one output ({kind})", **paired(ours, plain, repeats=5)}
-        four = paired(lambda: ours(candidates=4), lambda: [plain() for _ in range(4)], repeats=3)
-        yield {"name": f"{name}, four candidates sharing the condition ({kind})", **four}
+        if has_bf16(device):
+
+            def half(ours=ours):
+                with autocast(device, "bf16"):
+                    return ours()
+
+            yield {"name": f"{name}, bf16 against fp32 ({kind})", **paired(half, ours, repeats=5)}
+        if large or size == 256:  # minutes on a CPU
+            four = paired(lambda: ours(candidates=4), lambda: [plain() for _ in range(4)], repeats=3)
+            yield {"name": f"{name}, four candidates sharing the condition ({kind})", **four}
     yield from decode_rows(System(device, large, 1024, batch=1), 1024)
 
 

@@ -150,8 +150,6 @@ def _load_pipeline(folder: Path, name: str, device: str) -> DiffHarmonyPipeline:
         raise HarmonyError(
             f"{folder}: neither a DiffHarmony pipeline nor a ContrastiveResUNet; name a trained model's folder"
         )
-    if (folder / "text_encoder").is_dir():
-        return DiffHarmonyPipeline.from_stable_diffusion(folder, vae=vae, device=device)
     return DiffHarmonyPipeline.from_pretrained(folder, vae=vae, device=device)
 
 

@@ -186,10 +186,12 @@ class DiffHarmonyPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, folder, vae=None, device="auto", torch_dtype=torch.float32) -> "DiffHarmonyPipeline":
-        """Load what `save_pretrained` wrote (a folder or hub id). vae replaces the folder's own autoencoder.
+        """Load a folder or hub id: what `save_pretrained` wrote, or Stable Diffusion (see `from_stable_diffusion`).
 
-        Raises HarmonyError naming the part that is missing or damaged.
+        vae replaces the folder's own autoencoder. Raises HarmonyError naming the part that is missing or damaged.
         """
+        if "prompt" not in _config(cls, folder, default=("prompt",)):
+            return cls.from_stable_diffusion(folder, vae, device=device, torch_dtype=torch_dtype)
         prompt = load_strict(PromptEmbedding.from_pretrained, folder, subfolder="prompt", torch_dtype=torch_dtype)
         return cls(prompt=prompt, **_base_parts(folder, vae, None, torch_dtype)).to(pick_device(device))
 
@@ -208,7 +210,7 @@ class DiffHarmonyPipeline(DiffusionPipeline):
             ) from None
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-            encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+            encoder = load_strict(CLIPTextModel.from_pretrained, folder, subfolder="text_encoder")
         except Exception as error:
             reason = first_line(error)
             raise HarmonyError(f"{folder}: tokenizer or text_encoder cannot be loaded ({reason}); restore it") from None
@@ -221,12 +223,17 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         return cls(prompt=prompt.to(torch_dtype), **_base_parts(folder, vae, unet, torch_dtype)).to(pick_device(device))
 
 
+def _config(kind, folder, default=(), **options):
+    """The config that a folder or hub id has for a diffusers class, else `default`: the loader says what is wrong."""
+    try:
+        return kind.load_config(folder, **options)
+    except Exception:
+        return default
+
+
 def open_autoencoder(folder, **options) -> AutoencoderKL:
     """A HarmonyVAE where the folder's config has a conditional encoder, else a plain AutoencoderKL; both strictly."""
-    try:
-        config = AutoencoderKL.load_config(folder, subfolder=options.get("subfolder"))
-    except Exception:
-        config = {}  # the loader says what is wrong
+    config = _config(AutoencoderKL, folder, subfolder=options.get("subfolder"))
     return (HarmonyVAE.from_pretrained if "additional_in_channels" in config else load_autoencoder)(folder, **options)
 
 

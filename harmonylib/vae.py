@@ -157,6 +157,7 @@ class HarmonyVAE(LegacyAttention, AutoencoderKL):
     def from_vae(cls, vae: AutoencoderKL, mask_init: str = "zero", skip_init: str = "zero") -> "HarmonyVAE":
         """A Harmony-VAE around `vae`: encoder, decoder and quantisation copied, conditional encoder a copy of encoder.
 
+        Of a `vae` that is a Harmony-VAE itself the plain autoencoder is taken; its condition starts anew.
         mask_init: "zero" (paper) or "default" (torch's default initialisation, as the published code has it);
         skip_init: "zero" (paper) or "random" (torch's default, the ablation of Table 5).
         """
@@ -166,9 +167,11 @@ class HarmonyVAE(LegacyAttention, AutoencoderKL):
         ):
             if value not in allowed:
                 raise HarmonyError(f"{option} {value!r} is unknown; use {' or '.join(allowed)}")
-        names = set(inspect.signature(cls).parameters) & set(vae.config)
+        names = set(inspect.signature(AutoencoderKL).parameters) & set(vae.config)
         model = cls(**{name: vae.config[name] for name in names})
-        model.load_state_dict(vae.state_dict(), strict=False)
+        own = ("conditional_encoder.", "latent_skip_conv.")
+        plain = {name: tensor for name, tensor in vae.state_dict().items() if not name.startswith(own)}
+        model.load_state_dict(plain, strict=False)
         model.conditional_encoder.load_state_dict(vae.encoder.state_dict(), strict=False)
         if mask_init == "zero":
             nn.init.zeros_(model.conditional_encoder.add_conv_in.weight)

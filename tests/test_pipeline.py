@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_vae import legacy
 
 import harmonylib.pipeline as pipeline_module
-from harmonylib.diffusion import base_scheduler, foreground_weighted_mse, latent_mask, sampling_scheduler
+from harmonylib.diffusion import (
+    base_scheduler,
+    denoising_loss,
+    foreground_weighted_mse,
+    latent_mask,
+    sampling_scheduler,
+)
 from harmonylib.errors import HarmonyError
 from harmonylib.inference import harmonize
 from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding
@@ -68,6 +75,30 @@ def test_candidates_share_the_condition_and_differ(tiny_pipeline):
     assert not torch.allclose(many[0], many[2], atol=1e-2)
 
 
+@pytest.mark.parametrize("foreground", [True, False])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_training_against_the_formulas(prediction, foreground):
+    """Eq. 1 with uniform time steps, input [noisy | mask | condition], foreground-weighted or plain."""
+    target, condition, output = torch.randn(3, 2, 4, 6, 6)
+    mask = torch.zeros(2, 1, 6, 6)
+    mask[0, :, :3], mask[1, :, 0, 0] = 1, 1  # weights 2, and 36 clamped to 5
+    prompt, seen = torch.randn(1, 3, 8), []
+    unet = lambda *args: seen.append(args) or SimpleNamespace(sample=output)  # noqa: E731
+    scheduler, draw = base_scheduler(prediction), torch.Generator().manual_seed(3)
+    loss = denoising_loss(unet, scheduler, target, condition, mask, prompt, draw, foreground)
+    draw.manual_seed(3)
+    noise, t = torch.randn(target.shape, generator=draw), torch.randint(0, 1000, (2,), generator=draw)
+    alpha = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)[t].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * target + (1 - alpha).sqrt() * noise
+    goal = noise if prediction == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * target
+    inputs, steps, embeds = seen[0]
+    assert torch.allclose(inputs, torch.cat([noisy, mask, condition], 1), atol=1e-5) and torch.equal(steps, t)
+    assert torch.equal(embeds, prompt.expand(2, 3, 8))
+    error = (output - goal).square()
+    weighted = (error * mask).mean((1, 2, 3)) * torch.tensor([2.0, 5.0])
+    assert torch.allclose(loss, weighted.mean() if foreground else error.mean(), atol=1e-5)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_sampling_against_the_formulas(tiny_pipeline, prediction):
     """Euler ancestral written out, with the published order of draws from one generator: initial latents, posterior of
@@ -116,6 +147,15 @@ def test_input_and_output_kinds_agree(tiny_pipeline):
     assert np.array_equal(np.asarray(pil)[region == 0], array[region == 0])
     latents = tiny_pipeline(image, mask, generator=seeds(0), output_type="latent").images
     assert latents.shape == (1, 4, 5, 7)
+
+
+def test_prompt_embeds_replace_the_cached_ones(tiny_pipeline):
+    options = {"generator": seeds(0), "output_type": "latent"}
+    with torch.no_grad():
+        cached = tiny_pipeline(*example(), **options).images
+        options["generator"] = seeds(0)
+        other = tiny_pipeline(*example(), prompt_embeds=torch.randn(1, 1, 32), **options).images
+    assert not torch.equal(cached, other)
 
 
 def test_height_and_width_squash(tiny_pipeline):
@@ -176,6 +216,19 @@ def test_bad_input(tiny_pipeline, tmp_path):
         DiffHarmonyPipeline.from_pretrained(tmp_path)
 
 
+def test_large_images_in_tiles_and_slices(tiny_pipeline):
+    """Encoded and decoded in overlapping tiles, with the condition, one image after the other."""
+    image, mask = example(129, 200, batch=2)
+    tiny_pipeline.vae.enable_tiling()
+    tiny_pipeline.vae.enable_slicing()
+    seen = []
+    hook = tiny_pipeline.vae.conditional_encoder.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape))
+    output = tiny_pipeline(image, mask, generator=seeds(0, 1), output_type="pt").images
+    hook.remove()
+    assert output.shape == image.shape and torch.isfinite(output).all()
+    assert len(seen) == 2 * 3 * 4 and set(seen) == {(1, 3, 64, 64)}
+
+
 def test_everything_foreground_and_one_pixel(tiny_pipeline):
     image, mask = example()
     assert torch.isfinite(tiny_pipeline(image, torch.ones_like(mask), output_type="pt").images).all()
@@ -202,9 +255,10 @@ class Encoder:
         self.folder = folder
 
     @classmethod
-    def from_pretrained(cls, folder, subfolder):
+    def from_pretrained(cls, folder, subfolder, output_loading_info=False):
         assert (Path(folder) / subfolder).is_dir(), f"no {subfolder}"
-        return cls(folder)
+        info = {"missing_keys": [], "unexpected_keys": []}
+        return (cls(folder), info) if output_loading_info else cls(folder)
 
     def __call__(self, tokens):
         return (torch.arange(77 * 32.0).view(1, 77, 32) + tokens.sum(),)
@@ -257,6 +311,8 @@ def test_stable_diffusion_folder(sd_folder, tiny_vae, monkeypatch):
     pipeline = open_it()
     check_stable_diffusion(pipeline, sd_folder)
     assert torch.equal(pipeline.prompt.embeds, torch.arange(77 * 32.0).view(1, 77, 32) + 77)
+    same = DiffHarmonyPipeline.from_pretrained(sd_folder, tiny_vae, device="cpu")
+    assert same.vae is tiny_vae and torch.equal(same.prompt.embeds, pipeline.prompt.embeds)
     settings = SimpleNamespace(source="stable-diffusion", path=str(sd_folder), vae=str(sd_folder / "vae"))
     assert torch.equal(open_base(settings, 0).vae.decoder.conv_in.weight, tiny_vae.decoder.conv_in.weight)
     harmony = HarmonyVAE.from_vae(tiny_vae)
@@ -293,6 +349,10 @@ def test_stable_diffusion_folder_with_transformers(sd_folder):
     with torch.no_grad():
         assert torch.allclose(pipeline.prompt.embeds, encoder(torch.tensor([[0] + [1] * 76]))[0], atol=1e-5)
     check_stable_diffusion(pipeline, sd_folder)
+    weights = sd_folder / "text_encoder/model.safetensors"
+    save_file({k: v for k, v in load_file(weights).items() if "final_layer_norm.weight" not in k}, weights)
+    with pytest.raises(HarmonyError, match="text_encoder: 1 missing keys .*final_layer_norm.weight"):
+        DiffHarmonyPipeline.from_pretrained(sd_folder, device="cpu")
 
 
 def test_unknown_base():

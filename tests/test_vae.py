@@ -63,6 +63,14 @@ def test_starts_as_the_plain_autoencoder_bit_for_bit(tiny_vae):
     assert torch.count_nonzero(model.conditional_encoder.add_conv_in.weight) == 0
 
 
+def test_starts_anew_around_the_autoencoder_of_a_trained_one(tiny_vae):
+    trained = HarmonyVAE.from_vae(tiny_vae, skip_init="random")
+    latents, image, mask = inputs()
+    with torch.no_grad():
+        again = HarmonyVAE.from_vae(trained).decode(latents, image, mask).sample
+        assert torch.equal(again, tiny_vae.decode(latents).sample)
+
+
 def test_other_initialisations(tiny_vae):
     default = HarmonyVAE.from_vae(tiny_vae, mask_init="default")
     assert torch.count_nonzero(default.conditional_encoder.add_conv_in.weight) > 0
@@ -118,6 +126,17 @@ def test_condition_is_heard_after_a_step(tiny_vae):
     with torch.no_grad():
         a, b = (model.decode(latents, x, mask, sample_posterior=False).sample for x in (image, -image))
     assert not torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_loss_is_over_the_whole_image(tiny_vae, kind):
+    latents, image, mask = inputs()
+    batch = {"moments": torch.cat([latents, torch.full_like(latents, -30)], 1), "target": image, "condition": image}
+    with torch.no_grad():
+        terms = harmony_vae_loss(kind)(HarmonyVAE.from_vae(tiny_vae), batch | {"mask": mask}, torch.Generator())
+        error = tiny_vae.decode(latents).sample - image  # fresh: the plain decoder
+    assert torch.allclose(terms["loss"], (error.abs() if kind == "l1" else error.square()).mean(), atol=1e-5)
+    assert torch.allclose(terms["mse"], error.square().mean(), atol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
