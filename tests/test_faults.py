@@ -126,7 +126,9 @@ def killed_while_saving(folder):
 def test_killed_while_saving(tmp_path, whole):
     assert forks.codes([forks.start(killed_while_saving, tmp_path)]) == [-signal.SIGKILL]
     assert [path.stem for path in saved(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert len(list(tmp_path.rglob(".step-*.pt"))) == 1  # half-written
     assert same(toy_train(tmp_path), whole)
+    assert not list(tmp_path.rglob(".step-*.pt"))
     return "the last two whole checkpoints stay; " + SAME
 
 
@@ -143,7 +145,7 @@ def train_and_die(trainer, root, out):
     trainers.write_trained(trainer, root, out, 5, "checkpoints")
 
 
-@fault("training", "`kill -9` of every trainer (Harmony-VAE, DiffHarmony, ResUNet, the base) after two steps")
+@fault("training", "`kill -9` of every trainer (Harmony-VAE, DiffHarmony, ResUNet, refiner, the base) after two steps")
 def test_every_trainer_resumes(tmp_path):
     trainers.make_set(tmp_path / "set")
     killed = [forks.start(train_and_die, name, tmp_path, f"{name}.pt") for name in trainers.TRAINERS]
