@@ -12,18 +12,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harmonylib.notebooks import read_notebook
+from harmonylib.notebooks import program
 
 from .paired import paired, seconds
 
 REPOSITORY = Path(__file__).parents[1]
-STAGES = {"base": "02_base_autoencoder", "classifier": "05_harmony_classifier", "resunet": "08_contrastive_resunet"}
-
-
-def script(notebook: Path) -> str:
-    """A notebook's code cells as a Python program."""
-    cells = [cell.source for cell in read_notebook(notebook).cells if cell.cell_type == "code"]
-    return "\n\n".join(["from IPython.display import display", *cells, ""])
+STAGES = {"data": "01_data", "base": "02_base_autoencoder", "classifier": "05_harmony_classifier"}
 
 
 def whole_run(name: str, run: float, stages: int, per_stage: dict) -> dict:
@@ -53,7 +47,7 @@ def rows() -> list[dict]:
         call("-m", "harmonylib.cli", "profile", "smoke")
         repro(*STAGES)
         for name in STAGES.values():
-            (clone / f"{name}.py").write_text(script(clone / f"notebooks/{name}.ipynb"), encoding="utf-8")
+            (clone / f"{name}.py").write_text(program(clone / f"notebooks/{name}.ipynb"), encoding="utf-8")
         found = paired(
             lambda: repro("--force", "--single-item", *STAGES),
             lambda: [call(f"{name}.py") for name in STAGES.values()],
