@@ -62,23 +62,33 @@ def loss_row(device, batch: int = 8, size: int = 256) -> dict:
     return {"name": f"contrastive loss, forward and backward, K 256, {batch} x {size} px: batched / a loop", **timing}
 
 
-def step_row(device) -> dict:
+def step_rows(device) -> list[dict]:
+    """A training step as we make it, against fp32 in contiguous memory, and against one without the term."""
     batch, size = (8, 256) if device.type == "cuda" else (8, 64)
     composite, real, mask = images(device, batch, size)
-    model, contrast = network(device).to(memory_format=torch.channels_last), RegionContrastiveLoss().to(device)
-    parameters = [*model.parameters(), *contrast.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    last = network(device).to(memory_format=torch.channels_last)
 
-    def step(term):
-        with autocast(device):
-            terms = harmonization_loss(model(composite, mask), real, mask, term)
-        terms["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+    def stepping(model, term, precision):
+        parameters = [*model.parameters(), *(term.parameters() if term else ())]
+        optimiser = torch.optim.AdamW(parameters, lr=1e-6, fused=model is last)
 
-    timing = paired(lambda: step(contrast), lambda: step(None))
-    return {"name": f"training step, {batch} x {size} px: with / without the contrastive term", **timing}
+        def step():
+            with autocast(device, precision):
+                terms = harmonization_loss(model(composite, mask), real, mask, term)
+            terms["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+        return step
+
+    ours, plain = (RegionContrastiveLoss().to(device) for _ in range(2))
+    step, name = stepping(last, ours, "auto"), f"ResUNet training step, {batch} x {size} px"
+    others = {
+        "channels-last, mixed precision, fused / none of them": stepping(network(device), plain, "fp32"),
+        "with / without the contrastive term": stepping(last, None, "auto"),
+    }
+    return [{"name": f"{name}: {what}", **paired(step, other)} for what, other in others.items()]
 
 
 @torch.inference_mode()
@@ -139,4 +149,4 @@ def memory_row(device) -> dict:
 def rows() -> list[dict]:
     """Rows of benchmarks/results.json; a ratio above 1 means that ours is better."""
     device = pick_device()
-    return [loss_row(device), step_row(device), *inference_rows(device), memory_row(device)]
+    return [loss_row(device), *step_rows(device), *inference_rows(device), memory_row(device)]

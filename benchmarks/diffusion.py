@@ -1,6 +1,6 @@
 """DiffHarmony++ against a plain implementation written from the papers: every step encodes its images and the prompt
 anew, in fp32. On CUDA at Stable Diffusion's size, elsewhere at that of the small base (which has no text encoder);
-weights are random, which costs the same. What caching gains and what bf16 gains are separate rows.
+weights are random, which costs the same. What caching gains in one precision and what bf16 adds are separate rows.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from harmonylib.diffusion import base_scheduler, denoising_loss, latent_mask, sc
 from harmonylib.fit import sample_posterior
 from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding
 from harmonylib.pretrain import BaseSettings, build_autoencoder, build_unet
+from harmonylib.refinement import RefinementUNet, refinement_loss
 from harmonylib.vae import HarmonyVAE, harmony_vae_loss
 
 from .paired import paired
@@ -105,6 +106,30 @@ def vae_steps(s: System):
     return lambda: harmony_vae_loss()(s.vae, batch, s.generator)["loss"], plain
 
 
+def refiner_steps(s: System):
+    """((ours with stage-1 outputs made before, plain), refiner): widths as in the papers, or of the `mini` profile."""
+    channels = (128, 256, 512, 512) if s.text else (16, 32, 64, 64)
+    model = RefinementUNet(block_out_channels=channels, norm_num_groups=min(32, channels[0] // 2)).to(s.device)
+    batch = {"output": plain_inference(s, s.composite, s.mask), "mask": s.mask}
+    batch |= {"composite": s.composite, "real": s.real}
+
+    def plain():
+        anew = {"output": plain_inference(s, s.composite, s.mask).float()}
+        return refinement_loss(model, batch | anew)["loss"]
+
+    return (lambda: refinement_loss(model, batch)["loss"], plain), model
+
+
+def in_precisions(name: str, kind: str, device, work, repeats: int = 7) -> Iterator[dict]:
+    """Rows of (ours, plain) = work(precision): both in fp32; with bf16 also both in bf16, and ours in it alone."""
+    ours, plain = work("fp32")
+    yield {"name": f"{name}, fp32 ({kind})", **paired(ours, plain, repeats)}
+    if has_bf16(device):
+        half, plain_half = work("bf16")
+        yield {"name": f"{name}, bf16 ({kind})", **paired(half, plain_half, repeats)}
+        yield {"name": f"{name}, bf16 / fp32 ({kind})", **paired(half, plain, repeats)}
+
+
 @torch.no_grad()
 def plain_inference(s: System, image, mask, steps: int = 5):
     """Euler ancestral from the formulas, the prompt encoded anew in every step, all in fp32."""
@@ -147,16 +172,27 @@ def peak_megabytes(work) -> float | None:
     return read("VmHWM") - before
 
 
-def decode_rows(s: System, size: int) -> list[dict]:
-    """Conditional decoding of one image, tiled against whole: time and peak memory."""
+def decoding(s: System, precision: str):
+    """A call that decodes one image under its condition."""
     image, mask = s.composite[:1], s.mask[:1]
     latents = s.encode(image).chunk(2, dim=1)[0]
-    s.vae.tile_latent_min_size = latents.shape[-1] // 4
 
     @torch.no_grad()
+    def work():
+        with autocast(s.device, precision):
+            s.vae.decode(latents, image, mask)
+
+    return work
+
+
+def decode_rows(s: System, size: int) -> list[dict]:
+    """Conditional decoding of one image, tiled against whole: time and peak memory."""
+    work = decoding(s, "fp32")
+    s.vae.tile_latent_min_size = size // s.pipeline.factor // 4
+
     def decode(tiled):
         s.vae.use_tiling = tiled
-        s.vae.decode(latents, image, mask)
+        work()
 
     name = f"conditional decode {size} px, tiled against whole"
     rows = [{"name": f"{name}: time", **paired(lambda: decode(True), lambda: decode(False), repeats=3)}]
@@ -177,34 +213,36 @@ def measure() -> Iterator[dict]:
     size = 512 if large else 96
     s = System(device, large, size)
     s.vae.set_trainable()
-    for name, losses, model in (("UNet", unet_steps(s), s.unet), ("Harmony-VAE", vae_steps(s), s.vae)):
+    models = (("UNet", unet_steps(s), s.unet), ("Harmony-VAE", vae_steps(s), s.vae), ("refiner", *refiner_steps(s)))
+    for name, losses, model in models:
         parameters = [p for p in model.parameters() if p.requires_grad]
-        ours, plain = (step(parameters, loss, device=device) for loss in losses)
-        yield {"name": f"{name} training step {size} px, cached moments ({kind})", **paired(ours, plain)}
-        if has_bf16(device):
-            half = step(parameters, losses[0], "bf16", device)
-            yield {"name": f"{name} training step {size} px, bf16 against fp32 ({kind})", **paired(half, ours)}
+
+        def work(precision, losses=losses, parameters=parameters):
+            return [step(parameters, loss, precision, device) for loss in losses]
+
+        yield from in_precisions(f"{name} training step {size} px: cached / anew in every step", kind, device, work)
     for size in (256, 512):
         s = System(device, large, size, batch=1)
 
-        def ours(s=s, **options):
-            return s.pipeline(s.composite, s.mask, output_type="pt", **options)
+        def inference(precision, s=s, candidates=1):
+            def ours():
+                with autocast(device, precision):
+                    s.pipeline(s.composite, s.mask, output_type="pt", candidates=candidates)
 
-        def plain(s=s):
-            return plain_inference(s, s.composite, s.mask)
+            def plain():
+                with autocast(device, precision):
+                    for _ in range(candidates):
+                        plain_inference(s, s.composite, s.mask)
 
-        name = f"5-step inference {size} px"
-        yield {"name": f"{name}, one output ({kind})", **paired(ours, plain, repeats=5)}
-        if has_bf16(device):
+            return ours, plain
 
-            def half(ours=ours):
-                with autocast(device, "bf16"):
-                    return ours()
-
-            yield {"name": f"{name}, bf16 against fp32 ({kind})", **paired(half, ours, repeats=5)}
+        yield from in_precisions(f"5-step inference {size} px: ours / plain", kind, device, inference, 5)
         if large or size == 256:  # minutes on a CPU
-            four = paired(lambda: ours(candidates=4), lambda: [plain() for _ in range(4)], repeats=3)
-            yield {"name": f"{name}, four candidates sharing the condition ({kind})", **four}
+            name = f"5-step inference {size} px, four candidates sharing the condition"
+            yield {"name": f"{name} ({kind})", **paired(*inference("fp32", candidates=4), repeats=3)}
+        if has_bf16(device):
+            half, full = decoding(s, "bf16"), decoding(s, "fp32")
+            yield {"name": f"conditional decode {size} px: bf16 / fp32 ({kind})", **paired(half, full)}
     yield from decode_rows(System(device, large, 1024, batch=1), 1024)
 
 

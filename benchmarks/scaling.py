@@ -84,11 +84,10 @@ def main() -> None:
     print("".join(f"| {name} | {value / 1e12:.2f} |\n" for name, value in one.items()))
     print("| part of `paper` | EFLOP | 1 GPU, h | 8 GPUs, h | 64 GPUs, h |\n|---|---|---|---|---|")
     parts = work(one)
-    batch = {"Harmony-VAE, both tasks": 16, "DiffHarmony, both tasks": 16, "contrastive ResUNet": 8}
+    most = dict(zip(parts, (1, 16, 16, 8, 64, 1), strict=True))  # GPUs: batch sizes; caches and evaluation use one
     for name, value in (parts | {"all": sum(parts.values())}).items():
-        hours = [value / RATE / 3600 / min(gpus, batch.get(name, gpus)) for gpus in (1, 8, 64)]
-        if name == "all":
-            hours = [sum(v / RATE / 3600 / min(g, batch.get(n, g)) for n, v in parts.items()) for g in (1, 8, 64)]
+        chosen = parts if name == "all" else [name]
+        hours = [sum(parts[part] / RATE / 3600 / min(gpus, most[part]) for part in chosen) for gpus in (1, 8, 64)]
         print(f"| {name} | {value / 1e18:.1f} | " + " | ".join(f"{hour:.1f}" for hour in hours) + " |")
     gradients = 4 * 859_535_364
     compute = one["UNet training step, 512 px"] / RATE

@@ -120,12 +120,15 @@ def _make_room(size: int) -> None:
         raise HarmonyError(
             f"{ROOT}: an entry needs {size / 1e9:.1f} GB, the cache has {bound / 1e9:g}; set HARMONYLIB_CACHE_GB higher"
         )
-    entries = sorted(ROOT.glob("*.npy"), key=lambda path: path.stat().st_mtime)
-    total = size + sum(path.stat().st_size for path in entries)
-    for path in entries:
+    entries = {}
+    for path in ROOT.glob("*.npy"):
+        with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+            entries[path] = path.stat()
+    total = size + sum(entry.st_size for entry in entries.values())
+    for path, entry in sorted(entries.items(), key=lambda item: item[1].st_mtime):
         if total <= bound:
             break
-        total -= path.stat().st_size
+        total -= entry.st_size
         path.unlink(missing_ok=True)
         path.with_suffix(".sum").unlink(missing_ok=True)
     if size > shutil.disk_usage(ROOT).free:

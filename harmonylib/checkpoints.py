@@ -26,6 +26,8 @@ class Checkpoints:
     def _write(self, name: str, state: dict) -> None:
         import torch  # here, because the notebook runner needs this module but not torch
 
+        for leftover in self.folder.glob(".*.pt"):  # of a run killed while saving: gigabytes each
+            leftover.unlink()
         with atomic_path(self.folder / name, durable=True) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)  # a file of ours, so that a full disk is an OSError
 

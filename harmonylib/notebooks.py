@@ -1,6 +1,7 @@
 """Run notebooks as pipeline stages, and keep those in the repository free of outputs.
 
     python -m harmonylib.notebooks run notebooks/03_harmony_vae.ipynb -p task=harmonize
+    torchrun --nproc-per-node 8 -m harmonylib.notebooks train notebooks/03_harmony_vae.ipynb -p task=harmonize
     python -m harmonylib.notebooks strip [--check] FILES...
 
 The executed copy in reports/notebooks/ has the same bytes after every equal run: numbered cell ids, no timings, no
@@ -12,6 +13,7 @@ import contextlib
 import logging
 import os
 import re
+import runpy
 import signal
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from .params import did_you_mean, find_root, parse_yaml, same_type, type_name
 from .progress import PROGRESS_FILE, Appender, relay
 
 EXECUTED = Path("reports/notebooks")
+RESUME_POINTS = "artifacts/checkpoints"
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -192,8 +195,25 @@ def run_notebook(path, parameters: dict | None = None, output=None) -> Path:
             raise HarmonyError(f"{path}, {failure}; {kept}") from None
     _write_notebook(target, stable(executed))
     failed.unlink(missing_ok=True)
-    discard_finished(root / "artifacts/checkpoints", started)
+    discard_finished(root / RESUME_POINTS, started)
     return target
+
+
+def program(path, parameters: dict | None = None, until: str = "") -> str:
+    """A notebook's code cells as a plain program with these parameters, up to the first that holds `until`."""
+    notebook, parameters = read_notebook(path), parameters or {}
+    check_parameters(path, notebook, parameters)
+    cells = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cells.append(cell.source)
+            if "parameters" in cell.metadata.get("tags", []):
+                cells += [f"{name} = {value!r}" for name, value in parameters.items()]
+            if until and until in cell.source:
+                return "\n\n".join(cells)
+    if until:
+        raise HarmonyError(f"{path}: no cell with {until}; only notebooks that train with resume points can be shared")
+    return "\n\n".join(cells)
 
 
 class _Failure(Exception):
@@ -271,6 +291,20 @@ def run_command(
     started = time.monotonic()
     target = run_notebook(notebook, parse_parameters(parameter), output)
     typer.echo(f"{notebook} -> {os.path.relpath(target)} ({time.monotonic() - started:.0f} s)", err=True)
+
+
+@app.command("train")
+def train_command(
+    notebook: Path,
+    parameter: list[str] = typer.Option([], "-p", "--parameter", help="NAME=VALUE, may be given several times"),
+) -> None:
+    """Run a notebook as far as its training, in every process of a torchrun; its stage then takes up the result."""
+    source = program(notebook, parse_parameters(parameter), RESUME_POINTS)
+    os.chdir(find_root())
+    with tempfile.TemporaryDirectory(prefix="harmonylib-") as folder:
+        script = Path(folder, f"{notebook.stem}.py")
+        script.write_text(source, encoding="utf-8")
+        runpy.run_path(str(script))
 
 
 @app.command("strip")

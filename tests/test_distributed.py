@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import forks
+import nbformat
 import pytest
 import torch
 import trainers
+from nbformat import v4
 
+from harmonylib import training
 from harmonylib.distributed import ShareOfDraws
 from harmonylib.errors import HarmonyError
 from harmonylib.seeds import generator
@@ -84,8 +87,39 @@ def test_the_command_under_torchrun_writes_the_same_bytes(root):
     assert len(list((root / "one").rglob("*.png"))) == 9
 
 
+SHARED = """\
+import sys
+import torch
+sys.path.insert(0, {tests!r})
+import trainers
+weights = trainers.trained("harmony_vae", ".", 4, "artifacts/checkpoints")
+torch.save(weights, name)
+"""
+
+
+def test_a_stage_takes_up_what_two_processes_trained(root, monkeypatch):
+    """`torchrun -m harmonylib.notebooks train`, then the stage's own run: it trains nothing anew."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    for name in ("dvc.yaml", "params.yaml"):
+        (root / name).touch()
+    cells = [v4.new_code_cell("name = 'a.pt'", metadata={"tags": ["parameters"]}),
+             v4.new_code_cell(SHARED.format(tests=str(Path(__file__).parent))),
+             v4.new_code_cell("raise SystemExit('a cell after the training')")]  # fmt: skip
+    nbformat.write(v4.new_notebook(cells=cells), root / "train.ipynb")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "harmonylib.notebooks", "train", "train.ipynb", "-p", "name=two.pt"]
+    subprocess.run([sys.executable, *launch, *command], cwd=root, env=environment, check=True)
+    assert len(list(root.glob("artifacts/checkpoints/*/finished.pt"))) == 1
+    monkeypatch.setattr(training._Run, "step", None)  # a step would fail
+    weights, two = (
+        trainers.trained("harmony_vae", root, 4, "artifacts/checkpoints"),
+        torch.load(root / "two.pt", weights_only=True),
+    )
+    assert all(torch.equal(value, two[name]) for name, value in weights.items())
+
+
 def test_dvc_remote_carries_results_to_another_machine(tmp_path):
-    """Push from one clone, pull in another: the weights are there and `dvc repro` has nothing to do."""
+    """Push from one clone, pull in another: the weights are there and `dvc repro` has nothing to do; a sweep runs."""
     first, second = tmp_path / "first", tmp_path / "second"
     environment = os.environ | {"DVC_SITE_CACHE_DIR": str(tmp_path / "site"), "DVC_NO_ANALYTICS": "1"}
 
@@ -99,10 +133,10 @@ def test_dvc_remote_carries_results_to_another_machine(tmp_path):
 
     first.mkdir()
     (first / "dvc.yaml").write_text(
-        "stages:\n  train:\n    cmd: python -c \"open('weights', 'w').write(open('seed').read() * 3)\"\n"
-        "    deps: [seed]\n    outs: [weights]\n"
+        "stages:\n  train:\n    cmd: python -c \"open('weights', 'w').write('${seed}' * 3)\"\n"
+        "    params: [seed]\n    outs: [weights]\n"
     )
-    (first / "seed").write_text("7")
+    (first / "params.yaml").write_text("seed: 7\n")
     call("git", "init", "-q")
     dvc("init", "-q")
     dvc("remote", "add", "-q", "-d", "shared", str(tmp_path / "remote"))
@@ -115,3 +149,7 @@ def test_dvc_remote_carries_results_to_another_machine(tmp_path):
     dvc("pull", "-q", folder=second)
     assert (second / "weights").read_text() == "777"
     assert "up to date" in dvc("repro", folder=second)
+    dvc("exp", "run", "-q", "--queue", "-S", "seed=1,2", folder=second)
+    dvc("exp", "run", "-q", "--run-all", folder=second)
+    done = [line for line in dvc("exp", "show", "--csv", folder=second).splitlines() if ",Success," in line]
+    assert sorted(line.rsplit(",", 1)[1] for line in done) == ["1", "2"]

@@ -15,10 +15,12 @@ import time
 from pathlib import Path
 
 import forks
+import nbformat
 import pytest
 import torch
 import trainers
 import typer
+from nbformat import v4
 from safetensors.torch import load_file
 from torch import nn
 
@@ -80,8 +82,8 @@ def whole():
     return toy_train(None)
 
 
-def slow_toy(folder):
-    toy_train(folder, batch=lambda step: time.sleep(0.005) or toy_batch(step))
+def slow_toy(folder, log=lambda step: None):
+    return toy_train(folder, batch=lambda step: log(step) or time.sleep(0.005) or toy_batch(step))
 
 
 def saved(folder) -> list[Path]:
@@ -126,7 +128,9 @@ def killed_while_saving(folder):
 def test_killed_while_saving(tmp_path, whole):
     assert forks.codes([forks.start(killed_while_saving, tmp_path)]) == [-signal.SIGKILL]
     assert [path.stem for path in saved(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert len(list(tmp_path.rglob(".step-*.pt"))) == 1  # half-written
     assert same(toy_train(tmp_path), whole)
+    assert not list(tmp_path.rglob(".step-*.pt"))
     return "the last two whole checkpoints stay; " + SAME
 
 
@@ -143,7 +147,7 @@ def train_and_die(trainer, root, out):
     trainers.write_trained(trainer, root, out, 5, "checkpoints")
 
 
-@fault("training", "`kill -9` of every trainer (Harmony-VAE, DiffHarmony, ResUNet, the base) after two steps")
+@fault("training", "`kill -9` of every trainer (Harmony-VAE, DiffHarmony, ResUNet, refiner, the base) after two steps")
 def test_every_trainer_resumes(tmp_path):
     trainers.make_set(tmp_path / "set")
     killed = [forks.start(train_and_die, name, tmp_path, f"{name}.pt") for name in trainers.TRAINERS]
@@ -446,6 +450,53 @@ def test_two_pipelines(tmp_path):
     assert second.returncode and "busy" in second.stderr + second.stdout, second
     assert first.wait(120) == 0
     return "DVC refuses the second: its outputs are busy, blocked by the first"
+
+
+NOTEBOOK = """\
+import os, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+import test_faults
+Path("pid").write_text(str(os.getpid()))
+model = test_faults.slow_toy("artifacts/checkpoints", lambda step: print(step, file=open("steps", "a")))
+torch.save(model.state_dict(), "weights.pt")
+"""
+
+
+def notebook_stage(root):
+    """(how to start DVC, options) in a folder whose one stage is a notebook that trains."""
+    environment = os.environ | {
+        "DVC_SITE_CACHE_DIR": str(root / "site"),
+        "DVC_NO_ANALYTICS": "1",
+        "PYTHONPATH": str(PAGE.parents[1]),
+    }
+    command = f"{sys.executable} -m harmonylib.notebooks run a.ipynb"
+    (root / "dvc.yaml").write_text(f"stages:\n  train:\n    cmd: {command}\n    outs: [weights.pt]\n")
+    (root / "params.yaml").touch()
+    cell = v4.new_code_cell(NOTEBOOK.format(tests=str(Path(__file__).parent)))
+    nbformat.write(v4.new_notebook(cells=[cell]), root / "a.ipynb")
+    dvc, options = [sys.executable, "-m", "dvc"], {"cwd": root, "env": environment}
+    subprocess.run([*dvc, "init", "-q", "--no-scm"], check=True, **options)
+    return dvc, options
+
+
+@fault("pipelines", "`kill -9` of `dvc repro`, the notebook runner and its kernel in the middle of a training")
+def test_killed_stage(tmp_path, whole):
+    dvc, options = notebook_stage(tmp_path)
+    first = subprocess.Popen([*dvc, "repro", "-q"], start_new_session=True, **options)
+    wait_for(lambda: len(saved(tmp_path / "artifacts/checkpoints")) == 2, 240)
+    os.killpg(first.pid, signal.SIGKILL)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    first.wait(60)
+    before = len((tmp_path / "steps").read_text().split())
+    subprocess.run([*dvc, "repro", "-q"], check=True, **options)
+    steps = [int(step) for step in (tmp_path / "steps").read_text().split()]
+    assert steps[before] == 0 and 1 < steps[before + 1] <= before  # 0: the batch that is part of the key
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert all(torch.equal(value, weights[name]) for name, value in whole.state_dict().items())
+    assert not list((tmp_path / "artifacts/checkpoints").glob("*/*.pt"))
+    return SAME
 
 
 def render() -> str:

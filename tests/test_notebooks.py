@@ -119,6 +119,16 @@ def test_a_killed_run_leaves_nothing(root):
     assert not (root / "reports").exists() and not list((root / "tmp").glob("harmonylib-*"))
 
 
+def test_a_notebook_as_a_program(root):
+    write(root / "a.ipynb", PARAMETERS, "done = [task, rate]", "done += 1")
+    space = {}
+    exec(notebooks.program("a.ipynb", {"task": "inverse", "rate": 2.0}, until="done ="), space)
+    assert space["done"] == ["inverse", 2.0] and "done += 1" in notebooks.program("a.ipynb")
+    with pytest.raises(HarmonyError, match="no cell with artifacts/checkpoints"):
+        notebooks.program("a.ipynb", until=notebooks.RESUME_POINTS)
+    assert command("train", "a.ipynb", "-p", "tusk=x") == 1
+
+
 @pytest.mark.parametrize(
     ("parameter", "message"),
     [

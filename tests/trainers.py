@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harmonylib import fit, pretrain
+from harmonylib import fit, pretrain, refinement
 from harmonylib.datasets import TripleSet
 from harmonylib.diffusion import base_scheduler
 from harmonylib.layout import read_triples, write_composite, write_list, write_pair
@@ -56,6 +56,10 @@ def trained(trainer: str, root, steps: int = 5, checkpoints=None) -> dict[str, t
         model, _ = fit.contrastive_resunet(
             data, settings, base_channels=8, depth=2, residual_convs=1, patches=8, **loop
         )
+    elif trainer == "refinement":
+        latents = refinement.sample_latents(inverse_pipeline(), data, 0, steps=1)
+        outputs = refinement.decode_latents(inverse_pipeline().vae, latents, data, SIZE, 0)
+        model, _ = fit.refinement(outputs, data, settings, channels=(8, 16), **loop)
     else:
         photos = [(data.reals[index], data.masks[index]) for index in range(len(data.reals))]
         base = pretrain.BaseSettings(settings, settings, 16, 16, (8, 16), (32, 32), prompt_dim=8)
@@ -64,7 +68,7 @@ def trained(trainer: str, root, steps: int = 5, checkpoints=None) -> dict[str, t
     return model.state_dict()
 
 
-TRAINERS = ("diffharmony", "harmony_vae", "contrastive_resunet", "pretrain")
+TRAINERS = ("diffharmony", "harmony_vae", "contrastive_resunet", "refinement", "pretrain")
 
 
 def write_trained(trainer: str, root, out: str, steps: int = 5, checkpoints=None) -> None:
