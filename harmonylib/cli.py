@@ -23,9 +23,7 @@ def _commands() -> None:
 
 @app.command()
 def profile(
-    name: str = typer.Argument(
-        metavar="NAME", help="smoke, mini, gpu, paper or shipped: profiles/NAME.yaml"
-    ),
+    name: str = typer.Argument(metavar="NAME", help="smoke, mini, gpu, paper or shipped: profiles/NAME.yaml"),
 ) -> None:
     """Write params.yaml from profiles/NAME.yaml."""
     from .params import write_profile
