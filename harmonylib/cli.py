@@ -107,36 +107,55 @@ def evaluate(
     protocol: str = typer.Option("standard", help="standard, diffharmony, saic, hdnet, dovenet or iih"),
     split: str = typer.Option("test", help="the list to score: test or train"),
     paste: bool = typer.Option(False, help="put the composite's background on the predictions first"),
+    against: str = typer.Option(None, metavar="DIR", help="another model's predictions: adds the paired differences"),
     json: str = typer.Option(None, help="where to write the averages with their intervals"),
     csv: str = typer.Option(None, help="where to write the table of every image"),
 ) -> None:
     """Score predictions against the real photos: every image, each subset, each foreground size and all."""
+    from pathlib import Path
+
+    import pandas as pd
+
     from .files import atomic_path
     from .jsonio import write_json
-    from .metrics import METRICS, PROTOCOLS, buckets, summarise
+    from .metrics import METRICS, PROTOCOLS, buckets, compare, summarise
     from .scoring import score_folder
 
-    table = score_folder(predictions, data, protocol, split, paste)
-    (name, parts), *_ = summarise(table).items()
-    sizes = buckets(table)
-    groups = parts | {size: part for size, part in sizes[name].items() if size != "all"}
+    folders = [predictions, against] if against else [predictions]
+    names = [Path(folder).resolve().name for folder in folders]
+    if names[0] in names[1:]:
+        raise HarmonyError(f"{against}: has the name of {predictions}, and names tell models apart; rename one")
+    table = pd.concat([score_folder(folder, data, protocol, split, paste) for folder in folders], ignore_index=True)
+    summary, sizes = summarise(table), buckets(table)
+    differences = {" vs ".join(names): {"all": compare(table, *names)}} if against else {}
+
+    def line(label, values):
+        typer.echo(f"  {label:33s}" + "".join(f"{'–' if v is None else format(v, '.4g'):>12s}" for v in values))
+
     typer.echo(f"protocol {protocol}" + (", composite background pasted" if paste else ""))
-    typer.echo(f"{'':12s}{'n':>7s}{'photos':>8s}" + "".join(f"{metric:>12s}" for metric in METRICS))
-    for group, part in groups.items():
-        values = "".join(f"{'–' if part[metric] is None else format(part[metric], '.4g'):>12s}" for metric in METRICS)
-        typer.echo(f"{group:12s}{part['n']:7d}{part['photos']:8d}{values}")
-    for edge, word in enumerate(("95 % from", "to")):
-        ends = "".join(f"{parts['all']['interval'][metric][edge]:12.4g}" for metric in METRICS)
-        typer.echo(f"all, {word:22s}{ends}")
-    if parts["all"].get("status"):
-        typer.echo(parts["all"]["status"])
+    typer.echo(f"{'':20s}{'n':>7s}{'photos':>8s}" + "".join(f"{metric:>12s}" for metric in METRICS))
+    for model, parts in summary.items():
+        typer.echo(model)
+        for group, part in (parts | {size: part for size, part in sizes[model].items() if size != "all"}).items():
+            line(f"{group:18s}{part['n']:7d}{part['photos']:8d}", (part[metric] for metric in METRICS))
+        for end, word in enumerate(("from", "to")):
+            line(f"all, 95 % {word}", (parts["all"]["interval"][metric][end] for metric in METRICS))
+        if "status" in parts["all"]:
+            typer.echo("  " + parts["all"]["status"])
+    for pair, parts in differences.items():
+        typer.echo(f"{pair}, image by image")
+        for place, word in enumerate(("mean", "95 % from", "95 % to")):
+            line(word, (parts["all"].get(metric, (None,) * 3)[place] for metric in METRICS))
+        if "status" in parts["all"]:
+            typer.echo("  " + parts["all"]["status"])
     if csv:
         with atomic_path(csv) as temporary:
             table.to_csv(temporary, index=False, lineterminator="\n")
     if json:
         about = {"protocol": protocol + (", composite background pasted" if paste else ""), "split": split}
-        about |= {"reported_by_its_code": PROTOCOLS[protocol].reports, "n": len(table)}
-        write_json(json, about | {"photos": parts["all"]["photos"], "models": {name: parts}, "buckets": sizes})
+        about |= {"reported_by_its_code": PROTOCOLS[protocol].reports, "n": summary[names[0]]["all"]["n"]}
+        about |= {"photos": int(table["photo"].nunique()), "models": summary, "buckets": sizes}
+        write_json(json, about | ({"paired": differences} if differences else {}))
 
 
 @app.command()

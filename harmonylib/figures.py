@@ -49,6 +49,23 @@ def image_grid(rows, titles, row_labels=None, masks=None, size: float = 1.9):
     return _finished(figure)
 
 
+def diagram(boxes: dict[str, tuple[float, float]], arrows, size=(9, 2.6)):
+    """A drawn idea: `boxes` {text: (x, y) of its middle}, and `arrows` (from, to, label) between them."""
+    figure, axis = plt.subplots(figsize=size)
+    box = {"boxstyle": "round,pad=.5", "facecolor": "#e8f4ec", "edgecolor": "none"}
+    middle = {"ha": "center", "va": "center"}
+    texts = {text: axis.text(*place, text, fontsize=10, bbox=box, **middle) for text, place in boxes.items()}
+    for start, end, label in arrows:
+        ends = {"patchA": texts[start].get_bbox_patch(), "patchB": texts[end].get_bbox_patch()}
+        axis.annotate("", boxes[end], boxes[start], arrowprops={"arrowstyle": "-|>", "color": "#0b6e99"} | ends)
+        place = np.mean([boxes[start], boxes[end]], axis=0)
+        axis.text(*place, label, fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5}, **middle)
+    low, high = np.min(list(boxes.values()), axis=0), np.max(list(boxes.values()), axis=0)
+    axis.set(xlim=(low[0] - 0.8, high[0] + 0.8), ylim=(low[1] - 0.4, high[1] + 0.4))
+    axis.axis("off")
+    return _finished(figure)
+
+
 def error_map(output: np.ndarray, real: np.ndarray, ceiling: float = 60.0) -> np.ndarray:
     """Mean absolute difference over RGB as an HxWx3 picture: black is 0, yellow is `ceiling` grey levels or more."""
     error = np.abs(output.astype(float) - real.astype(float)).mean(-1) / ceiling

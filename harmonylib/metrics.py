@@ -1,8 +1,8 @@
 """Scores of harmonized images under the protocols of five code bases and our own, and their summaries.
 
 Peers' numbers differ by definition before they differ by model. `PROTOCOLS` writes each definition down as data; the
-choices were read in the code that published the numbers (that DoveNet and IIH truncate is inferred: they cast to uint8
-or save as such), except "standard", which is ours:
+choices were read in the code that published the numbers, which `PROTOCOLS` names (that DoveNet and IIH truncate is
+inferred: they cast to uint8 or save as such), except "standard", which is ours:
 
 ===========  =============  =================  ================  ==========  ==================  ====================
 protocol     resize to 256  mask               float prediction  background  PSNR peak           fMSE denominator
@@ -30,7 +30,7 @@ from PIL import Image
 
 from .errors import HarmonyError
 from .images import paste, resize_mask
-from .stats import bootstrap_mean
+from .stats import bootstrap_mean, paired_difference
 
 METRICS = ("mse", "psnr", "fmse", "bmse", "ssim", "fssim")
 SIDE = 256
@@ -72,9 +72,7 @@ class Protocol:
     resize: str | None = "pil-bilinear"  # or "pil-bicubic", "cv2-linear"; None keeps the size
     quantise: str = "truncate"  # of float predictions; or "round", "wrap" (modulo 256), "clamp" (stays float)
     background: str = "predicted"  # or "real": pasted after the resize
-    mask: str = (
-        "dithered"  # of files: PIL's mode "1"; or "hard" (grey > 127), "soft" (0..1, weighs squared errors once)
-    )
+    mask: str = "dithered"  # of files: PIL's mode "1"; or "hard" (grey > 127), "soft" (0..1, weighs squares once)
     peak: str = "255"  # of the PSNR; or "real-max", "predicted-range"
     epsilon: float = 0.0  # added to the MSE under the PSNR and to fMSE's denominator
     whole_fmse: bool = False  # fMSE = whole-image MSE * HW / area: background errors count
@@ -83,17 +81,17 @@ class Protocol:
 
 PROTOCOLS = {
     "standard": Protocol(METRICS, resize=None, quantise="round", mask="hard"),
-    # DiffHarmony's evaluation, run with the real background pasted (bmse is therefore 0)
+    # nicecv/DiffHarmony, run as its script does: with the real background pasted (bmse is therefore 0)
     "diffharmony": Protocol(("mse", "psnr", "fmse", "bmse"), background="real"),
-    # iS2AM (saic): float predictions, soft masks, the peak is the real image's own maximum
+    # SamsungLabs/image_harmonization (saic): float predictions, soft masks, the peak is the real image's maximum
     "saic": Protocol(
         ("mse", "psnr", "fmse"), resize="cv2-linear", quantise="clamp", mask="soft", peak="real-max", epsilon=1e-6
     ),
-    # HDNet: uint8 cast without clipping, whole-image error divided by the foreground's area
+    # chenhaoxing/HDNet: uint8 cast without clipping, whole-image error divided by the foreground's area
     "hdnet": Protocol(("mse", "psnr", "fmse", "ssim"), quantise="wrap", whole_fmse=True, ssim=UNIFORM_SSIM),
-    # DoveNet (bcmi): the peak is the prediction's own range, so flat predictions are punished
+    # bcmi/Image-Harmonization-Dataset-iHarmony4 (DoveNet): the peak is the prediction's range: flat ones lose
     "dovenet": Protocol(("mse", "psnr"), peak="predicted-range"),
-    # IIH (zhenglab): own SSIM and fSSIM, which the contrastive paper's Table III quotes x100
+    # zhenglab/IntrinsicHarmony (IIH): own SSIM and fSSIM, which the contrastive paper's Table III quotes x100
     "iih": Protocol(("mse", "psnr", "fmse", "ssim", "fssim"), resize="pil-bicubic", ssim=IIH_SSIM),
 }
 
@@ -314,6 +312,28 @@ def _summary(rows: pd.DataFrame, repeats: int, seed: int) -> dict:
     if summary["photos"] == 1:
         status.append("interval: one photo, nothing to resample")
     return summary | ({"status": "; ".join(status)} if status else {})
+
+
+def compare(table: pd.DataFrame, first: str, second: str, repeats=2000, seed=0) -> dict:
+    """Paired differences first - second of two models, image by image: {"n", "photos", metric: (mean, lo, hi)}.
+
+    table as of `summarise`; intervals are 95 % bootstraps over photos. An image where either value is undefined or
+    infinite is left out, which adds a "status" line; a metric that has no image left is absent.
+    Raises HarmonyError where a model has no rows or the two cover different images.
+    """
+    a, b = (table[table["model"] == model].set_index(["subset", "name"]) for model in (first, second))
+    if a.empty or len(a) != len(b) or not a.index.isin(b.index).all():
+        raise HarmonyError(f"{first} and {second}: not the same images, or none; score both on one list")
+    b = b.loc[a.index]
+    result, status = {"n": len(a), "photos": int(a["photo"].nunique())}, []
+    for metric in (metric for metric in METRICS if metric in table):
+        known = np.isfinite(a[metric]) & np.isfinite(b[metric])
+        if known.any():
+            values = (rows[metric][known] for rows in (a, b))
+            result[metric] = paired_difference(*values, a["photo"][known], repeats, seed=seed)
+        if not known.all():
+            status.append(f"{metric}: infinite or undefined, left out for {(~known).sum()} of {len(a)} images")
+    return result | ({"status": "; ".join(status)} if status else {})
 
 
 def buckets(table: pd.DataFrame, edges=(0, 0.05, 0.15, 1), repeats=2000, seed=0) -> dict:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from .claims import AGAINST, CONTRASTIVE, PLUS
 
-ALL = {"all": "Average"}
+TOTALS = {"1": "Average", "I": "Total"}  # what the tables call "all"; the others: All
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def table_html(table: Table, printed: pd.DataFrame, data: dict | None, label: st
         if table.split:
             column, separator = table.split
             row["part"], _, row["detail"] = row[column].rpartition(separator)
-        row["subset"] = ALL.get(row["subset"], row["subset"])
+        row["subset"] = TOTALS.get(table.number, "All") if row["subset"] == "all" else row["subset"]
         row["metric"] = METRIC_NAMES.get(row["metric"], row["metric"])
     cells = {(tuple(r[k] for k in table.down), tuple(r[k] for k in table.across)): r for r in rows}
     about = "Ours: not run" + (" (<code>make ablations</code>)" if table.file.startswith("table_") else "") + "."

@@ -9,7 +9,7 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 from harmonylib.errors import HarmonyError
-from harmonylib.metrics import METRICS, PROTOCOLS, buckets, score, summarise
+from harmonylib.metrics import METRICS, PROTOCOLS, buckets, compare, score, summarise
 
 NAMES = tuple(PROTOCOLS)
 
@@ -339,3 +339,19 @@ def test_buckets(table):
     assert (empty["n"], empty["photos"], empty["mse"], empty["interval"]["mse"]) == (0, 0, None, [None, None])
     with pytest.raises(HarmonyError, match="outside"):
         buckets(table.assign(foreground_ratio=np.nan))
+
+
+def test_compare(table):
+    # ours is 4 better on every image, so resampling changes nothing
+    result = compare(table, "ours", "composite")
+    assert (result["n"], result["photos"]) == (4, 2) and "status" not in result
+    assert result["mse"] == (-4, -4, -4) and result["fmse"] == result["psnr"] == (0, 0, 0)
+    assert compare(table.iloc[::-1], "ours", "composite")["mse"] == (-4, -4, -4)  # by name, not by place
+    table.loc[0, ["psnr", "fmse"]] = [np.inf, np.nan]
+    table["ssim"] = np.nan
+    result = compare(table, "ours", "composite")
+    assert result["psnr"] == (0, 0, 0) and result["mse"] == (-4, -4, -4) and "ssim" not in result
+    assert result["status"].startswith("psnr: infinite or undefined, left out for 1 of 4 images; fmse:")
+    for wrong in (table.drop(index=7), table.assign(model="composite")):
+        with pytest.raises(HarmonyError, match="ours and composite: not the same images"):
+            compare(wrong, "ours", "composite")

@@ -200,3 +200,11 @@ def test_no_cell_draws_into_an_output_widget(path):
     """
     code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
     assert not re.search(r"\b(interact\w*|Output)\(", code)
+
+
+def test_every_notebook_has_exercises_with_solutions():
+    for path in sorted((REPOSITORY / "notebooks").glob("*.ipynb")):
+        last = nbformat.read(path, as_version=4).cells[-1].source
+        exercises = re.findall(r"(?m)^\d\. ", last)
+        assert last.startswith("## Exercises") and 2 <= len(exercises) <= 4 and f"solutions/{path.name}" in last, path
+        assert (path.parent / "solutions" / path.name).is_file(), path

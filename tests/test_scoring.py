@@ -68,6 +68,25 @@ def test_command_writes_averages_and_rows(folders, capsys):
     assert "HFlickr" in capsys.readouterr().out
 
 
+def test_two_models_are_compared_image_by_image(folders, capsys):
+    for path in (folders / "ours").rglob("*.png"):  # theirs: 10 off in every foreground, 2 in the background
+        with Image.open(path) as image:
+            array = np.asarray(image).copy()
+        array[:, : SIDE // 4] = 110
+        layout.write_image(folders / "theirs" / path.relative_to(folders / "ours"), array)
+    assert run(folders, "--against", folders / "theirs", "--json", folders / "a.json", "--csv", folders / "a.csv") == 0
+    written = json.loads((folders / "a.json").read_text())
+    assert list(written["models"]) == ["ours", "theirs"] and (written["n"], written["photos"]) == (4, 2)
+    part = written["paired"]["ours vs theirs"]["all"]
+    assert (part["n"], part["photos"], part["fmse"]) == (4, 2, [650, 400, 900])  # photo b: (0 + 800) / 2 and so on
+    assert part["mse"] == [162.5, 100, 225] and part["bmse"] == [0, 0, 0] and "status" not in part
+    assert len(pd.read_csv(folders / "a.csv")) == 8 and "ours vs theirs, image by image" in capsys.readouterr().out
+    (folders / "other").mkdir()
+    shutil.move(folders / "theirs", folders / "other/ours")
+    assert run(folders, "--against", folders / "other/ours") == 1
+    assert "names tell models apart" in capsys.readouterr().err
+
+
 def test_one_image_has_no_interval(folders, capsys):
     layout.write_list(folders / "set", "test", ["HCOCO/composite_images/b_1_1.png"])
     for path in [*(folders / "ours/HFlickr").iterdir(), folders / "ours/HCOCO/a_1_2.png"]:
