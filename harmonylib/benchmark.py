@@ -107,7 +107,7 @@ def _make_pair(root, photos, settings: BenchmarkSettings, recipes: RecipeSetting
     for variant in range(1, 1 + (settings.train_variants if job.split == "train" else settings.test_variants)):
         words = (seed, job.subset, name, variant)
         other = others[int(rng(*words, "reference").integers(len(others)))]
-        reference = fit(other.image, np.any(list(other.masks.values()), axis=0), settings.size)
+        reference = _shrink(other, other.image, np.any(list(other.masks.values()), axis=0), settings.size)
         composite, info = make_composite(job.subset, real, mask, words, reference, recipes)
         line = write_composite(root, job.subset, pair, variant, composite)
         row = {"subset": job.subset, "split": job.split, "name": f"{pair}_{variant}", "photo": label, "line": line}
@@ -124,7 +124,16 @@ def draw_pair(photo: Photo, number: int, settings: BenchmarkSettings, words: tup
     image, mask = photo.image, photo.masks[sorted(photo.masks)[int(draw.integers(len(photo.masks)))]]
     if settings.crops:
         image, mask = random_crop(image, mask, draw)
-    image, mask = fit(image, mask, settings.size)
+    image, mask = _shrink(photo, image, mask, settings.size)
     if draw.random() < settings.region_share:
         mask = region_masks(image, seed_for(*words, photo.name, number, "region"), 1)[0]
+    return image, mask
+
+
+def _shrink(photo: Photo, image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`images.fit`. Raises HarmonyError naming the photo when its mask is empty or full at that size."""
+    image, mask = fit(image, mask, size)
+    if mask.all() or not mask.any():
+        gone = "background" if mask.all() else "foreground"
+        raise HarmonyError(f"photo {photo.name}: at {size} px no {gone} is left; enlarge size or remove the photo")
     return image, mask

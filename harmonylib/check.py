@@ -11,8 +11,8 @@ from PIL import ExifTags, Image
 
 from .errors import HarmonyError
 from .images import IMAGE_SUFFIXES, MASK_THRESHOLD, open_image, resize_image, to_rgb
-from .layout import SPLITS, pictures_of
-from .manifest import Example, Runs, detect, scan
+from .layout import SPLITS, all_lines, pictures_of
+from .manifest import UNLISTED, Example, Runs, detect, scan
 from .parallel import parallel_map
 
 # Published composites (train, test); iHarmony4's from its paper, Human Harmony's from DiffHarmony++ Sec. 5.1.2.
@@ -31,7 +31,6 @@ HASH_SIDE = 16
 HASH_BITS = 12  # of 256 that duplicates may differ in
 HASH_COLOUR = 8  # levels that the mean colours of duplicates may differ by
 SHOWN = 20  # findings of a kind that are printed
-UNLISTED = (".txt", ".csv", ".json", ".md", "")  # suffixes of files that are no pictures and need no reader
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ class Audit:
             shown = [finding.message for finding in self.findings if finding.kind == kind][:SHOWN]
             more = [f"  and {number - SHOWN} more (--json has them all)"] if number > SHOWN else []
             lines += [f"{kind}: {number}", *(f"  {message}" for message in shown), *more]
-        return "\n".join([*lines, f"{len(self.findings)} findings" if self.findings else "nothing wrong"])
+        text = "\n".join([*lines, f"{len(self.findings)} findings" if self.findings else "nothing wrong"])
+        return text.encode(errors="backslashreplace").decode()  # names that are not UTF-8
 
 
 MANIFEST = ["subset", "split", "name", "composite", "mask", "real", "width", "height", "foreground_ratio", "digest"]
@@ -149,9 +149,11 @@ def _text(source) -> str:
 
 def _picture(path: Path) -> tuple[np.ndarray, list[Finding]]:
     image = open_image(path)
+    with Image.open(path) as header:
+        deep = ";16" in str(header.tile)  # what Pillow cuts down to 8 bits while decoding
     odd = {
         "CMYK colours, which readers convert differently": image.mode == "CMYK",
-        "more than 8 bits a channel": image.mode.startswith(("I", "F")),
+        "more than 8 bits a channel": deep or image.mode.startswith(("I", "F")),
         "greyscale, so there is no colour to harmonize": image.mode in ("1", "L", "LA"),
         "transparent pixels": _transparent(image),
         "turned by its EXIF orientation, which many readers ignore": _turned(image),
@@ -255,12 +257,12 @@ def _repeated_lines(root: Path) -> list[Finding]:
     """Composites that stand twice in one list, or in the training and the test list of one folder."""
     findings, seen = [], {}
     for path in sorted((*root.glob("IHD_*.txt"), *root.glob("*/*_train.txt"), *root.glob("*/*_test.txt"))):
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-            key = path.parent, Path(line.strip().replace("\\", "/")).parts[-3:]
+        for number, line in enumerate(all_lines(path), start=1):
+            key = path.parent, Path(line).parts[-3:]
             if key in seen:
-                text = f"{path}, line {number}: {line.strip()} is in {seen[key]} already; remove one of them"
+                text = f"{path}, line {number}: {line} is in {seen[key]} already; remove one of them"
                 findings.append(Finding("listed twice", text))
-            elif line.strip():
+            elif line:
                 seen[key] = f"{path.name}, line {number}"
     return findings
 

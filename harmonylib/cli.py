@@ -247,7 +247,7 @@ def check_data(
         write_json(json, report.as_json())
     if manifest:
         with atomic_path(manifest) as temporary:
-            report.manifest.to_csv(temporary, index=False)
+            report.manifest.to_csv(temporary, index=False, errors="backslashreplace")
     typer.echo(report.as_text())
     if report.findings:
         raise typer.Exit(1)

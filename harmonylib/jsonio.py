@@ -27,7 +27,8 @@ def _plain(value):
 def write_json(path, value) -> None:
     """Write `value` with NaN and infinities as null."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own escapes of lone surrogates
 
 
 def read_json(path):

@@ -48,13 +48,18 @@ class Triple:
         return composite, mask, real
 
 
-def read_lines(path) -> list[str]:
-    """The non-empty lines of a list file, in order, without duplicates; Windows line ends and backslashes are fine."""
+def all_lines(path) -> list[str]:
+    """The lines of a list file, stripped, with "/" for every backslash. Raises HarmonyError where it is not UTF-8."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise HarmonyError(f"{path}: not a UTF-8 text file; save it as one") from None
-    return list(dict.fromkeys(line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()))
+    return [line.strip().replace("\\", "/") for line in text.splitlines()]
+
+
+def read_lines(path) -> list[str]:
+    """The non-empty lines of a list file, in order, without duplicates, as `all_lines`."""
+    return list(dict.fromkeys(filter(None, all_lines(path))))
 
 
 def list_lines(root, split: str) -> list[str] | None:
@@ -71,9 +76,17 @@ def list_lines(root, split: str) -> list[str] | None:
 
 
 def pictures_of(root) -> Path:
-    """Where the pictures of a set's lists are: its root, or the folder that a file ROOT in it names."""
+    """Where the pictures of a set's lists are: its root, or the folder that a file ROOT in it names.
+
+    Raises HarmonyError when ROOT names no folder.
+    """
     pointer = Path(root, "ROOT")
-    return Path(pointer.read_text(encoding="utf-8").strip()) if pointer.is_file() else Path(root)
+    if not pointer.is_file():
+        return Path(root)
+    folder = "".join(read_lines(pointer)[:1])
+    if not folder or not Path(folder).is_dir():
+        raise HarmonyError(f"{pointer}: {folder!r} is no folder; write there where the pictures are")
+    return Path(folder)
 
 
 def plain_name(text: str) -> str:
@@ -82,7 +95,7 @@ def plain_name(text: str) -> str:
 
 
 def _partner(folder: Path, stem: str, composite: Path) -> Path:
-    for suffix in IMAGE_SUFFIXES:
+    for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)):
         if (folder / (stem + suffix)).is_file():
             return folder / (stem + suffix)
     raise HarmonyError(f"{composite}: no {folder.name}/{stem}.* for it; add the file or remove the line from the list")
@@ -117,7 +130,8 @@ def read_triples(root, split: str, subsets=None) -> list[Triple]:
     lines = list_lines(root, split)
     if lines is None:
         raise HarmonyError(f"{root}/IHD_{split}.txt: no such list; add it, or each subset's own <subset>_{split}.txt")
-    triples = [triple_of(pictures_of(root), line) for line in lines]
+    pictures = pictures_of(root)
+    triples = [triple_of(pictures, line) for line in lines]
     triples = [t for t in triples if subsets is None or t.subset in subsets]
     if not triples:
         raise HarmonyError(f"{root}: the {split} list has no composites of {', '.join(subsets or SUBSETS)}")

@@ -10,6 +10,7 @@
 """
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ import numpy as np
 import pandas as pd
 
 from .errors import HarmonyError
-from .images import IMAGE_SUFFIXES, open_image, read_mask, write_image
+from .images import IMAGE_SUFFIXES, MAX_PIXELS, open_image, read_mask, write_image
 from .layout import SPLITS, list_lines, pictures_of, read_lines, triple_of
 from .parallel import parallel_map
+
+UNLISTED = (".txt", ".csv", ".json", ".md", "")  # suffixes of files that are no pictures and need no reader
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def detect(root) -> str:
         return "iharmony4"
     if (root / "train.csv").is_file():
         return "imaterialist"
-    if any(root.rglob("*_composite.*")):
+    if any(any(folder.glob("*_composite.*")) for folder in _folders(root)):
         return "realhm"
     return "photos"
 
@@ -125,19 +128,37 @@ def _iharmony4(root: Path) -> Iterator[Example | HarmonyError]:
                 yield error
 
 
+def _folders(root: Path) -> list[Path]:
+    """`root` and all folders below it; symbolic links are followed, and each folder comes once."""
+    found = {}
+    for folder, below, _ in os.walk(root, followlinks=True):
+        if found.setdefault(os.path.realpath(folder), Path(folder)) != Path(folder):
+            below.clear()
+        below.sort()
+    return list(found.values())
+
+
 def _side_by_side(root: Path, part: str, subset: str | None = None) -> Iterator[Example | HarmonyError]:
     """`images/` beside `masks/`, at any depth; part: what the images are, "real" or "composite"."""
-    folders = sorted(p for p in root.rglob("images") if p.is_dir() and (p.parent / "masks").is_dir())
+    folders = sorted(f / "images" for f in _folders(root) if (f / "images").is_dir() and (f / "masks").is_dir())
     if not folders:
         raise HarmonyError(f"{root}: no images/ folder beside a masks/ folder; put photos and masks there")
     for folder in folders:
-        masks = {p.stem: p for p in (folder.parent / "masks").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES}
-        for image in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
-            if image.stem in masks:
+        images, masks = (
+            [p for p in sorted(f.iterdir()) if p.name[0] != "." and p.suffix.lower() not in UNLISTED]
+            for f in (folder, folder.parent / "masks")
+        )
+        masks = {mask.stem: mask for mask in masks if mask.suffix.lower() in IMAGE_SUFFIXES}
+        for image in images:
+            if image.suffix.lower() not in IMAGE_SUFFIXES:
+                yield HarmonyError(f"{image}: {image.suffix} is no type that is read; convert or remove it")
+            elif image.stem in masks:
                 name = subset or folder.parent.name
                 yield Example(name, "", image.stem, masks[image.stem], **{part: image})
             else:
                 yield HarmonyError(f"{image}: no mask named {image.stem}.* in {folder.parent / 'masks'}; add it")
+        for stem in sorted(masks.keys() - {image.stem for image in images}):
+            yield HarmonyError(f"{masks[stem]}: no picture named {stem}.* in {folder}; add it or remove the mask")
 
 
 def _indexed(root: Path, index) -> Iterator[Example | HarmonyError]:
@@ -160,7 +181,8 @@ def _indexed(root: Path, index) -> Iterator[Example | HarmonyError]:
 
 
 def _realhm(root: Path) -> Iterator[Example | HarmonyError]:
-    composites = sorted(p for p in root.rglob("*_composite.*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    composites = sorted(p for folder in _folders(root) for p in folder.glob("*_composite.*"))
+    composites = [p for p in composites if p.suffix.lower() in IMAGE_SUFFIXES]
     for composite in composites:
         stem = composite.stem.removesuffix("_composite")
         parts = {part: sorted(composite.parent.glob(f"{glob.escape(stem)}_{part}.*")) for part in ("mask", "gt")}
@@ -174,7 +196,7 @@ def _realhm(root: Path) -> Iterator[Example | HarmonyError]:
 def _imaterialist(root: Path) -> Iterator[Example | HarmonyError]:
     csv, columns = root / "train.csv", ["ImageId", "EncodedPixels", "Height", "Width"]
     try:
-        table = pd.read_csv(csv, usecols=columns, dtype={"ImageId": str, "EncodedPixels": str}, keep_default_na=False)
+        table = pd.read_csv(csv, usecols=columns, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise HarmonyError(f"{csv}: {error}; give the data set's train.csv") from None
     photos = {name.removesuffix(".jpg"): rows for name, rows in table.groupby("ImageId", sort=True)}
@@ -187,9 +209,13 @@ def _imaterialist(root: Path) -> Iterator[Example | HarmonyError]:
             yield HarmonyError(f"{image}: no such photo, though {csv} has it; add it or remove its rows")
         else:
             rows = photos[name]
-            shape = int(rows["Height"].iloc[0]), int(rows["Width"].iloc[0])
+            texts = rows["Height"].iloc[0], rows["Width"].iloc[0]
+            shape = tuple(int(text) if re.fullmatch("[0-9]{1,6}", text) else 0 for text in texts)
             mask = Runs(tuple(rows["EncodedPixels"]), shape, f"{csv}, {name}")
-            yield Example("iMaterialist", "train", name, mask, real=image)
+            if 0 < shape[0] * shape[1] < MAX_PIXELS:
+                yield Example("iMaterialist", "train", name, mask, real=image)
+            else:
+                yield HarmonyError(f"{mask.source}: {' x '.join(texts)} is no size of a photo; mend or remove its rows")
 
 
 READERS = {

@@ -137,6 +137,16 @@ def test_pairs_are_objects_or_regions_as_the_share_says(photos):
     assert len({image.shape for image, _ in drawn} | {image.tobytes() for image, _ in drawn}) > 4
 
 
+@pytest.mark.parametrize("full, gone", [(False, "foreground"), (True, "background")])
+def test_masks_that_vanish_at_the_size_are_named(photos, tmp_path, full, gone):
+    mask = np.full(photos[0].image.shape[:2], full)
+    mask[1, 1] = not full
+    speck = replace(photos[0], masks={"speck": mask})
+    whole = replace(SMALL, crops=False, size=20, region_share=0.0)
+    with pytest.raises(HarmonyError, match=f"photo photo_0: at 20 px no {gone} is left"):
+        make_benchmark(tmp_path / "a", [speck, *photos[1:]], whole, RECIPES, 0, ["HCOCO"], workers=1)
+
+
 def test_restyling_changes_training_photos_only(made, photos, tmp_path):
     make_benchmark(tmp_path / "restyled", photos, replace(SMALL, restyle_share=1.0), RECIPES, 0, ["HCOCO"], workers=1)
     before, after = contents(made[0]), contents(tmp_path / "restyled")

@@ -65,6 +65,14 @@ def test_a_failure_or_a_killed_process_leaves_nothing_behind(folder):
     assert cache.clear() > 1e6 and not folder.exists() and cache.clear() == 0
 
 
+def test_clearing_a_cache_on_another_disk_keeps_the_link(folder, tmp_path):
+    (tmp_path / "disk").mkdir()
+    folder.symlink_to(tmp_path / "disk")
+    entry(1)
+    assert cache.clear() > 1e6 and not list((tmp_path / "disk").iterdir()) and folder.is_symlink()
+    assert (entry(1) == 1).all()
+
+
 def _worker(root, queue):
     cache.ROOT = root
 

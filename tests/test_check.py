@@ -5,15 +5,18 @@ import json
 import os
 import shutil
 import struct
+import sys
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from harmonylib.check import audit
 from harmonylib.cli import app, run
+from harmonylib.errors import HarmonyError
 from harmonylib.images import read_image, read_mask, write_image
 from harmonylib.layout import write_composite, write_list, write_pair
 
@@ -125,6 +128,16 @@ def test_odd_pictures_are_read_and_reported(data, change, word):
     assert len(found) == 1 and word in found[0].message and "c1.tif" in found[0].message
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_a_channel_are_reported(data, suffix):
+    """Pillow reads such a picture as 8-bit RGB without a word."""
+    deep = read_image(data / REAL)[..., ::-1].astype(np.uint16) * 257
+    (data / REAL).unlink()
+    cv2.imwrite(str((data / REAL).with_suffix(suffix)), deep)
+    (finding,) = audit(data, workers=1).findings
+    assert finding.kind == "format" and "more than 8 bits" in finding.message
+
+
 @pytest.mark.parametrize("part, kind", [(REAL, "format"), (MASK, "mask")])
 def test_exif_rotation_is_obeyed_and_reported(data, part, kind):
     """The pixels lie on their side and the tag sets them upright: arrays are as before."""
@@ -214,6 +227,18 @@ def test_lists_with_windows_ends_and_doubles(data):
     assert "line 2" in findings[-1].message and "IHD_train.txt, line 1" in findings[-1].message
 
 
+def test_a_list_that_is_not_utf8_is_named_though_not_in_use(data):
+    (data / "HCOCO/HCOCO_train.txt").write_bytes(b"c\xe9_1_1.png\n")
+    with pytest.raises(HarmonyError, match=r"HCOCO_train\.txt: not a UTF-8 text file"):
+        audit(data, workers=1)
+
+
+def test_capital_suffixes(data):
+    for part in (MASK, REAL):
+        (data / part).rename((data / part).with_suffix(".PNG"))
+    assert kinds(data) == []
+
+
 def test_a_photo_in_both_splits(data):
     """The same file, or a smaller and recompressed copy under another name."""
     write_list(data, "test", [TEST, TRAIN])
@@ -243,6 +268,21 @@ def test_symlinks_and_relative_roots(data, tmp_path, monkeypatch):
     assert kinds("link") == kinds("data/../link") == []
     (tmp_path / "elsewhere.png").unlink()
     assert kinds("data") == ["missing"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")
+def test_file_names_that_are_no_utf8(tmp_path, capfd):
+    write_image(tmp_path / "photos/masks/a.png", disc())
+    (tmp_path / "photos/images").mkdir()
+    path = os.fsencode(tmp_path / "photos/images") + b"/\xff.png"
+    Path(os.fsdecode(path)).write_bytes(b"x")
+    write_image(tmp_path / "photos/images/a.png", picture(0))
+    files = [str(tmp_path / name) for name in ("report.json", "manifest.csv")]
+    arguments = ["check-data", str(tmp_path / "photos"), "--workers", "1", "--json", files[0], "--manifest", files[1]]
+    assert run(app, "harmonylib", arguments) == 1
+    assert r"\udcff.png: no mask named" in capfd.readouterr().out
+    (finding,) = json.loads(Path(files[0]).read_text())["findings"]
+    assert os.fsencode(finding["message"]).startswith(path)
 
 
 def test_the_command(data, tmp_path, capsys):

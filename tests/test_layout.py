@@ -95,6 +95,13 @@ def test_a_root_file_says_where_the_pictures_are(data, tmp_path):
     assert read_triples(lists, "train") == read_triples(data, "train")
 
 
+@pytest.mark.parametrize("content", [b"", b"nowhere\n", b"\xff\xfe"])
+def test_a_root_file_that_names_no_folder(data, content):
+    (data / "ROOT").write_bytes(content)
+    with pytest.raises(HarmonyError, match="ROOT: ('(nowhere)?' is no folder|not a UTF-8 text file)"):
+        read_triples(data, "train")
+
+
 @pytest.mark.parametrize(
     "gone, message",
     [

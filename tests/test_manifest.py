@@ -74,6 +74,35 @@ def test_photos_with_and_without_an_index(tmp_path):
     assert [type(item).__name__ for item in scan(tmp_path)] == ["Example", "HarmonyError"]
 
 
+def test_pictures_that_would_be_passed_over_are_named(tmp_path):
+    photo(tmp_path, "one")
+    for name in (".hidden.jpg", "notes.txt", "two.heic"):
+        (tmp_path / "images" / name).write_bytes(b"x")
+    write_image(tmp_path / "masks/three.png", MASK)
+    write_image(tmp_path / "masks/one.bmp", MASK)
+    (example, *errors) = scan(tmp_path)
+    assert example.mask.name == "one.png"
+    assert [str(error).split("/")[-1] for error in errors] == [
+        "two.heic: .heic is no type that is read; convert or remove it",
+        "images; add it or remove the mask",
+    ]
+    assert "masks/three.png: no picture named three.*" in str(errors[1])
+
+
+def test_folders_behind_links_are_read_once(tmp_path):
+    """The loop ends, and two sets may share one folder of pictures."""
+    photo(tmp_path / "elsewhere", "one")
+    for part in ("images", "masks"):
+        (tmp_path / "root/b").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root/b" / part).symlink_to(tmp_path / "elsewhere" / part)
+    (tmp_path / "root/a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/loop").symlink_to(tmp_path / "root")
+    assert [(e.subset, e.name) for e in read_examples(tmp_path / "root")] == [("a", "one"), ("b", "one")]
+    for part in ("composite", "gt", "mask"):
+        write_image(tmp_path / "elsewhere" / f"9_{part}.png", noise())
+    assert detect(tmp_path / "root") == "realhm" and len(read_examples(tmp_path / "root")) == 1
+
+
 def test_dih99_has_composites_and_no_real(tmp_path):
     photo(tmp_path, "7")
     (example,) = read_examples(tmp_path, "dih99")
@@ -129,6 +158,13 @@ def test_imaterialist_damage_is_named(fashion):
     (fashion / "train.csv").write_text("ImageId,Height\n")
     with pytest.raises(HarmonyError, match=r"train\.csv: .*give the data set's train\.csv"):
         read_examples(fashion)
+
+
+@pytest.mark.parametrize("size", ["abc,16", ",16", "12.5,16", "-1,16", "0,16", "12", "600000,800000"])
+def test_imaterialist_sizes_are_checked(fashion, size):
+    (fashion / "train.csv").write_text(f"ImageId,EncodedPixels,Height,Width\nstreet,1 2,{size}\nshop,1 2,12,16\n")
+    example, error = scan(fashion)
+    assert example.name == "shop" and "train.csv, street: " in str(error) and "no size of a photo" in str(error)
 
 
 def test_run_lengths_are_checked():
