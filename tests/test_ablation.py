@@ -129,3 +129,5 @@ def test_the_resunet_trains_with_the_runs_settings_and_the_rows_changes(tmp_path
     again, _ = ablation.train_resunet(run, data, 0, style="rain")
     assert all((a == b).all() for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert "contrastive" not in ablation.train_resunet(run, data, 0, weights=(0.4, 0.5, 0.0))[1][0]
+    other, _ = ablation.train_resunet(run, data, 0, style="adain")  # starts with the same weights, and must not resume
+    assert any((a != b).any() for a, b in zip(model.parameters(), other.parameters(), strict=True))
