@@ -32,6 +32,11 @@ class Ablation:
     runs: dict[tuple[str, int], pd.DataFrame]
     failures: dict[tuple[str, int], str]
 
+    def __str__(self) -> str:
+        """How many runs finished, and why the others did not."""
+        lost = "".join(f"\n{name}, seed {seed}: {reason}" for (name, seed), reason in self.failures.items())
+        return f"{len(self.runs)} of {len(self.variants) * len(self.seeds)} runs finished{lost}"
+
     def finished(self, *variants: str) -> list[int]:
         """The seeds with which all of these variants finished."""
         return [seed for seed in self.seeds if all((name, seed) in self.runs for name in variants)]
@@ -166,11 +171,22 @@ def _flat(rows: dict) -> dict:
 
 
 def side_by_side(data: dict, metrics) -> pd.DataFrame:
-    """A report's rows as a table: ours, and the published values as far as there are any."""
+    """A report's rows as a table: ours, with the composite left alone, and the published values if there are any."""
     rows = _flat(data["rows"])
     ours = pd.DataFrame({name: {m: row[m] for m in metrics} for name, row in rows.items()}, dtype=float).T
+    if "composite" in data:
+        ours.loc["composite left alone"] = data["composite"]
     theirs = pd.DataFrame({name: row["published"] for name, row in rows.items()}, index=metrics, dtype=float).T
     return pd.concat({"ours": ours, "published": theirs}, axis=1).dropna(axis=1, how="all")
+
+
+def gains(data: dict, metric: str = "psnr") -> pd.DataFrame:
+    """A report's differences in one metric as a table, one row a pair: ours with its interval, published, verdict."""
+    found = [d for d in data["differences"] if d["metric"] == metric]
+    numbers = ["improvement", "low", "high", "published"]
+    table = pd.DataFrame(found, columns=["after", "before", "subset", *numbers, "verdict"])
+    table[["low", "high"]] = [d["interval"] for d in found]
+    return table.astype(dict.fromkeys(numbers, float))
 
 
 def plot(data: dict, metric: str = "psnr", label: str = "PSNR, dB"):

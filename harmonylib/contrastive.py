@@ -82,13 +82,8 @@ class RegionContrastiveLoss(nn.Module):
             raise HarmonyError(f"reading {reading!r} is unknown; use A, B or C")
         if min(patches, patch, stride, embed_dim) < 1 or temperature <= 0:
             raise HarmonyError("patches, patch, stride and embed_dim must be at least 1 and temperature above 0")
-        self.reading, self.patches, self.temperature, self.patch, self.stride = (
-            reading,
-            patches,
-            temperature,
-            patch,
-            stride,
-        )
+        self.reading, self.patches, self.temperature = reading, patches, temperature
+        self.patch, self.stride = patch, stride
         self.mlp = nn.Sequential(nn.Linear(3 * patch * patch, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim))
 
     def embed(self, image: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
@@ -161,10 +156,7 @@ def harmonization_loss(
     Returns the unweighted "l1", "foreground_l1" and, with `contrastive`, "contrastive", and their weighted sum "loss".
     Without `contrastive` the third weight is not used.
     """
-    terms = {
-        "l1": F.l1_loss(output.float(), real.float()),
-        "foreground_l1": foreground_l1(output, real, mask),
-    }
+    terms = {"l1": F.l1_loss(output.float(), real.float()), "foreground_l1": foreground_l1(output, real, mask)}
     if contrastive is not None:
         terms["contrastive"] = contrastive(output, real, mask, composite, generator)
     return {**terms, "loss": sum(weight * term for weight, term in zip(weights, terms.values(), strict=False))}

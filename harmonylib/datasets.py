@@ -152,6 +152,9 @@ class PixelBatches:
     """
 
     def __init__(self, data: TripleSet, batch_size: int, seed, crop=0, recolor: float = 0.0):
+        side = data.composites.shape[1]
+        if not 0 <= crop <= side:
+            raise HarmonyError(f"crop {crop} must be between 0 and the images' {side} pixels; change it")
         self.data, self.batch_size, self.seed, self.crop, self.recolor = data, batch_size, seed, crop, recolor
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:

@@ -196,6 +196,6 @@ def contrastive_resunet(
         extra_modules=(contrast,) if contrast else (),
         observe=observe,
         checkpoints=checkpoints,
-        key=[data.key, weights, reading, patches, crop, recolor],
+        key=[data.key, style, weights, reading, patches, crop, recolor],
     )
     return model, history

@@ -28,6 +28,7 @@ FIGURES = (  # (paper's figure, what ours shows, patterns under reports/figures)
     (PLUS, "3", "What Harmony-VAE repairs in decoding", ("harmony_vae-harmonize/reconstruction.png",)),
     (PLUS, "3", "Methods side by side on test images", ("evaluation/qualitative.png",)),
     (PLUS, "4", "Methods side by side on the Human Harmony test list", ("evaluation/human_harmony.png",)),
+    (CONTRASTIVE, "2", "Patches of both regions, embedded", ("resunet/patches.png", "resunet/embeddings.png")),
     (CONTRASTIVE, "3", "Layout of the preference study, versions in random order", ("evaluation/study.png",)),
     (CONTRASTIVE, "4", "Every method beside the real photo", ("evaluation/qualitative.png",)),
     (CONTRASTIVE, "5 and 6", "Composites without ground truth", ("evaluation/real_composites.png",)),

@@ -191,9 +191,9 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
 
     base_channels double at each of `depth` levels; `residual_convs` follow the first convolution of every block;
     style is "style-fusion", "adain", "rain" or "none", at the end of every decoder block; sample_size is the training
-    size in pixels. The paper does not say what
-    the head predicts. Here it predicts the change, output = image + head(features), from a head initialised to zero:
-    training starts at the composite, and the output is not squashed. Raises HarmonyError for settings out of range.
+    size in pixels. The paper does not say what the head predicts. Here it predicts the change, output = image +
+    head(features), from a head initialised to zero: training starts at the composite, and the output is not squashed.
+    Raises HarmonyError for settings out of range.
     """
 
     @register_to_config

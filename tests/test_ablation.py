@@ -44,6 +44,7 @@ def test_rows_are_means_over_seeds_then_images_and_failures_are_null():
     assert rows["never"]["psnr"] is None and rows["never"]["interval"] == {"psnr": None, "mse": None}
     assert rows["never"]["status"] == "0 of 2 seeds finished"
     assert table.rows(["psnr"], ["b"])["high"]["b"]["psnr"] == np.mean([27, 31])
+    assert str(table).startswith("5 of 8 runs finished\nonce, seed 0: lost at seed 0\nnever, seed 0: lost")
 
 
 def test_differences_are_paired_on_images_and_on_the_seeds_that_both_finished():
@@ -86,6 +87,10 @@ def test_a_report_is_what_the_claims_read(tmp_path, subsets):
     assert read["models"]["never"][subsets[0]]["psnr"] is None
     assert len(ablation.plot(data).axes) == 2
     assert list(ablation.side_by_side(data, ["psnr"]).columns) == [("ours", "psnr")]
+    gains = ablation.gains(data)
+    assert len(gains) == len(pairs) * len(subsets) and gains["improvement"].tolist()[0] == effect["psnr"][0]
+    never = gains[gains["after"] == "never"]
+    assert never[["improvement", "low", "high", "published"]].isna().all(None) and (never["verdict"] == "not run").all()
 
 
 def test_published_values_stand_beside_ours_in_our_units():
@@ -95,6 +100,9 @@ def test_published_values_stand_beside_ours_in_our_units():
     assert data["rows"]["1: L1"]["published"] == pytest.approx({"psnr": 34.56, "mse": 54.55, "fssim": 0.8568})
     assert [d["published"] for d in data["differences"]] == pytest.approx([0.97, 12.41, 0.0246])
     assert ablation.side_by_side(data, ["psnr", "mse"])["published", "psnr"].tolist() == [34.56, 35.53]
+    data["composite"] = {"psnr": 1.0, "mse": 2.0, "other": 3.0}
+    assert ablation.side_by_side(data, ["psnr", "mse"])["ours"].loc["composite left alone"].tolist() == [1, 2]
+    assert ablation.gains(data)["published"].tolist() == pytest.approx([0.97])
 
 
 def test_nothing_to_run_is_named_and_other_errors_pass():
@@ -129,3 +137,5 @@ def test_the_resunet_trains_with_the_runs_settings_and_the_rows_changes(tmp_path
     again, _ = ablation.train_resunet(run, data, 0, style="rain")
     assert all((a == b).all() for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert "contrastive" not in ablation.train_resunet(run, data, 0, weights=(0.4, 0.5, 0.0))[1][0]
+    other, _ = ablation.train_resunet(run, data, 0, style="adain")  # starts with the same weights, and must not resume
+    assert any((a != b).any() for a, b in zip(model.parameters(), other.parameters(), strict=True))

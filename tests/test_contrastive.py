@@ -57,9 +57,10 @@ def patch_by_patch(loss, output, real, mask, composite):
     return total / len(mask)
 
 
+@pytest.mark.parametrize("size", [(32, 40), (30, 37)])
 @pytest.mark.parametrize("reading", ["A", "B", "C"])
-def test_vectorised_equals_a_loop_over_patches(reading):
-    loss, (output, real, mask, composite) = loss_of(reading), batch()
+def test_vectorised_equals_a_loop_over_patches(reading, size):
+    loss, (output, real, mask, composite) = loss_of(reading), batch(2, *size)
     torch.testing.assert_close(
         loss(output, real, mask, composite, seeded()), patch_by_patch(loss, output, real, mask, composite)
     )
@@ -166,7 +167,7 @@ def test_images_without_both_regions_drop_out(reading):
 
 
 @pytest.mark.parametrize("reading", ["A", "B", "C"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_constant_images_one_cell_regions_and_half_precision_are_finite(reading, dtype):
     mask = torch.zeros(2, 1, 16, 16)
     mask[0, :, 4:8, 4:8], mask[1, :, 8, 8] = 1, 1

@@ -94,6 +94,8 @@ def test_pixel_batches_recolour_only_the_foreground(data):
     assert torch.equal(batch["composite"][outside], batch["real"][outside])
     assert not torch.equal(batch["composite"], batch["real"])
     assert PixelBatches(TripleSet(data, 32), 4, "test", crop=24)(0)["real"].shape == (4, 3, 24, 24)
+    with pytest.raises(HarmonyError, match="crop 33"):
+        PixelBatches(TripleSet(data, 32), 4, "test", crop=33)
 
 
 def test_photos_with_masks(tmp_path):
