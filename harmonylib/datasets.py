@@ -145,7 +145,8 @@ class LatentBatches:
 
 
 class PixelBatches:
-    """make_batch(step) for image-to-image models: random crop and flip of "composite", "real", "mask" together.
+    """make_batch(step) for image-to-image models: "composite", "real" and "mask", each triple with a crop
+    and a flip of its own.
 
     crop: side of the random window (0: the whole square). recolor: share of each batch that is made anew, so that small
     sets do not run out of composites: the real image restyled as a whole, then its foreground by the batched recipes.
@@ -160,8 +161,8 @@ class PixelBatches:
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         draw = rng(self.seed, "flip and crop", step)
         batch = self.data.batch(batch_indices(step, len(self.data), self.batch_size, self.seed))
-        if draw.random() < 0.5:
-            batch = {name: value.flip(-1) for name, value in batch.items()}
+        flips = torch.from_numpy(draw.integers(2, size=self.batch_size)).bool().view(-1, 1, 1, 1)
+        batch = {name: torch.where(flips, value.flip(-1), value) for name, value in batch.items()}
         if self.recolor:
             seeds = draw.integers(2**62, size=self.batch_size)
             real = restyle(batch["real"] / 2 + 0.5, [np.random.default_rng(n) for n in seeds]) * 2 - 1
@@ -170,6 +171,7 @@ class PixelBatches:
             batch["real"] = torch.where(chosen, real, batch["real"])
             batch["composite"] = torch.where(chosen, composite, batch["composite"])
         if self.crop:
-            top, left = (int(draw.integers(batch["mask"].shape[-1] - self.crop + 1)) for _ in range(2))
-            batch = {k: v[..., top : top + self.crop, left : left + self.crop] for k, v in batch.items()}
+            corners = draw.integers(batch["mask"].shape[-1] - self.crop + 1, size=(self.batch_size, 2)).tolist()
+            windows = [(..., slice(y, y + self.crop), slice(x, x + self.crop)) for y, x in corners]
+            batch = {k: torch.stack([v[w] for v, w in zip(vs, windows, strict=True)]) for k, vs in batch.items()}
         return batch

@@ -98,6 +98,16 @@ def test_pixel_batches_recolour_only_the_foreground(data):
         PixelBatches(TripleSet(data, 32), 4, "test", crop=33)
 
 
+def test_pixel_batches_crop_and_flip_each_triple_by_itself(data):
+    triples = TripleSet(data, 32)
+    triples.composites = triples.reals = np.broadcast_to(
+        np.arange(32 * 32 * 3).reshape(1, 32, 32, 3) % 251, (99, 32, 32, 3)
+    )
+    batch = PixelBatches(triples, 8, "test", crop=24)(0)
+    assert torch.equal(batch["composite"], batch["real"]) and batch["mask"].shape == (8, 1, 24, 24)
+    assert len({tuple(image.flatten().tolist()) for image in batch["real"]}) > 2  # not one window, mirrored or not
+
+
 def test_photos_with_masks(tmp_path):
     draw = np.random.default_rng(0)
     for name in ("one", "two"):
