@@ -8,6 +8,7 @@ harmonized is each real photo with its mask, where nothing should change. The re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from harmonylib.color import harmonize_classically
@@ -30,11 +31,11 @@ def measure(data, models) -> dict:
         about = {"subset": triple.subset, "name": triple.name, "photo": triple.photo, "foreground_ratio": mask.mean()}
         outputs = {"composite": composite}
         outputs |= {name: harmonize_classically(composite, mask, name) for name in CLASSICAL}
-        outputs |= {name: harmonize(composite, mask, name) for name in models}
+        outputs |= {name: np.asarray(harmonize(composite, mask, name)) for name in models}
         rows += [about | {"model": name} | score(image, real, mask, "standard") for name, image in outputs.items()]
         if triple.photo not in seen:
             seen.add(triple.photo)
-            again = {name: harmonize(real, mask, name) for name in models}
+            again = {name: np.asarray(harmonize(real, mask, name)) for name in models}
             about |= {"subset": "real"}
             kept += [about | {"model": name} | score(image, real, mask, "standard") for name, image in again.items()]
     table = pd.DataFrame(rows)
