@@ -45,6 +45,7 @@ pretrained: .venv  ## train what pretrained/ ships: make pretrained PHOTOS=folde
 	.venv/bin/dvc repro resunet diffharmony@harmonize
 	.venv/bin/python -m harmonylib.weights artifacts/contrastive_resunet pretrained/contrastive-resunet
 	.venv/bin/python -m harmonylib.weights artifacts/diffharmony/harmonize pretrained/diffharmony++
+	cp artifacts/harmony_vae/harmonize/training.json pretrained/diffharmony++/vae/
 
 ablations: .venv  ## the papers' ablation tables that fit a laptop: 2, 4, 5 and VI
 	.venv/bin/dvc repro --glob 'ablations/dvc.yaml:table_*'

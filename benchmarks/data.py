@@ -11,7 +11,6 @@ import torch
 from harmonylib import cache
 from harmonylib.benchmark import BenchmarkSettings, make_benchmark
 from harmonylib.check import audit
-from harmonylib.classifier import HarmonyClassifier
 from harmonylib.datasets import TripleSet
 from harmonylib.images import to_square, to_tensor
 from harmonylib.layout import read_triples
@@ -28,7 +27,7 @@ def rows() -> list[dict]:
     before, folder = cache.ROOT, Path(tempfile.mkdtemp())
     cache.ROOT = folder / "cache"
     try:
-        return [_load(folder), _audit(folder), _make(folder), _recolour(folder), _classify(folder)]
+        return [_load(folder), _audit(folder), _make(folder), _recolour(folder)]
     finally:
         cache.ROOT = before
         shutil.rmtree(folder)
@@ -98,20 +97,3 @@ def _recolour(folder: Path) -> dict:
     generator = torch.Generator().manual_seed(0)
     times = paired(lambda: recolor_batch(real, mask, generator, settings), plain)
     return {"name": f"16 composites at 256 px on the fly, {device}: batched / one by one", **times}
-
-
-def _classify(folder: Path) -> dict:
-    """Training the harmony classifier's head: features of the frozen network from the cache, against anew each time."""
-    triples = read_triples(_set(folder / "large", 8, 384), "train")
-    model, paths = HarmonyClassifier(), [path for triple in triples for path in (triple.composite, triple.real)]
-    photos, labels = [triple.photo for triple in triples for _ in range(2)], [1, 0] * len(triples)
-
-    def ours():
-        model.fit_head(model.extract(paths), labels, photos)
-
-    def plain():
-        shutil.rmtree(cache.ROOT, ignore_errors=True)
-        cache._checked.clear()
-        ours()
-
-    return {"name": f"training the classifier on {len(paths)} pictures: features cached / anew", **paired(ours, plain)}
