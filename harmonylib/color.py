@@ -19,6 +19,7 @@ RGB_TO_LMS = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.02
 LMS_TO_LAB = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ np.array([[1.0, 1, 1], [1, 1, -2], [1, -1, 0]])
 LOG_OFFSET = 1 / 255  # one level added before the logarithm, so that black is finite and the way back is exact
 LOG_MAX = 1.0  # an upper bound on log10(LMS): ten times white, where a far outlier would overflow
+RGB_TO_YCBCR = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]])  # BT.601
 VARIANCE_FLOOR = 1e-8  # a flat region keeps its flatness instead of dividing by zero
 IDT_STEPS = 12
 IDT_QUANTILES = 256
@@ -88,8 +89,14 @@ def _rotations() -> np.ndarray:
     return np.concatenate([np.eye(3)[None], np.linalg.qr(draws)[0]])
 
 
+def _places(count):
+    """The indices of IDT_QUANTILES evenly spaced ones of `count` sorted values (a number, or a tensor of them)."""
+    steps = np.arange(IDT_QUANTILES) if isinstance(count, int) else torch.arange(IDT_QUANTILES, device=count.device)
+    return (2 * steps * (count - 1) + IDT_QUANTILES - 1) // (2 * (IDT_QUANTILES - 1))
+
+
 def _quantiles(values: np.ndarray) -> np.ndarray:
-    return np.sort(values)[np.linspace(0, len(values) - 1, IDT_QUANTILES).round().astype(int)]
+    return np.sort(values)[_places(len(values))]
 
 
 def distribution_transfer(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -187,4 +194,50 @@ def xiao_ma_batch(source, source_weights, reference, reference_weights) -> torch
     return (matrix @ (source - mean) + reference_mean).clamp(0, 1)
 
 
-BATCH_TRANSFERS = {"reinhard": reinhard_batch, "xiao-ma": xiao_ma_batch}
+def _sorted(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The region's values in order (BxCxN, infinity after them) and how many they are (Bx1x1)."""
+    return values.where(weights > 0, torch.inf).sort(2).values, weights.sum(2, keepdim=True).long()
+
+
+def histogram_match_batch(source, source_weights, reference, reference_weights) -> torch.Tensor:
+    """`histogram_match` on every image of a batch; Bx3xN, meaningful where source_weights is 1.
+
+    A value goes to where the reference's cumulative histogram, linear between its levels, has the value's own height.
+    """
+    to_ycbcr = _constant(RGB_TO_YCBCR, source)
+    source, reference = (to_ycbcr @ pixels for pixels in (source, reference))
+    ordered, count = _sorted(source, source_weights)
+    levels, reference_count = _sorted(reference, reference_weights)
+    height = torch.searchsorted(ordered, source, right=True) * (reference_count / count)  # in reference pixels
+    upper = levels.gather(2, (height.ceil().long() - 1).clamp(min=0).minimum(reference_count - 1))
+    below = torch.searchsorted(levels, upper)
+    lower = levels.gather(2, (below - 1).clamp(min=0))
+    share = (height - below) / (torch.searchsorted(levels, upper, right=True) - below)
+    matched = lower + share.clamp(0, 1) * (upper - lower)
+    return (_constant(np.linalg.inv(RGB_TO_YCBCR), source) @ matched).clamp(0, 1)
+
+
+def _quantiles_batch(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    ordered, count = _sorted(values, weights)
+    return ordered.gather(2, _places(count).expand(-1, values.shape[1], -1))
+
+
+def distribution_transfer_batch(source, source_weights, reference, reference_weights) -> torch.Tensor:
+    """`distribution_transfer` on every image of a batch; Bx3xN, meaningful where source_weights is 1."""
+    for rotation in _constant(_rotations(), source):
+        rotated = rotation @ source
+        marginal = _quantiles_batch(rotated, source_weights)
+        target = _quantiles_batch(rotation @ reference, reference_weights)
+        left = (torch.searchsorted(marginal, rotated, right=True) - 1).clamp(0, IDT_QUANTILES - 2)
+        start, end, low, high = (v.gather(2, i) for v in (marginal, target) for i in (left, left + 1))
+        share = ((rotated - start) / (end - start)).nan_to_num(1.0, 1.0, 0.0).clamp(0, 1)
+        source = source + rotation.T @ (low + share * (high - low) - rotated)
+    return source.clamp(0, 1)
+
+
+BATCH_TRANSFERS = {
+    "reinhard": reinhard_batch,
+    "xiao-ma": xiao_ma_batch,
+    "histogram": histogram_match_batch,
+    "distribution": distribution_transfer_batch,
+}

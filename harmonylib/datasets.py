@@ -102,76 +102,94 @@ def _pixels_to_tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-class LatentBatches:
-    """make_batch(step) for the latent models, with cached posterior moments and random mirroring.
-
-    task "harmonize": target real, condition composite; "inverse": the other way (Sec. 4.1). Batches hold "target",
-    "condition" (Bx3xSxS), "mask", "moments" and "condition_moments" (Bx2Cxhxw). crop: side in pixels of a random window
-    aligned to the latent grid (0: the whole square). pixels=False leaves the images out (the UNet needs none).
-    """
-
-    def __init__(self, data: TripleSet, vae, task: str, batch_size: int, seed, device, crop=0, pixels=True, flip=True):
-        if task not in TASKS:
-            raise HarmonyError(f"task {task!r} is unknown; use {' or '.join(TASKS)}")
-        self.data, self.task, self.batch_size, self.seed = data, task, batch_size, seed
-        self.crop, self.pixels, self.flip = crop, pixels, flip
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        side = data.composites.shape[1]
-        if not 0 <= crop <= side or crop % self.factor:
-            raise HarmonyError(f"crop {crop} must be 0 or at most {side} and a multiple of {self.factor}; change it")
-        self.composite_moments = cache.moments(vae, data.composites, device)
-        self.real_moments = cache.moments(vae, data.reals, device)
-
-    def __call__(self, step: int) -> dict[str, torch.Tensor]:
-        data, draw = self.data, rng(self.seed, "flip and crop", step)
-        indices = np.array(batch_indices(step, len(data), self.batch_size, self.seed))
-        mirrored = draw.integers(2, size=len(indices)) if self.flip else np.zeros(len(indices), int)
-        images = data.batch(indices, self.pixels)
-        side = images["mask"].shape[-1] // self.factor
-        flips = torch.from_numpy(mirrored).bool()
-        batch = {k: torch.where(flips.view(-1, 1, 1, 1), v.flip(-1), v) for k, v in images.items()}
-        batch["composite_moments"] = torch.from_numpy(self.composite_moments[mirrored, indices]).float()
-        batch["real_moments"] = torch.from_numpy(self.real_moments[mirrored, data.real_of[indices]]).float()
-        if self.crop:
-            window = self.crop // self.factor
-            top, left = (int(draw.integers(side - window + 1)) for _ in range(2))
-            for name, value in batch.items():
-                f = 1 if name.endswith("moments") else self.factor
-                batch[name] = value[..., top * f : (top + window) * f, left * f : (left + window) * f]
-        target, condition = ("real", "composite") if self.task == "harmonize" else ("composite", "real")
-        out = {"mask": batch["mask"], "moments": batch[f"{target}_moments"]}
-        out["condition_moments"] = batch[f"{condition}_moments"]
-        return out | ({"target": batch[target], "condition": batch[condition]} if self.pixels else {})
-
-
 class PixelBatches:
     """make_batch(step) for image-to-image models: "composite", "real" and "mask", each triple with a crop
     and a flip of its own.
 
-    crop: side of the random window (0: the whole square). recolor: share of each batch that is made anew, so that small
-    sets do not run out of composites: the real image restyled as a whole, then its foreground by the batched recipes.
+    crop: side of the random windows (0: the whole square), whose corners lie on a grid of `grid` pixels. recolor: share
+    of the composites that are made anew from their real image by the recipes, so that small sets do not run out of
+    them; restyle: share of these whose real image is restyled as a whole first, for sets of few photos.
     """
 
-    def __init__(self, data: TripleSet, batch_size: int, seed, crop=0, recolor: float = 0.0):
+    def __init__(self, data: TripleSet, batch_size: int, seed, crop=0, recolor=0.0, restyle=0.0, grid: int = 1):
         side = data.composites.shape[1]
-        if not 0 <= crop <= side:
-            raise HarmonyError(f"crop {crop} must be between 0 and the images' {side} pixels; change it")
-        self.data, self.batch_size, self.seed, self.crop, self.recolor = data, batch_size, seed, crop, recolor
+        if not 0 <= crop <= side or crop % grid:
+            raise HarmonyError(f"crop {crop} must be 0 or at most {side} and a multiple of {grid}; change it")
+        self.data, self.batch_size, self.seed, self.crop, self.grid = data, batch_size, seed, crop, grid
+        self.recolor, self.restyle = recolor, restyle
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
+        return self.augmented(step, *self.drawn(step))
+
+    def drawn(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A step's triples, whether each is mirrored (0 or 1), and their windows' corners (Bx2, in grid cells)."""
         draw = rng(self.seed, "flip and crop", step)
-        batch = self.data.batch(batch_indices(step, len(self.data), self.batch_size, self.seed))
-        flips = torch.from_numpy(draw.integers(2, size=self.batch_size)).bool().view(-1, 1, 1, 1)
+        indices = np.array(batch_indices(step, len(self.data), self.batch_size, self.seed))
+        room = (self.data.composites.shape[1] - self.crop) // self.grid if self.crop else 0
+        return indices, draw.integers(2, size=len(indices)), draw.integers(room + 1, size=(len(indices), 2))
+
+    def augmented(self, step: int, indices, mirrored, corners, images: bool = True) -> dict[str, torch.Tensor]:
+        """The batch of what `drawn` says; images=False leaves all but the masks out."""
+        batch = self.data.batch(indices, images)
+        flips = torch.from_numpy(mirrored).bool().view(-1, 1, 1, 1)
         batch = {name: torch.where(flips, value.flip(-1), value) for name, value in batch.items()}
-        if self.recolor:
-            seeds = draw.integers(2**62, size=self.batch_size)
-            real = restyle(batch["real"] / 2 + 0.5, [np.random.default_rng(n) for n in seeds]) * 2 - 1
-            composite = recolor_batch(real, batch["mask"], generator(self.seed, "recolor", step))
-            chosen = torch.from_numpy(draw.random(self.batch_size) < self.recolor).view(-1, 1, 1, 1)
-            batch["real"] = torch.where(chosen, real, batch["real"])
-            batch["composite"] = torch.where(chosen, composite, batch["composite"])
-        if self.crop:
-            corners = draw.integers(batch["mask"].shape[-1] - self.crop + 1, size=(self.batch_size, 2)).tolist()
-            windows = [(..., slice(y, y + self.crop), slice(x, x + self.crop)) for y, x in corners]
-            batch = {k: torch.stack([v[w] for v, w in zip(vs, windows, strict=True)]) for k, vs in batch.items()}
-        return batch
+        if self.recolor and images:
+            batch |= self._recoloured(step, **batch)
+        return windows(batch, corners * self.grid, self.crop) if self.crop else batch
+
+    def _recoloured(self, step: int, composite, real, mask) -> dict[str, torch.Tensor]:
+        draw = rng(self.seed, "recolor", step)
+        anew, whole = (torch.from_numpy(draw.random(len(mask)) < s) for s in (self.recolor, self.restyle))
+        rows = torch.nonzero(anew & whole).flatten()
+        if len(rows):
+            rngs = [np.random.default_rng(n) for n in draw.integers(2**62, size=len(rows))]
+            real = real.index_copy(0, rows, restyle(real[rows] / 2 + 0.5, rngs) * 2 - 1)
+        made = recolor_batch(real, mask, generator(self.seed, "recolor", step))
+        return {"real": real, "composite": torch.where(anew.view(-1, 1, 1, 1), made, composite)}
+
+
+def windows(batch: dict[str, torch.Tensor], corners, side: int) -> dict[str, torch.Tensor]:
+    """Each image's square of `side` pixels whose top left corner is given (Bx2), of every tensor of a batch."""
+    slices = [(..., slice(y, y + side), slice(x, x + side)) for y, x in np.asarray(corners).tolist()]
+    return {name: torch.stack([v[s] for v, s in zip(vs, slices, strict=True)]) for name, vs in batch.items()}
+
+
+class LatentBatches:
+    """make_batch(step) for the latent models: `PixelBatches` with posterior moments of both images.
+
+    task "harmonize": target real, condition composite; "inverse": the other way (Sec. 4.1). Batches hold "target",
+    "condition" (Bx3xSxS), "mask", "moments" and "condition_moments" (Bx2Cxhxw). Windows lie on the latent grid.
+    Moments are cached for all images and their mirror images; with `recolor` they are made in every step.
+    pixels=False leaves the images out (the UNet needs none).
+    """
+
+    def __init__(
+        self, data: TripleSet, vae, task: str, batch_size: int, seed, device, crop=0, recolor=0.0, pixels=True
+    ):
+        if task not in TASKS:
+            raise HarmonyError(f"task {task!r} is unknown; use {' or '.join(TASKS)}")
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.batches = PixelBatches(data, batch_size, seed, crop, recolor, grid=factor)
+        self.task, self.pixels, self.vae, self.device, self.window = task, pixels, vae, device, crop // factor
+        if not recolor:
+            self.moments = {"composite": cache.moments(vae, data.composites, device)}
+            self.moments["real"] = cache.moments(vae, data.reals, device)
+
+    def __call__(self, step: int) -> dict[str, torch.Tensor]:
+        anew = bool(self.batches.recolor)
+        drawn = self.batches.drawn(step)
+        batch = self.batches.augmented(step, *drawn, images=self.pixels or anew)
+        names = ("real", "composite") if self.task == "harmonize" else ("composite", "real")
+        moments = self._encoded(batch, names) if anew else self._cached(*drawn)
+        out = {"mask": batch["mask"], "moments": moments[names[0]], "condition_moments": moments[names[1]]}
+        return out | ({"target": batch[names[0]], "condition": batch[names[1]]} if self.pixels else {})
+
+    @torch.no_grad()
+    def _encoded(self, batch, names) -> dict[str, torch.Tensor]:
+        images = torch.cat([batch[name] for name in names]).to(self.device)
+        return dict(zip(names, self.vae.encode(images).latent_dist.parameters.cpu().chunk(2), strict=True))
+
+    def _cached(self, indices, mirrored, corners) -> dict[str, torch.Tensor]:
+        rows = {"composite": indices, "real": self.batches.data.real_of[indices]}
+        batch = {k: torch.from_numpy(self.moments[k][mirrored, rows[k]]).float() for k in rows}
+        return windows(batch, corners, self.window) if self.window else batch

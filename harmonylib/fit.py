@@ -28,6 +28,7 @@ def harmony_vae(
     loss: str = "l2",
     decoder: bool = True,
     crop=0,
+    recolor: float = 0.0,
     mask_init: str = "zero",
     skip_init: str = "zero",
     device="auto",
@@ -36,13 +37,14 @@ def harmony_vae(
     """Train a Harmony-VAE around `vae` (DiffHarmony++ Sec. 3.2, 5.2).
 
     task: "harmonize" (target real, condition composite) or "inverse". decoder=False trains the conditional encoder only
-    (Table 5). The history carries `skip_norms`, the norms of the zero convolutions' weights, ordered as `skip_convs`.
+    (Table 5). crop and recolor as in `datasets.PixelBatches`. The history carries `skip_norms`, the norms of the zero
+    convolutions' weights, ordered as `skip_convs`.
     """
     device = pick_device(device)
     torch.manual_seed(seed)
     model = HarmonyVAE.from_vae(vae, mask_init=mask_init, skip_init=skip_init).to(device)
     model.set_trainable(decoder)
-    batches = LatentBatches(data, model, task, settings.batch_size, (seed, "harmony_vae", task), device, crop)
+    batches = LatentBatches(data, model, task, settings.batch_size, (seed, "harmony_vae", task), device, crop, recolor)
 
     history = train(
         model,
@@ -54,7 +56,7 @@ def harmony_vae(
         device=device,
         observe=lambda vae: {"skip_norms": [conv.weight.norm().item() for conv in vae.skip_convs()]},
         checkpoints=checkpoints,
-        key=[data.key, loss, decoder, crop],
+        key=[data.key, loss, decoder, crop, recolor],
     )
     return model.requires_grad_(True), history
 
@@ -69,15 +71,16 @@ def diffharmony(
     foreground: bool = True,
     mask_start: str = "base",
     crop=0,
+    recolor: float = 0.0,
     device="auto",
     checkpoints=None,
 ):
     """Fine-tune a base's inpainting UNet to harmonize, or to do the inverse (DiffHarmony++ Eq. 1, Sec. 4.1).
 
     base: a DiffHarmonyPipeline whose autoencoder stays frozen; its UNet is trained in place. foreground: the published
-    foreground-weighted loss (True) or the plain one. crop: side in pixels of random windows (0: whole). mask_start:
-    "base" keeps the base's weights for the mask channel (as published); "zero" (ours) sets them to zero, so that
-    training starts from copying the composite instead of from filling a hole, which small bases need.
+    foreground-weighted loss (True) or the plain one. crop and recolor as in `datasets.PixelBatches`.
+    mask_start: "base" keeps the base's weights for the mask channel (as published); "zero" (ours) sets them to zero, so
+    that training starts from copying the composite instead of from filling a hole, which small bases need.
     Returns (unet, history). Raises HarmonyError for an unknown mask_start.
     """
     if mask_start not in ("base", "zero"):
@@ -88,7 +91,7 @@ def diffharmony(
     if mask_start == "zero":
         base.unet.conv_in.weight.data[:, vae.config.latent_channels] = 0.0
     words = (seed, "diffharmony", task)
-    batches = LatentBatches(data, vae, task, settings.batch_size, words, device, crop, pixels=False)
+    batches = LatentBatches(data, vae, task, settings.batch_size, words, device, crop, recolor, pixels=False)
 
     def loss(unet, batch, generator):
         target, condition = (
@@ -106,7 +109,7 @@ def diffharmony(
         seed=seed,
         device=device,
         checkpoints=checkpoints,
-        key=[data.key, foreground, crop, weights_digest(vae)],
+        key=[data.key, foreground, crop, recolor, weights_digest(vae)],
     )
     return base.unet, history
 
@@ -163,21 +166,23 @@ def contrastive_resunet(
     patches: int = 256,
     crop=0,
     recolor: float = 0.0,
+    restyle: float = 0.0,
     device="auto",
     observe=None,
     checkpoints=None,
 ):
     """Train the ResUNet with L1, foreground L1 and the region-wise contrastive term (contrastive paper, Eq. 13).
 
-    A weight of 0 switches its term off (Table VI). observe(model) -> dict of numbers goes into the history, ten times
-    in a run (Figures 8, 9). Returns (model, history).
+    crop, recolor and restyle as in `datasets.PixelBatches`. A weight of 0 switches its term off (Table VI).
+    observe(model) -> dict of numbers goes into the history, ten times in a run (Figures 8, 9).
+    Returns (model, history).
     """
     device = pick_device(device)
     torch.manual_seed(seed)
     size = data.composites.shape[1]
     model = ContrastiveResUNet(base_channels, depth, residual_convs, style, sample_size=size)
     contrast = RegionContrastiveLoss(reading, patches) if weights[2] else None
-    batches = PixelBatches(data, settings.batch_size, (seed, "resunet"), crop, recolor)
+    batches = PixelBatches(data, settings.batch_size, (seed, "resunet"), crop, recolor, restyle)
 
     def loss(net, batch, generator):
         output = net(batch["composite"], batch["mask"])
@@ -196,6 +201,6 @@ def contrastive_resunet(
         extra_modules=(contrast,) if contrast else (),
         observe=observe,
         checkpoints=checkpoints,
-        key=[data.key, style, weights, reading, patches, crop, recolor],
+        key=[data.key, style, weights, reading, patches, crop, recolor, restyle],
     )
     return model, history

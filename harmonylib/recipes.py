@@ -61,7 +61,7 @@ class RecipeSettings:
     relight_warmth: float = 0.6  # stops between red and blue
     relight_contrast: float = 0.2
     relight_vignette: float = 0.4  # stops from the centre of the image to its corners
-    extra_share: float = 0.5  # on-the-fly composites that get a second, halved retouch
+    extra_share: float = 0.25  # on-the-fly composites that get a second, halved retouch
     delta_e: tuple[float, float] = (2.0, 30.0)  # mean CIE76 difference of the foreground
     clipped: float = 0.1  # share of foreground pixels that newly reach 0 or 255
 
@@ -256,18 +256,12 @@ def make_composite(
 
 # ---- composites made on the fly ----
 
-EDITS = {"retouch": (retouch, draw_retouch), "relight": (relight, draw_relight)}
-STYLES = (*EDITS, *BATCH_TRANSFERS)
+STRENGTHS = {"HCOCO": "hcoco_strength", "HFlickr": "hflickr_strength"}
+EDITS = {"HAdobe5k": (retouch, draw_retouch), "Hday2night": (relight, draw_relight)}
 
 
-def edit_batch(style: str, image: torch.Tensor, mask: torch.Tensor, rngs, settings=DEFAULTS) -> torch.Tensor:
-    """ "retouch" or "relight" of Bx3xHxW in [0, 1] with one numpy generator an image; equals the array edit."""
-    edit, draw = EDITS[style]
-    return edit(image, mask, np.stack([draw(rng, settings) for rng in rngs]))
-
-
-def transfer_batch(style: str, image, mask, reference, reference_mask, strength) -> torch.Tensor:
-    """ "reinhard" or "xiao-ma" between the foregrounds of Bx3xHxW in [0, 1], blended by B strengths.
+def transfer_batch(transfer: str, image, mask, reference, reference_mask, strength) -> torch.Tensor:
+    """One of `color.TRANSFERS` between the foregrounds of Bx3xHxW in [0, 1], blended by B strengths.
 
     Where a mask is empty its whole image stands in. Equals the array transfer on the foreground.
     """
@@ -276,38 +270,44 @@ def transfer_batch(style: str, image, mask, reference, reference_mask, strength)
         return weights.where(weights.sum((1, 2, 3), keepdim=True) > 0, 1.0).flatten(2)
 
     source = image.flatten(2)
-    result = BATCH_TRANSFERS[style](source, region(mask), reference.flatten(2), region(reference_mask))
+    result = BATCH_TRANSFERS[transfer](source, region(mask), reference.flatten(2), region(reference_mask))
     return (source + _like(strength, image)[:, None, None] * (result - source)).reshape(image.shape)
 
 
 @torch.no_grad()
 def recolor_batch(real, mask, generator: torch.Generator, settings: RecipeSettings = DEFAULTS) -> torch.Tensor:
-    """Composites of a batch, each foreground recoloured in a way of its own, on the batch's device.
+    """Composites of a batch, each foreground recoloured by one of RECIPES, on the batch's device.
 
-    real Bx3xHxW in [-1, 1]; mask Bx1xHxW in {0, 1}. Each image gets one of STYLES; transfers take their colours from
-    another image of the batch (a lone image is only edited), and a share of images a second, weaker retouch. Returns
-    Bx3xHxW in [-1, 1], not rounded to levels, with the background equal to `real`. Every draw follows the generator.
+    real Bx3xHxW in [-1, 1]; mask Bx1xHxW in {0, 1}. Transfers take their colours from another image of the batch (a
+    lone image is only edited), and `extra_share` of the images get a second, weaker retouch. Returns Bx3xHxW in
+    [-1, 1], not rounded to levels, with the background equal to `real`. Every draw follows the generator. The filter of
+    implausible composites is left out.
     """
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     rngs = [np.random.default_rng((seed, index)) for index in range(len(real))]
-    styles = np.array([STYLES[rng.integers(len(STYLES) if len(real) > 1 else len(EDITS))] for rng in rngs])
+    names = list(RECIPES) if len(real) > 1 else list(EDITS)
     ring = np.random.default_rng(seed).permutation(len(real))
     partner = np.empty_like(ring)
     partner[ring] = np.roll(ring, 1)
-    image, result = (real + 1) / 2, torch.empty_like(real)
-    strengths = settings.hcoco_strength[0], settings.hflickr_strength[1]
 
-    for style in STYLES:
-        chosen = np.flatnonzero(styles == style)
-        if len(chosen) == 0:
-            continue
-        rows, own = torch.from_numpy(chosen).to(real.device), [rngs[index] for index in chosen]
-        if style in EDITS:
-            result[rows] = edit_batch(style, image[rows], mask[rows], own, settings)
+    groups = {}  # images that are treated alike, with their parameters
+    for index, rng in enumerate(rngs):
+        recipe = names[rng.integers(len(names))]
+        if recipe in EDITS:
+            groups.setdefault(recipe, []).append((index, EDITS[recipe][1](rng, settings)))
+        else:
+            transfer = list(TRANSFERS)[rng.integers(len(TRANSFERS))]
+            groups.setdefault(transfer, []).append((index, rng.uniform(*getattr(settings, STRENGTHS[recipe]))))
+
+    image, result = (real + 1) / 2, torch.empty_like(real)
+    for name, members in groups.items():
+        chosen, parameters = (np.array(column) for column in zip(*members, strict=True))
+        rows = torch.from_numpy(chosen).to(real.device)
+        if name in EDITS:
+            result[rows] = EDITS[name][0](image[rows], mask[rows], parameters)
         else:
             other = torch.from_numpy(partner[chosen]).to(real.device)
-            strength = [rng.uniform(*strengths) for rng in own]
-            result[rows] = transfer_batch(style, image[rows], mask[rows], image[other], mask[other], strength)
+            result[rows] = transfer_batch(name, image[rows], mask[rows], image[other], mask[other], parameters)
 
     more = np.flatnonzero([rng.random() < settings.extra_share for rng in rngs])
     if len(more):

@@ -88,6 +88,30 @@ def test_latent_crops_are_aligned(data, tiny_vae):
         LatentBatches(TripleSet(data, 32), tiny_vae, "harmonise", 4, "test", "cpu")
 
 
+@pytest.mark.parametrize("task", ["harmonize", "inverse"])
+def test_latent_batches_of_composites_made_on_the_fly(data, tiny_vae, task):
+    """Their moments are those of the batch's own pixels; the real image stays, the composite is new in every step."""
+    options = {"batch_size": 4, "seed": "test", "device": "cpu", "crop": 16, "recolor": 1.0}
+    batches = LatentBatches(TripleSet(data, 32), tiny_vae, task, **options)
+    batch, again = batches(0), batches(0)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    with torch.no_grad():
+        for image, moments in ((batch["target"], batch["moments"]), (batch["condition"], batch["condition_moments"])):
+            assert torch.allclose(tiny_vae.encode(image).latent_dist.parameters, moments, atol=1e-5)
+    fixed = LatentBatches(TripleSet(data, 32), tiny_vae, task, **options | {"recolor": 0.0})(0)
+    real, made = ("target", "condition") if task == "harmonize" else ("condition", "target")
+    assert torch.equal(batch[real], fixed[real]) and not torch.equal(batch[made], fixed[made])
+    bare = LatentBatches(TripleSet(data, 32), tiny_vae, task, **options, pixels=False)(0)
+    assert set(bare) == {"mask", "moments", "condition_moments"} and torch.equal(bare["moments"], batch["moments"])
+
+
+def test_restyled_photos_keep_composite_and_background_together(data):
+    plain, restyled = (PixelBatches(TripleSet(data, 32), 4, "test", recolor=1.0, restyle=s)(0) for s in (0.0, 1.0))
+    assert not torch.equal(plain["real"], restyled["real"]) and torch.equal(plain["mask"], restyled["mask"])
+    outside = (restyled["mask"] == 0).expand_as(restyled["real"])
+    assert torch.equal(restyled["composite"][outside], restyled["real"][outside])
+
+
 def test_pixel_batches_recolour_only_the_foreground(data):
     batch = PixelBatches(TripleSet(data, 32), 4, "test", recolor=1.0)(0)
     outside = (batch["mask"] == 0).expand(-1, 3, -1, -1)

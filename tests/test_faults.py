@@ -301,8 +301,8 @@ def toy_pairs(root):
     return pairs_of(read_triples(root / "set", "train"))
 
 
-def generated(root, out, die_after=None, pause=0.0):
-    """Candidates of the set below root; with die_after the process kills itself before that pair's record."""
+def generated(root, out, die_after=None, pause=0.0, number=signal.SIGKILL):
+    """Candidates of the set below root; with die_after the process signals itself before that pair's record."""
     from harmonylib import generate
 
     draw, count = generate._draw, []
@@ -310,7 +310,7 @@ def generated(root, out, die_after=None, pause=0.0):
     def counted(*words):
         count.append(1)
         if len(count) == die_after:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         time.sleep(pause)
         return draw(*words)
 
@@ -356,6 +356,42 @@ def test_dead_rank(set_root):
     generated(set_root, "rank")
     assert contents(set_root / "rank") == contents(set_root / "whole")
     return "as above, whatever the number of processes of the next run"
+
+
+@fault("generation", "Ctrl-C")
+def test_interrupted_generation(set_root):
+    app = typer.Typer()
+    app.command()(lambda: generated(set_root, "stopped", 3, number=signal.SIGINT))
+    assert cli.run(app, "x", ["--"]) == 130
+    with pytest.raises(HarmonyError, match="incomplete"):
+        read_manifest(set_root / "stopped")
+    records = list((set_root / "stopped").glob("*/pairs/*.json"))
+    assert len(records) == 2
+    before = {path: path.stat().st_mtime_ns for path in records}
+    generated(set_root, "stopped")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())  # finished pairs are kept
+    assert contents(set_root / "stopped") == contents(set_root / "whole")
+    return "pairs in work are written, exit code 130; the next run adds what is missing, the set is the same"
+
+
+def generate_on_a_full_disk(root):
+    smallest = min(path.stat().st_size for path in (root / "whole").rglob("*.png"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (smallest // 2, smallest // 2))  # the kernel fails what lies beyond
+    try:
+        generated(root, "full")
+    except OSError:
+        os._exit(7)
+
+
+@fault("generation", "no room for a candidate (the kernel fails the write half way)")
+def test_full_disk_in_generation(set_root):
+    assert forks.codes([forks.start(generate_on_a_full_disk, set_root)]) == [7]
+    assert not list((set_root / "full").rglob("*.png")) and not list((set_root / "full").glob("*/pairs/*.json"))
+    with pytest.raises(HarmonyError, match="incomplete"):
+        read_manifest(set_root / "full")
+    generated(set_root, "full")
+    assert contents(set_root / "full") == contents(set_root / "whole")
+    return "an error of the operating system, nothing half-written; with room again the set is the same byte for byte"
 
 
 @fault("generation", "a candidate's file cut short")
