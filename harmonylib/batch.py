@@ -8,6 +8,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from .devices import pick_device
+from .distributed import rank_and_world
 from .errors import HarmonyError
 from .images import IMAGE_SUFFIXES
 from .inference import harmonize, load_model
@@ -27,18 +28,22 @@ def plan(composite, mask, output, force: bool = False, kind: str = "png") -> lis
     """The jobs of a picture and its mask, or of two folders paired by stem; a folder's outputs are `<stem>.<kind>`.
 
     A composite without a mask of its own takes the one named after its stem less the last "_" part, as in iHarmony4.
+    Under torchrun these are the process's share of a folder, which may be none.
     Raises HarmonyError, before any work, for a picture without a mask, two pictures of one stem, an output that exists
     (without `force`) or cannot be written.
     """
     composite, mask, output = Path(composite), Path(mask), Path(output)
     if composite.is_dir() != mask.is_dir() and composite.exists() and mask.exists():
         raise HarmonyError(f"{composite} and {mask}: give two files or two folders")
-    jobs = _pairs(composite, mask, output, kind) if composite.is_dir() else [Job(composite, mask, output)]
+    jobs = [Job(composite, mask, output)]
+    if composite.is_dir():
+        rank, world = rank_and_world()
+        jobs = _pairs(composite, mask, output, kind)[rank::world]
     if composite.is_dir() and output.exists() and not output.is_dir():
         raise HarmonyError(f"{output}: is a file; name a folder for the harmonized pictures")
     for job in jobs:
         check_output(job.output, force=force)
-    folder = jobs[0].output.absolute().parent
+    folder = (output if composite.is_dir() else output.parent).absolute()
     while not folder.exists():
         folder = folder.parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):

@@ -89,6 +89,19 @@ def test_mistakes_are_one_line_and_write_nothing(folder, capsys, arguments, mess
     assert sorted(folder.rglob("*")) == before
 
 
+def test_processes_of_torchrun_share_a_folder(folder, monkeypatch):
+    everything = batch.plan(folder / "pictures", folder / "masks", folder / "out")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(batch.plan(folder / "pictures", folder / "masks", folder / "out"))
+        assert harmonize(folder, "pictures", "masks", "out") == 0  # later processes do not mind the first one's files
+    assert [len(share) for share in shares] == [1, 1, 0] and shares[0] + shares[1] == everything
+    assert all(job.output.is_file() for job in everything)
+    assert len(batch.plan(folder / "pictures/a.png", folder / "masks/a.png", folder / "one.png")) == 1
+
+
 def test_a_read_only_folder(folder, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(HarmonyError, match="cannot be written to"):

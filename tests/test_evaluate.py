@@ -1,3 +1,5 @@
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -143,6 +145,18 @@ def test_resize_is_antialiased_and_keeps_what_fits():
 def test_broken_predictions_are_errors_naming_the_method(data, broken):
     with pytest.raises(HarmonyError, match="broken"):
         evaluate.evaluate([Method("broken", broken)], data)
+
+
+def test_memory_is_bounded_by_the_batch_not_by_the_set(data):
+    alive, most = weakref.WeakSet(), []
+
+    def call(composite, mask, names):
+        alive.add(output := composite.clone())
+        most.append(len(alive))
+        return output
+
+    evaluate.evaluate([Method("counted", call)], data, batch_size=1)
+    assert len(most) == len(data) and max(most) <= 2 and not alive  # the batch in work and the one before it
 
 
 def test_put_on_gives_an_evaluating_model():
