@@ -32,8 +32,8 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def autocast(device: torch.device, precision: str = "auto"):
-    """Context for mixed precision: "auto" is bf16 where the hardware has it; "fp32", "bf16" and "fp16" force one.
+def actual_precision(device: torch.device, precision: str = "auto") -> str:
+    """ "fp32", "bf16" or "fp16"; of "auto" it is bf16 where the hardware has it, else fp32.
 
     Raises HarmonyError for fp16 on a CPU, which has no fp16 kernels worth the name, and for unknown names.
     """
@@ -41,6 +41,12 @@ def autocast(device: torch.device, precision: str = "auto"):
         raise HarmonyError(f"precision {precision!r} is unknown; use auto, fp32, bf16 or fp16")
     if precision == "fp16" and device.type == "cpu":
         raise HarmonyError("precision fp16 does not run on a CPU; use precision: auto or fp32")
-    if precision == "fp32" or (precision == "auto" and not has_bf16(device)):
+    return precision if precision != "auto" else "bf16" if has_bf16(device) else "fp32"
+
+
+def autocast(device: torch.device, precision: str = "auto"):
+    """Context for mixed precision, as `actual_precision` says, which raises HarmonyError."""
+    actual = actual_precision(device, precision)
+    if actual == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.float16 if actual == "fp16" else torch.bfloat16)

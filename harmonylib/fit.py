@@ -91,6 +91,7 @@ def diffharmony(
     if mask_start == "zero":
         base.unet.conv_in.weight.data[:, vae.config.latent_channels] = 0.0
     words = (seed, "diffharmony", task)
+    noise = {key: value for key, value in base.scheduler.config.items() if not key.startswith("_")}
     batches = LatentBatches(data, vae, task, settings.batch_size, words, device, crop, recolor, pixels=False)
 
     def loss(unet, batch, generator):
@@ -109,7 +110,7 @@ def diffharmony(
         seed=seed,
         device=device,
         checkpoints=checkpoints,
-        key=[data.key, foreground, crop, recolor, weights_digest(vae)],
+        key=[data.key, foreground, crop, recolor, weights_digest(vae), weights_digest(base.prompt), noise],
     )
     return base.unet, history
 

@@ -19,7 +19,7 @@ import torch
 from skimage.color import rgb2lab
 
 from .cache import file_digest, weights_digest
-from .devices import autocast
+from .devices import actual_precision, autocast
 from .diffusion import latent_mask
 from .distributed import rank_and_world
 from .errors import HarmonyError
@@ -134,7 +134,7 @@ def generate_candidates(pipeline: DiffHarmonyPipeline, pairs: list[Pair], root_o
         raise HarmonyError("no (real, mask) pairs to generate from; the training list is empty")
     root = Path(root_out)
     settings = {"k": k, "seed": seed, "size": size, "steps": steps, "temperature": temperature, "suffix": suffix,
-                "precision": precision, "model": model_digest(pipeline)}  # fmt: skip
+                "precision": actual_precision(pipeline.device, precision), "model": model_digest(pipeline)}  # fmt: skip
     rank, world = rank_and_world()
     pipeline.set_progress_bar_config(disable=True)
     with contextlib.nullcontext() if rank else only_one(root):

@@ -121,10 +121,11 @@ def test_a_stage_takes_up_what_two_processes_trained(root, monkeypatch):
 def test_dvc_remote_carries_results_to_another_machine(tmp_path):
     """Push from one clone, pull in another: the weights are there and `dvc repro` has nothing to do; a sweep runs."""
     first, second = tmp_path / "first", tmp_path / "second"
-    environment = os.environ | {"DVC_SITE_CACHE_DIR": str(tmp_path / "site"), "DVC_NO_ANALYTICS": "1"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # the queue's worker calls `dvc`
+    environment = os.environ | {"DVC_SITE_CACHE_DIR": str(tmp_path / "site"), "DVC_NO_ANALYTICS": "1", "PATH": path}
 
     def call(*words, folder=first):
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert not done.returncode, done.stderr
         return done.stdout
 

@@ -84,6 +84,12 @@ def test_every_candidate_has_its_own_noise(pipeline, batch):
     assert torch.allclose(latents[15], alone.images[0], atol=1e-4)  # the same noise at any batch size
 
 
+def test_the_manifest_has_the_precision_that_was_used(pipeline, pairs, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("harmonylib.devices.has_bf16", lambda device: False)
+    assert run(pipeline, pairs, tmp_path, precision="auto")["settings"]["precision"] == "fp32"
+    assert contents(tmp_path) == contents(whole)
+
+
 @pytest.mark.parametrize("k", [1, 4, 16])
 def test_all_k_candidates_differ(pipeline, pairs, tmp_path, k):
     run(pipeline, pairs[:1], tmp_path, k=k, steps=1)
