@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from harmonylib.devices import autocast, has_bf16, pick_device
-from harmonylib.diffusion import base_scheduler, denoising_loss, latent_mask, scale_latents
+from harmonylib.diffusion import base_scheduler, denoising_loss, latent_mask, scale_latents, training_attention
 from harmonylib.fit import sample_posterior
 from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding
 from harmonylib.pretrain import BaseSettings, build_autoencoder, build_unet
@@ -87,7 +87,8 @@ def unet_steps(s: System):
         noisy = alpha.sqrt() * target + (1 - alpha).sqrt() * noise
         mask = nn.functional.interpolate(s.mask, target.shape[-2:])
         prompt = s.encode_prompt().expand(len(target), -1, -1)
-        error = (s.unet(torch.cat([noisy, mask, condition], 1), t, prompt).sample - noise) * mask
+        with training_attention(target):  # what it gains has a row of its own in training.py
+            error = (s.unet(torch.cat([noisy, mask, condition], 1), t, prompt).sample - noise) * mask
         weight = (mask[0].numel() / mask.sum((1, 2, 3))).clamp(1, 5)
         return (error.square().mean((1, 2, 3)) * weight).mean()
 

@@ -1,5 +1,6 @@
 """The training loop, candidates and the classifier: prefetching, two processes, files and all, cost against size."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harmonylib import cache, training
+from harmonylib import cache, diffusion, training
 from harmonylib.classifier import HarmonyClassifier
 from harmonylib.contrastive import harmonization_loss
 from harmonylib.datasets import PixelBatches, TripleSet
@@ -129,6 +130,20 @@ def unet_run(device, batch: int, size: int = SIZE):
     return run, tensors
 
 
+def attention(device) -> dict:
+    """A UNet step with the attention that `diffusion.training_attention` picks, against PyTorch's fused one."""
+    run, batch = unet_run(device, 16, 64)
+
+    def fused():
+        pick = diffusion.training_attention
+        diffusion.training_attention = lambda latents: contextlib.nullcontext()
+        run.step(0, batch, generator(0))
+        diffusion.training_attention = pick
+
+    times = paired(lambda: run.step(0, batch, generator(0)), fused)
+    return {"name": f"UNet step, batch 16 at 64 px, {device}: our choice of attention / the fused one", **times}
+
+
 def _member(rank: int, port: int, queue) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
@@ -204,5 +219,5 @@ def cost_of_size(device) -> list[dict]:
 
 def rows() -> list[dict]:
     device = pick_device()
-    return [*(measure(device) for measure in (prefetching, generation, features)), two_processes(), matrix_rate(device),
-            *cost_of_size(device)]  # fmt: skip
+    found = [measure(device) for measure in (prefetching, generation, features, attention, matrix_rate)]
+    return [*found, two_processes(), *cost_of_size(device)]

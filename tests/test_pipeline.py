@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_vae import legacy
 
 import harmonylib.pipeline as pipeline_module
+from harmonylib import diffusion
 from harmonylib.diffusion import (
     base_scheduler,
     denoising_loss,
@@ -97,6 +99,18 @@ def test_training_against_the_formulas(prediction, foreground):
     error = (output - goal).square()
     weighted = (error * mask).mean((1, 2, 3)) * torch.tensor([2.0, 5.0])
     assert torch.allclose(loss, weighted.mean() if foreground else error.mean(), atol=1e-5)
+
+
+def test_the_attention_of_training_changes_no_result(tiny_pipeline, monkeypatch):
+    images = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    target, condition, mask = images[0], images[1], (images[2, :, :1] > 0).float()
+    unet, prompt, gradients = tiny_pipeline.unet, tiny_pipeline.prompt.embeds, []
+    for pick in (diffusion.training_attention, lambda latents: contextlib.nullcontext()):
+        monkeypatch.setattr(diffusion, "training_attention", pick)
+        draw = torch.Generator().manual_seed(1)
+        loss = denoising_loss(unet, base_scheduler("epsilon"), target, condition, mask, prompt, draw)
+        gradients.append(torch.autograd.grad(loss, unet.conv_in.weight)[0])
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6) and gradients[0].any()
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
