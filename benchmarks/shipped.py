@@ -16,7 +16,7 @@ from harmonylib.evaluate import CLASSICAL
 from harmonylib.inference import MODELS, harmonize
 from harmonylib.jsonio import write_json
 from harmonylib.layout import read_triples
-from harmonylib.metrics import METRICS, buckets, score, summarise
+from harmonylib.metrics import buckets, compare, score, summarise
 from harmonylib.progress import progress
 
 SCORES = Path(__file__).parents[1] / "pretrained/scores.json"
@@ -43,8 +43,31 @@ def measure(data, models) -> dict:
     return found | {
         "models": summarise(table),
         "buckets": buckets(table),
+        "gains": {name: compare(table, name, "composite") for name in models},
         "real_photos": {name: parts["all"] for name, parts in summarise(pd.DataFrame(kept)).items()},
     }
+
+
+def table(found: dict) -> str:
+    """The figures of a model card in Markdown: PSNR and fMSE with intervals, PSNR by recipe, PSNR / fMSE by size."""
+    models, sizes = found["models"], found["buckets"]
+    subsets = [name for name in models["composite"] if name != "all"]
+    columns = [f"{size} (n = {part['n']})" for size, part in sizes["composite"].items() if size != "all"]
+    lines = [["", "PSNR ↑", "MSE ↓", "fMSE ↓", *subsets, *columns], ["---"] * (4 + len(subsets) + len(columns))]
+    for name, parts in models.items():
+        whole = parts["all"]
+        psnr, fmse = (" – ".join(f"{end:.{d}f}" for end in whole["interval"][m]) for m, d in (("psnr", 2), ("fmse", 0)))
+        lines.append([name, f"{whole['psnr']:.2f} ({psnr})", f"{whole['mse']:.0f}", f"{whole['fmse']:.0f} ({fmse})"])
+        lines[-1] += [f"{parts[subset]['psnr']:.2f}" for subset in subsets]
+        lines[-1] += [f"{p['psnr']:.2f} / {p['fmse']:.0f}" for size, p in sizes[name].items() if size != "all"]
+    lines = ["| " + " | ".join(line) + " |" for line in lines] + [""]
+    for name, gain in found["gains"].items():
+        difference, low, high = gain["psnr"]
+        lines.append(f"{name} over the composite: {difference:+.2f} dB ({low:+.2f} to {high:+.2f})")
+        whole = found["real_photos"][name]
+        low, high = whole["interval"]["psnr"]
+        lines.append(f"{name} on a real photo: {whole['psnr']:.1f} dB ({low:.1f} to {high:.1f})")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -52,13 +75,7 @@ def main() -> None:
         sys.exit("error: name the data set's folder (see `harmonylib make-data`)")
     found = measure(sys.argv[1], sys.argv[2:] or MODELS)
     write_json(SCORES, found)
-    for title, tables in (("", found["models"]), ("by foreground size", found["buckets"])):
-        for name, parts in tables.items():
-            for group, part in parts.items():
-                values = "  ".join(f"{metric} {part[metric]:.4g}" for metric in METRICS if part[metric] is not None)
-                print(f"{title} {name}, {group} (n = {part['n']}): {values}")
-    for name, part in found["real_photos"].items():
-        print(f"real photos, {name}: psnr {part['psnr']:.2f} {part['interval']['psnr']}")
+    print(table(found))
 
 
 if __name__ == "__main__":
