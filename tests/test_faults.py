@@ -362,7 +362,11 @@ def test_dead_rank(set_root):
 def test_interrupted_generation(set_root):
     app = typer.Typer()
     app.command()(lambda: generated(set_root, "stopped", 3, number=signal.SIGINT))
-    assert cli.run(app, "x", ["--"]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores Ctrl-C
+    try:
+        assert cli.run(app, "x", ["--"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(HarmonyError, match="incomplete"):
         read_manifest(set_root / "stopped")
     records = list((set_root / "stopped").glob("*/pairs/*.json"))
