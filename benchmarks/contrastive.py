@@ -4,10 +4,6 @@ On CUDA with the paper's network (28.37 M parameters, 256 px, batch 8), elsewher
 images are random, which costs the same.
 """
 
-import multiprocessing
-import resource
-import sys
-
 import numpy as np
 import torch
 
@@ -15,6 +11,7 @@ from harmonylib.contrastive import RegionContrastiveLoss, harmonization_loss, sa
 from harmonylib.devices import autocast, has_bf16, pick_device
 from harmonylib.resunet import ContrastiveResUNet
 
+from .diffusion import peak_megabytes
 from .paired import paired
 
 
@@ -116,37 +113,23 @@ def inference_rows(device) -> list[dict]:
     return rows
 
 
-def peak_memory(variant: tuple[str, bool], size: int = 1024) -> float:
-    """MiB at the peak of one forward pass of one image; on a CPU the process's peak, so call it in a fresh one."""
-    precision, channels_last = variant
-    device = pick_device()
-    model = network(device).eval()
-    model = model.to(memory_format=torch.channels_last) if channels_last else model
-    composite, _, mask = images(device, 1, size)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    forward(model, composite, mask, precision)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def memory_row(device) -> dict:
+def memory_row(device, size: int = 1024) -> list[dict]:
+    """MiB that one image needs at its peak beyond weights and images; no row where that cannot be read."""
     best = "bf16" if has_bf16(device) else "fp32"
-    pair = []
-    for _ in range(3):
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            pair.append(pool.map(peak_memory, [(best, True), ("fp32", False)], chunksize=1))
-    ours, plain = np.array(pair).T
-    low, middle, high = np.quantile(plain / ours, (0.25, 0.5, 0.75)).tolist()
-    return {
-        "name": f"ResUNet peak memory at 1024 px: channels-last {best} / contiguous fp32",
-        "ours": float(np.median(ours)), "baseline": float(np.median(plain)), "ratio": middle,
-        "unit": "MiB", "spread": [low, high],
-    }  # fmt: skip
+    plain, last = network(device).eval(), network(device).eval().to(memory_format=torch.channels_last)
+    composite, _, mask = images(device, 1, size)
+    variants = (last, best), (plain, "fp32")
+    pairs = [[peak_megabytes(lambda m=m, p=p: forward(m, composite, mask, p)) for m, p in variants] for _ in range(4)]
+    if None in pairs[0]:
+        return []
+    ours, baseline = np.array(pairs[1:]).T  # the first pair warms up
+    low, middle, high = np.quantile(baseline / ours, (0.25, 0.5, 0.75)).tolist()
+    name = f"ResUNet peak memory at {size} px: channels-last {best} / contiguous fp32"
+    medians = {"ours": float(np.median(ours)), "baseline": float(np.median(baseline))}
+    return [{"name": name, **medians, "ratio": middle, "unit": "MiB", "spread": [low, high]}]
 
 
 def rows() -> list[dict]:
     """Rows of benchmarks/results.json; a ratio above 1 means that ours is better."""
     device = pick_device()
-    return [loss_row(device), *step_rows(device), *inference_rows(device), memory_row(device)]
+    return [loss_row(device), *step_rows(device), *inference_rows(device), *memory_row(device)]

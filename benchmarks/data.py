@@ -61,20 +61,20 @@ def _scaled(row: dict, count: int) -> dict:
 
 
 def _audit(folder: Path) -> dict:
-    root = _set(folder / "small", 40, SIDE)
+    root = _set(folder / "small", 120, SIDE)  # enough that starting the workers is little of it
     pictures = sum(path.suffix in (".jpg", ".png") for path in root.rglob("*"))
-    times = paired(lambda: audit(root, workers=2), lambda: audit(root, workers=1), repeats=5)
+    times = paired(lambda: audit(root, workers=2), lambda: audit(root, workers=1), repeats=3)
     return {"name": "check-data, 1,000 pictures at 256 px: 2 workers / 1", **_scaled(times, pictures)}
 
 
 def _make(folder: Path) -> dict:
-    pairs, subsets = 15, len(RECIPES)
+    pairs, subsets = 60, len(RECIPES)
 
     def make(workers):
         shutil.rmtree(folder / "new", ignore_errors=True)
         _set(folder / "new", pairs, SIDE, workers)
 
-    times = paired(lambda: make(2), lambda: make(1), repeats=5)
+    times = paired(lambda: make(2), lambda: make(1), repeats=2)
     return {"name": "make 1,000 composites at 256 px: 2 workers / 1", **_scaled(times, (pairs + 2) * subsets)}
 
 
