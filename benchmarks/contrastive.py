@@ -4,15 +4,13 @@ On CUDA with the paper's network (28.37 M parameters, 256 px, batch 8), elsewher
 images are random, which costs the same.
 """
 
-import numpy as np
 import torch
 
 from harmonylib.contrastive import RegionContrastiveLoss, harmonization_loss, sample_cells
 from harmonylib.devices import autocast, has_bf16, pick_device
 from harmonylib.resunet import ContrastiveResUNet
 
-from .diffusion import peak_megabytes
-from .paired import paired
+from .paired import paired, paired_memory
 
 
 def images(device, batch: int, size: int):
@@ -118,15 +116,11 @@ def memory_row(device, size: int = 1024) -> list[dict]:
     best = "bf16" if has_bf16(device) else "fp32"
     plain, last = network(device).eval(), network(device).eval().to(memory_format=torch.channels_last)
     composite, _, mask = images(device, 1, size)
-    variants = (last, best), (plain, "fp32")
-    pairs = [[peak_megabytes(lambda m=m, p=p: forward(m, composite, mask, p)) for m, p in variants] for _ in range(4)]
-    if None in pairs[0]:
-        return []
-    ours, baseline = np.array(pairs[1:]).T  # the first pair warms up
-    low, middle, high = np.quantile(baseline / ours, (0.25, 0.5, 0.75)).tolist()
+    memory = paired_memory(
+        lambda: forward(last, composite, mask, best), lambda: forward(plain, composite, mask, "fp32")
+    )
     name = f"ResUNet peak memory at {size} px: channels-last {best} / contiguous fp32"
-    medians = {"ours": float(np.median(ours)), "baseline": float(np.median(baseline))}
-    return [{"name": name, **medians, "ratio": middle, "unit": "MiB", "spread": [low, high]}]
+    return [{"name": name, **memory}] if memory else []
 
 
 def rows() -> list[dict]:

@@ -16,7 +16,7 @@ from harmonylib.pretrain import BaseSettings, build_autoencoder, build_unet
 from harmonylib.refinement import RefinementUNet, refinement_loss
 from harmonylib.vae import HarmonyVAE, harmony_vae_loss
 
-from .paired import paired
+from .paired import paired, paired_memory
 
 
 class System:
@@ -151,28 +151,6 @@ def plain_inference(s: System, image, mask, steps: int = 5):
     return s.vae.decode(x / 0.18215, image, mask).sample
 
 
-def peak_megabytes(work) -> float | None:
-    """Memory that work() needs at its peak beyond what is in use before, or None where it cannot be read."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-    def read(name):
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) / 1024 for line in file if line.startswith(name))
-
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # Linux: the peak starts again from what is resident now
-        before = read("VmRSS")
-    except OSError:
-        return None
-    work()
-    return read("VmHWM") - before
-
-
 def decoding(s: System, precision: str):
     """A call that decodes one image under its condition."""
     image, mask = s.composite[:1], s.mask[:1]
@@ -197,12 +175,9 @@ def decode_rows(s: System, size: int) -> list[dict]:
 
     name = f"conditional decode {size} px, tiled against whole"
     rows = [{"name": f"{name}: time", **paired(lambda: decode(True), lambda: decode(False), repeats=3)}]
-    pairs = [(peak_megabytes(lambda: decode(True)), peak_megabytes(lambda: decode(False))) for _ in range(3)]
-    if None not in pairs[0]:
-        ours, plain = sorted(a for a, _ in pairs)[1], sorted(b for _, b in pairs)[1]
-        ratios = sorted(b / a for a, b in pairs)
-        row = {"ours": ours, "baseline": plain, "ratio": ratios[1], "spread": [ratios[0], ratios[2]], "unit": "MiB"}
-        rows.append({"name": f"{name}: peak memory", **row})
+    memory = paired_memory(lambda: decode(True), lambda: decode(False))
+    if memory:
+        rows.append({"name": f"{name}: peak memory", **memory})
     return rows
 
 

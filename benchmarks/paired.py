@@ -1,4 +1,4 @@
-"""Timing two ways of doing one thing, turn by turn, so that a busy or slow machine hits both alike."""
+"""Time and memory of two ways of doing one thing, turn by turn, so that a busy or slow machine hits both alike."""
 
 import time
 from collections.abc import Callable
@@ -30,12 +30,44 @@ def paired(ours: Callable[[], object], baseline: Callable[[], object], repeats: 
         else:
             first, second = seconds(ours), seconds(baseline)
         times.append((first, second))
-    mine, plain = np.array(times).T
+    return _summary(times, "s")
+
+
+def _summary(pairs, unit: str) -> dict:
+    mine, plain = np.array(pairs).T
     low, middle, high = np.quantile(plain / mine, (0.25, 0.5, 0.75)).tolist()
     return {
         "ours": float(np.median(mine)),
         "baseline": float(np.median(plain)),
         "ratio": middle,
         "spread": [low, high],
-        "unit": "s",
+        "unit": unit,
     }
+
+
+def peak_megabytes(work) -> float | None:
+    """Memory that work() needs at its peak beyond what is in use before, or None where it cannot be read."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def read(name):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) / 1024 for line in file if line.startswith(name))
+
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # Linux: the peak starts again from what is resident now
+        before = read("VmRSS")
+    except OSError:
+        return None
+    work()
+    return read("VmHWM") - before
+
+
+def paired_memory(ours: Callable[[], object], baseline: Callable[[], object], repeats: int = 3) -> dict | None:
+    """As `paired`, of `peak_megabytes` (MiB) and without warming up; None where it cannot be read."""
+    pairs = [(peak_megabytes(ours), peak_megabytes(baseline)) for _ in range(repeats)]
+    return None if None in pairs[0] else _summary(pairs, "MiB")

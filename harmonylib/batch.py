@@ -35,15 +35,15 @@ def plan(composite, mask, output, force: bool = False, kind: str = "png") -> lis
     composite, mask, output = Path(composite), Path(mask), Path(output)
     if composite.is_dir() != mask.is_dir() and composite.exists() and mask.exists():
         raise HarmonyError(f"{composite} and {mask}: give two files or two folders")
-    jobs = [Job(composite, mask, output)]
     if composite.is_dir():
         rank, world = rank_and_world()
-        jobs = _pairs(composite, mask, output, kind)[rank::world]
-    if composite.is_dir() and output.exists() and not output.is_dir():
-        raise HarmonyError(f"{output}: is a file; name a folder for the harmonized pictures")
+        jobs, folder = _pairs(composite, mask, output, kind)[rank::world], output.absolute()
+        if output.exists() and not output.is_dir():
+            raise HarmonyError(f"{output}: is a file; name a folder for the harmonized pictures")
+    else:
+        jobs, folder = [Job(composite, mask, output)], output.absolute().parent
     for job in jobs:
         check_output(job.output, force=force)
-    folder = (output if composite.is_dir() else output.parent).absolute()
     while not folder.exists():
         folder = folder.parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
