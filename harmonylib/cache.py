@@ -44,6 +44,11 @@ def weights_digest(model: torch.nn.Module) -> str:
     return hashlib.blake2b(save(tensors), digest_size=16).hexdigest()
 
 
+def settings_of(config) -> dict:
+    """What a diffusers config says, without the entries that tell where and by what it was written."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
 def cached_array(key: dict, shape, dtype, fill) -> np.ndarray:
     """The read-only array stored under `key`; on the first call `fill(array)` makes it.
 

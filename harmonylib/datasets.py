@@ -140,12 +140,14 @@ class PixelBatches:
     def _recoloured(self, step: int, composite, real, mask) -> dict[str, torch.Tensor]:
         draw = rng(self.seed, "recolor", step)
         anew, whole = (torch.from_numpy(draw.random(len(mask)) < s) for s in (self.recolor, self.restyle))
-        rows = torch.nonzero(anew & whole).flatten()
-        if len(rows):
-            rngs = [np.random.default_rng(n) for n in draw.integers(2**62, size=len(rows))]
-            real = real.index_copy(0, rows, restyle(real[rows] / 2 + 0.5, rngs) * 2 - 1)
-        made = recolor_batch(real, mask, generator(self.seed, "recolor", step))
-        return {"real": real, "composite": torch.where(anew.view(-1, 1, 1, 1), made, composite)}
+        whole, anew = (torch.nonzero(rows).flatten() for rows in (anew & whole, anew))
+        if len(whole):
+            rngs = [np.random.default_rng(n) for n in draw.integers(2**62, size=len(whole))]
+            real = real.index_copy(0, whole, restyle(real[whole] / 2 + 0.5, rngs) * 2 - 1)
+        if len(anew):
+            made = recolor_batch(real[anew], mask[anew], generator(self.seed, "recolor", step))
+            composite = composite.index_copy(0, anew, made)
+        return {"real": real, "composite": composite}
 
 
 def windows(batch: dict[str, torch.Tensor], corners, side: int) -> dict[str, torch.Tensor]:

@@ -44,8 +44,8 @@ def foreground_weighted_mse(prediction: torch.Tensor, target: torch.Tensor, mask
 def training_attention(latents: torch.Tensor):
     """Context for a forward pass that will be followed by a backward pass, on latents ...xhxw.
 
-    The fused attention's backward pass on CPUs takes most of a small UNet's step: without it a step of the small base
-    at batch 16 was 1.5 times as fast at 16x16 latents, 1.2 at 24x24 and 0.6 at 32x32 (`benchmarks/training.py`).
+    The fused attention's backward pass on CPUs takes much of a small UNet's step: without it a step of the small base
+    at batch 16 is about 1.25 times as fast at 16x16 latents and slower at 32x32 (`benchmarks/training.py`).
     """
     small = latents.device.type == "cpu" and latents.shape[-2] * latents.shape[-1] <= SMALL_LATENTS
     return sdpa_kernel(SDPBackend.MATH) if small else contextlib.nullcontext()

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from .cache import weights_digest
+from .cache import settings_of, weights_digest
 from .contrastive import RegionContrastiveLoss, harmonization_loss
 from .datasets import LatentBatches, PixelBatches, TripleSet
 from .devices import pick_device
@@ -91,7 +91,7 @@ def diffharmony(
     if mask_start == "zero":
         base.unet.conv_in.weight.data[:, vae.config.latent_channels] = 0.0
     words = (seed, "diffharmony", task)
-    noise = {key: value for key, value in base.scheduler.config.items() if not key.startswith("_")}
+    noise = settings_of(base.scheduler.config)
     batches = LatentBatches(data, vae, task, settings.batch_size, words, device, crop, recolor, pixels=False)
 
     def loss(unet, batch, generator):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from skimage.color import rgb2lab
 
-from .cache import file_digest, weights_digest
+from .cache import file_digest, settings_of, weights_digest
 from .devices import actual_precision, autocast
 from .diffusion import latent_mask
 from .distributed import rank_and_world
@@ -105,8 +105,7 @@ def model_digest(pipeline: DiffHarmonyPipeline) -> str:
     """Hash of everything in a pipeline that decides its output: weights and configs of all parts."""
     parts = {name: weights_digest(getattr(pipeline, name)) for name in ("vae", "unet", "prompt")}
     for name in ("vae", "unet", "scheduler"):
-        config = getattr(pipeline, name).config
-        parts[f"{name} config"] = {key: value for key, value in config.items() if not key.startswith("_")}
+        parts[f"{name} config"] = settings_of(getattr(pipeline, name).config)
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from skimage.color import rgb2lab
+from torch.nn.utils.rnn import pad_sequence
 
 from .color import BATCH_TRANSFERS, TRANSFERS, transfer_region
 from .errors import HarmonyError
@@ -173,9 +174,13 @@ def _transferred(real, mask, rng, reference, strengths) -> np.ndarray:
     return transfer_region(real, mask, image[region] / 255.0, transfer, rng.uniform(*strengths))
 
 
-def _edited(real, mask, edit, parameters) -> np.ndarray:
+EDITS = {"HAdobe5k": (retouch, draw_retouch), "Hday2night": (relight, draw_relight)}
+
+
+def _edited(recipe, real, mask, rng, settings) -> np.ndarray:
+    edit, draw = EDITS[recipe]
     image = np.moveaxis(real, -1, 0).astype(np.float32) / 255
-    changed = edit(image, mask[None].astype(np.float32), parameters)
+    changed = edit(image, mask[None].astype(np.float32), draw(rng, settings))
     return paste(np.rint(np.moveaxis(changed, 0, -1) * 255).astype(np.uint8), real, mask)
 
 
@@ -191,12 +196,12 @@ def hflickr(real, mask, rng, reference=None, settings: RecipeSettings = DEFAULTS
 
 def hadobe5k(real, mask, rng, reference=None, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
     """The foreground comes from another expert's retouched version of the photo (parametric in place of human)."""
-    return _edited(real, mask, retouch, draw_retouch(rng, settings))
+    return _edited("HAdobe5k", real, mask, rng, settings)
 
 
 def hday2night(real, mask, rng, reference=None, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
     """The foreground comes from the scene under another capture condition (parametric in place of a webcam's)."""
-    return _edited(real, mask, relight, draw_relight(rng, settings))
+    return _edited("Hday2night", real, mask, rng, settings)
 
 
 RECIPES: dict[str, Callable] = {
@@ -257,21 +262,27 @@ def make_composite(
 # ---- composites made on the fly ----
 
 STRENGTHS = {"HCOCO": "hcoco_strength", "HFlickr": "hflickr_strength"}
-EDITS = {"HAdobe5k": (retouch, draw_retouch), "Hday2night": (relight, draw_relight)}
 
 
 def transfer_batch(transfer: str, image, mask, reference, reference_mask, strength) -> torch.Tensor:
     """One of `color.TRANSFERS` between the foregrounds of Bx3xHxW in [0, 1], blended by B strengths.
 
-    Where a mask is empty its whole image stands in. Equals the array transfer on the foreground.
+    Where a mask is empty its whole image stands in. Equals the array transfer on the foreground; the rest is kept.
     """
 
-    def region(weights):
-        return weights.where(weights.sum((1, 2, 3), keepdim=True) > 0, 1.0).flatten(2)
+    def regions(images, masks):  # the pixels that count, padded to the largest region: Bx3xN, with weights Bx1xN
+        chosen = [m.flatten().nonzero()[:, 0] if m.any() else torch.arange(m.numel(), device=m.device) for m in masks]
+        pixels = [x.flatten(1)[:, places].T for x, places in zip(images, chosen, strict=True)]
+        weights = pad_sequence([x.new_ones(len(x), 1) for x in pixels], batch_first=True)
+        return chosen, pad_sequence(pixels, batch_first=True).mT, weights.mT
 
-    source = image.flatten(2)
-    result = BATCH_TRANSFERS[transfer](source, region(mask), reference.flatten(2), region(reference_mask))
-    return (source + _like(strength, image)[:, None, None] * (result - source)).reshape(image.shape)
+    chosen, source, weights = regions(image, mask)
+    changed = BATCH_TRANSFERS[transfer](source, weights, *regions(reference, reference_mask)[1:])
+    changed = source + _like(strength, image)[:, None, None] * (changed - source)
+    result = image.flatten(2).clone()
+    for row, pixels, places in zip(result, changed, chosen, strict=True):
+        row[:, places] = pixels[:, : len(places)]
+    return result.view(image.shape)
 
 
 @torch.no_grad()
