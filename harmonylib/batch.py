@@ -11,7 +11,7 @@ from .devices import pick_device
 from .distributed import rank_and_world
 from .errors import HarmonyError
 from .images import IMAGE_SUFFIXES
-from .inference import harmonize, load_model
+from .inference import MODELS, harmonize, load_model
 from .picture import check_output, open_picture, save_picture
 from .progress import progress
 
@@ -72,7 +72,7 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def run(jobs: list[Job], device="auto", model="diffharmony++", **options) -> None:
+def run(jobs: list[Job], device="auto", model=MODELS[0], **options) -> None:
     """Harmonize and save every job; `options` go to `inference.harmonize`.
 
     One bad picture of several is named on stderr and the others go on. Raises HarmonyError at the end if any failed.

@@ -13,12 +13,14 @@ import json
 import os
 import shutil
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save
 
+from .distributed import rank_and_world
 from .errors import HarmonyError
 from .files import atomic_path
 from .images import read_image, read_mask, to_square
@@ -54,16 +56,15 @@ def cached_array(key: dict, shape, dtype, fill) -> np.ndarray:
 
     Raises HarmonyError for an entry over the cache's bound, or over what the disk has left.
     """
-    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
-    path = ROOT / f"{digest}.npy"
+    path = _path(key)
     with contextlib.suppress(FileNotFoundError):
         if _whole(path):
             with contextlib.suppress(OSError):  # a read-only cache
                 os.utime(path)  # used now
             return np.load(path, mmap_mode="r")
-    with _lock(ROOT / f"{digest}.lock"):
+    with _lock(path.with_suffix(".lock")):
         if not _whole(path):
-            for leftover in ROOT.glob(f".{digest}.*"):  # of a killed process, since the lock is ours
+            for leftover in ROOT.glob(f".{path.stem}.*"):  # of a killed process, since the lock is ours
                 leftover.unlink()
             _make_room(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
             with atomic_path(path) as temporary:
@@ -74,6 +75,17 @@ def cached_array(key: dict, shape, dtype, fill) -> np.ndarray:
                 path.with_suffix(".sum").write_text(_checksum(temporary))
             _checked.add(path)
     return cached_array(key, shape, dtype, fill)
+
+
+def _path(key: dict) -> Path:
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return ROOT / f"{digest}.npy"
+
+
+def _remove(path: Path) -> None:
+    """Delete an entry. Arrays in use stay readable (POSIX)."""
+    for part in (path, path.with_suffix(".sum")):
+        part.unlink(missing_ok=True)
 
 
 _checked: set[Path] = set()  # entries whose checksum this process has compared
@@ -119,7 +131,7 @@ def limit() -> float:
 
 
 def _make_room(size: int) -> None:
-    """Delete the entries not used for longest until `size` more bytes fit. Arrays in use stay readable (POSIX)."""
+    """Delete the entries not used for longest until `size` more bytes fit."""
     bound = limit()
     if size > bound:
         raise HarmonyError(
@@ -134,8 +146,7 @@ def _make_room(size: int) -> None:
         if total <= bound:
             break
         total -= entry.st_size
-        path.unlink(missing_ok=True)
-        path.with_suffix(".sum").unlink(missing_ok=True)
+        _remove(path)
     if size > shutil.disk_usage(ROOT).free:
         raise HarmonyError(f"{ROOT}: no room for {size / 1e9:.1f} GB; free some, or run `harmonylib cache clear`")
 
@@ -159,25 +170,46 @@ def pixels(paths, size: int, geometry: str, mask: bool = False) -> np.ndarray:
 def moments(vae, images: np.ndarray, device, batch_size: int = 32) -> np.ndarray:
     """Posterior moments of images (N x S x S x 3 uint8) and of their mirror images: 2 x N x 2C x h x w float16.
 
-    The autoencoder's encoder is frozen in every stage, so this is computed once per image (Sec. 3.2).
+    The autoencoder's encoder is frozen in every stage, so this is computed once per image (Sec. 3.2). Under torchrun
+    each process encodes its share, and one of them puts the shares together.
     """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     side = images.shape[1] // factor
     digest = hashlib.blake2b(np.ascontiguousarray(images), digest_size=16).hexdigest()
     encoder = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
     key = {"images": digest, "weights": [weights_digest(m) for m in encoder.values()], "kind": "moments"}
+    rank, world = rank_and_world()
 
     @torch.inference_mode()
-    def fill(array):
-        for start in progress(range(0, len(images), batch_size), desc="encoding", unit="batch"):
-            batch = torch.from_numpy(np.array(images[start : start + batch_size])).permute(0, 3, 1, 2)
+    def encode(first, last, array):
+        for start in progress(range(first, last, batch_size), desc="encoding", unit="batch"):
+            batch = torch.from_numpy(np.array(images[start : min(start + batch_size, last)])).permute(0, 3, 1, 2)
             batch = batch.to(device).float().div(127.5).sub(1.0)
             for mirrored, tensor in enumerate((batch, batch.flip(-1))):
                 values = vae.encode(tensor).latent_dist.parameters
-                array[mirrored, start : start + len(tensor)] = values.float().cpu().numpy()
+                array[mirrored, start - first : start - first + len(tensor)] = values.float().cpu().numpy()
 
-    shape = (2, len(images), 2 * vae.config.latent_channels, side, side)
-    return cached_array(key, shape, np.float16, fill)
+    def made(key, first, last, fill):
+        return cached_array(key, (2, last - first, 2 * vae.config.latent_channels, side, side), np.float16, fill)
+
+    if world == 1:
+        return made(key, 0, len(images), partial(encode, 0, len(images)))
+
+    batches = -(-len(images) // batch_size)  # shares are of whole batches, so that their number changes no rounding
+    bounds = [min(len(images), batches * number // world * batch_size) for number in range(world + 1)]
+    shares = [(key | {"share": [number, world]}, *bounds[number : number + 2]) for number in range(world)]
+
+    def share(number):  # waits where its process is at work
+        return made(*shares[number], partial(encode, *shares[number][1:]))
+
+    def join(array):
+        for number, (share_key, first, last) in enumerate(shares):
+            array[:, first:last] = share(number)
+            _remove(_path(share_key))
+
+    if not _path(key).is_file():
+        share(rank)
+    return made(key, 0, len(images), join)
 
 
 def clear() -> int:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import ExifTags, Image
+from PIL import Image
 
 from .errors import HarmonyError
-from .images import IMAGE_SUFFIXES, MASK_THRESHOLD, open_image, resize_image, to_rgb
+from .images import IMAGE_SUFFIXES, MASK_THRESHOLD, open_image, resize_image, to_rgb, turned
 from .layout import SPLITS, all_lines, pictures_of
 from .manifest import UNLISTED, Example, Runs, detect, scan
 from .parallel import parallel_map
@@ -27,6 +27,7 @@ NOISE = 10.0  # mean squared difference of a background; genuine triples reach 2
 SOFT_SHARE = 0.01  # of a mask's pixels that may be neither black nor white
 GREY = (16, 239)  # levels between which a mask is neither
 FRAME_SHARE = 0.95  # of the outermost pixels in the foreground: a mask without a composite to judge it by is inverted
+STRIP = 256  # rows that are compared at a time
 HASH_SIDE = 16
 HASH_BITS = 12  # of 256 that duplicates may differ in
 HASH_COLOUR = 8  # levels that the mean colours of duplicates may differ by
@@ -156,7 +157,7 @@ def _picture(path: Path) -> tuple[np.ndarray, list[Finding]]:
         "more than 8 bits a channel": deep or image.mode.startswith(("I", "F")),
         "greyscale, so there is no colour to harmonize": image.mode in ("1", "L", "LA"),
         "transparent pixels": _transparent(image),
-        "turned by its EXIF orientation, which many readers ignore": _turned(image),
+        "turned by its EXIF orientation, which many readers ignore": turned(image),
     }
     wrong = [Finding("format", f"{path}: {what}; save it as upright 8-bit RGB") for what, is_so in odd.items() if is_so]
     return np.asarray(to_rgb(image)), wrong
@@ -166,10 +167,6 @@ def _transparent(image: Image.Image) -> bool:
     if "A" in image.getbands():
         return image.getchannel("A").getextrema()[0] < 255
     return "transparency" in image.info
-
-
-def _turned(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 def _mask(source: Path | Runs) -> tuple[np.ndarray, list[Finding]]:
@@ -183,7 +180,7 @@ def _mask(source: Path | Runs) -> tuple[np.ndarray, list[Finding]]:
         grey = float(((levels >= GREY[0]) & (levels <= GREY[1])).mean())
         wrong = [
             ("mask", "transparent pixels; save it without an alpha channel", _transparent(image)),
-            ("mask", "turned by its EXIF orientation; save it upright", _turned(image)),
+            ("mask", "turned by its EXIF orientation; save it upright", turned(image)),
             ("mask", "has colours; draw it in black and white", np.ptp(values.astype(np.int16), axis=-1).max() > 16),
             ("faint mask", f"its brightest value is {top}, white is above {MASK_THRESHOLD}; stretch it to 0 and 255",
              0 < top <= MASK_THRESHOLD),
@@ -214,14 +211,18 @@ def _compare(example: Example, composite, mask, real) -> list[Finding]:
         if mask[frame].mean() > FRAME_SHARE:
             return [Finding("inverted mask", f"{_text(example.mask)}: white along the whole border; invert it")]
         return []
-    square = (composite.astype(np.float32) - real).__pow__(2).mean(-1)
-    inside, outside = float(square[mask].mean()), float(square[~mask].mean())
+    sums = np.zeros(2)  # of background and foreground, a strip at a time: photos may have 24 megapixels
+    for top in range(0, len(mask), STRIP):
+        part = slice(top, top + STRIP)
+        square = (composite[part].astype(np.float32) - real[part]).__pow__(2).mean(-1, dtype=np.float64)
+        sums += np.bincount(mask[part].ravel(), square.ravel(), 2)
+    outside, inside = (sums / np.bincount(mask.ravel(), minlength=2)).tolist()
     if outside > NOISE and inside <= NOISE:
         return [Finding("inverted mask", f"{_text(example.mask)}: what changed is the black part; invert it")]
     if outside > NOISE:
         text = f"its background differs from the real image's (MSE {outside:.1f}, over {NOISE:g}); paste the real one's"
         return [Finding("background", f"{example.composite}: {text}")]
-    if not square.any():
+    if not sums.any():
         return [Finding("unchanged", f"{example.composite}: equals its real image; make it anew or remove it")]
     return []
 

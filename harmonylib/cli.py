@@ -31,7 +31,9 @@ def profile(
     typer.echo(f"{os.path.relpath(write_profile(name))} written from profiles/{name}.yaml")
 
 
-_MODEL = typer.Option("diffharmony++", "--model", help="diffharmony++, diffharmony, contrastive-resunet or a folder")
+_MODEL = typer.Option(
+    "contrastive-resunet", "--model", help="contrastive-resunet, diffharmony++, diffharmony or a folder"
+)
 _DEVICE = typer.Option("auto", "--device", help="auto, cuda, mps or cpu")
 
 
@@ -126,13 +128,19 @@ def evaluate(
     if names[0] in names[1:]:
         raise HarmonyError(f"{against}: has the name of {predictions}, and names tell models apart; rename one")
     table = pd.concat([score_folder(folder, data, protocol, split, paste) for folder in folders], ignore_index=True)
-    summary, sizes = summarise(table), buckets(table)
-    differences = {" vs ".join(names): {"all": compare(table, *names)}} if against else {}
+    summary, sizes = summarise(table), buckets(table, protocol=protocol)
+    differences = {}
+    if against:
+        groups = {"all": table} | {str(name): part for name, part in table.groupby("subset")}
+        differences[" vs ".join(names)] = {name: compare(part, *names) for name, part in groups.items()}
 
     def line(label, values):
         typer.echo(f"  {label:33s}" + "".join(f"{'–' if v is None else format(v, '.4g'):>12s}" for v in values))
 
-    typer.echo(f"protocol {protocol}" + (", composite background pasted" if paste else ""))
+    note = PROTOCOLS[protocol].note
+    typer.echo(
+        f"protocol {protocol}" + (", composite background pasted" if paste else "") + (f" ({note})" if note else "")
+    )
     typer.echo(f"{'':20s}{'n':>7s}{'photos':>8s}" + "".join(f"{metric:>12s}" for metric in METRICS))
     for model, parts in summary.items():
         typer.echo(model)
@@ -144,10 +152,11 @@ def evaluate(
             typer.echo("  " + parts["all"]["status"])
     for pair, parts in differences.items():
         typer.echo(f"{pair}, image by image")
-        for place, word in enumerate(("mean", "95 % from", "95 % to")):
-            line(word, (parts["all"].get(metric, (None,) * 3)[place] for metric in METRICS))
-        if "status" in parts["all"]:
-            typer.echo("  " + parts["all"]["status"])
+        for group, part in parts.items():
+            for place, word in enumerate(("mean", "95 % from", "95 % to")):
+                line(f"{group}, {word}", (part.get(metric, (None,) * 3)[place] for metric in METRICS))
+            if "status" in part:
+                typer.echo("  " + part["status"])
     if csv:
         with atomic_path(csv) as temporary:
             table.to_csv(temporary, index=False, lineterminator="\n")

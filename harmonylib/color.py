@@ -21,6 +21,7 @@ LOG_OFFSET = 1 / 255  # one level added before the logarithm, so that black is f
 LOG_MAX = 1.0  # an upper bound on log10(LMS): ten times white, where a far outlier would overflow
 RGB_TO_YCBCR = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]])  # BT.601
 VARIANCE_FLOOR = 1e-8  # a flat region keeps its flatness instead of dividing by zero
+YCBCR_STEP = 0.01  # of 255: equal colours must not be told apart by the rounding of a matrix product
 IDT_STEPS = 12
 IDT_QUANTILES = 256
 
@@ -80,7 +81,10 @@ def xiao_ma(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
 def histogram_match(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Cumulative histogram matching of each YCbCr channel (Fecker et al. 2008, "Histogram-Based Prefiltering for
     Luminance and Chrominance Compensation of Multiview Video")."""
-    source, reference = rgb2ycbcr(_check(source, "source")), rgb2ycbcr(_check(reference, "reference"))
+    source, reference = (
+        np.rint(rgb2ycbcr(_check(pixels, name)) / YCBCR_STEP) * YCBCR_STEP
+        for pixels, name in ((source, "source"), (reference, "reference"))
+    )
     return ycbcr2rgb(match_histograms(source, reference, channel_axis=-1)).clip(0, 1)
 
 
@@ -210,7 +214,7 @@ def histogram_match_batch(source, source_weights, reference, reference_weights) 
     A value goes to where the reference's cumulative histogram, linear between its levels, has the value's own height.
     """
     to_ycbcr = _constant(RGB_TO_YCBCR, source)
-    source, reference = (to_ycbcr @ pixels for pixels in (source, reference))
+    source, reference = ((to_ycbcr @ pixels / YCBCR_STEP).round() * YCBCR_STEP for pixels in (source, reference))
     ordered, count = _sorted(source, source_weights)
     levels, reference_count = _sorted(reference, reference_weights)
     height = torch.searchsorted(ordered, source, right=True) * (reference_count / count)  # in reference pixels

@@ -108,15 +108,18 @@ class PixelBatches:
 
     crop: side of the random windows (0: the whole square), whose corners lie on a grid of `grid` pixels. recolor: share
     of the composites that are made anew from their real image by the recipes, so that small sets do not run out of
-    them; restyle: share of these whose real image is restyled as a whole first, for sets of few photos.
+    them; restyle: share of these whose real image is restyled as a whole first, for sets of few photos. Both are made
+    on `device`; batches are on the CPU.
     """
 
-    def __init__(self, data: TripleSet, batch_size: int, seed, crop=0, recolor=0.0, restyle=0.0, grid: int = 1):
+    def __init__(
+        self, data: TripleSet, batch_size: int, seed, crop=0, recolor=0.0, restyle=0.0, grid: int = 1, device="cpu"
+    ):
         side = data.composites.shape[1]
         if not 0 <= crop <= side or crop % grid:
             raise HarmonyError(f"crop {crop} must be 0 or at most {side} and a multiple of {grid}; change it")
         self.data, self.batch_size, self.seed, self.crop, self.grid = data, batch_size, seed, crop, grid
-        self.recolor, self.restyle = recolor, restyle
+        self.recolor, self.restyle, self.device = recolor, restyle, device
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         return self.augmented(step, *self.drawn(step))
@@ -143,10 +146,12 @@ class PixelBatches:
         whole, anew = (torch.nonzero(rows).flatten() for rows in (anew & whole, anew))
         if len(whole):
             rngs = [np.random.default_rng(n) for n in draw.integers(2**62, size=len(whole))]
-            real = real.index_copy(0, whole, restyle(real[whole] / 2 + 0.5, rngs) * 2 - 1)
+            styled = restyle(real[whole].to(self.device) / 2 + 0.5, rngs) * 2 - 1
+            real = real.index_copy(0, whole, styled.cpu())
         if len(anew):
-            made = recolor_batch(real[anew], mask[anew], generator(self.seed, "recolor", step))
-            composite = composite.index_copy(0, anew, made)
+            images, masks = real[anew].to(self.device), mask[anew].to(self.device)
+            made = recolor_batch(images, masks, generator(self.seed, "recolor", step))
+            composite = composite.index_copy(0, anew, made.cpu())
         return {"real": real, "composite": composite}
 
 
@@ -171,7 +176,7 @@ class LatentBatches:
         if task not in TASKS:
             raise HarmonyError(f"task {task!r} is unknown; use {' or '.join(TASKS)}")
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.batches = PixelBatches(data, batch_size, seed, crop, recolor, grid=factor)
+        self.batches = PixelBatches(data, batch_size, seed, crop, recolor, grid=factor, device=device)
         self.task, self.pixels, self.vae, self.device, self.window = task, pixels, vae, device, crop // factor
         if not recolor:
             self.moments = {"composite": cache.moments(vae, data.composites, device)}

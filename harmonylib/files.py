@@ -41,6 +41,13 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def stamp(path) -> tuple:
+    """What changes when a file, or any file of a folder, is written again; () where there is nothing."""
+    path = Path(path)
+    parts = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    return tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in parts)
+
+
 @contextlib.contextmanager
 def only_one(folder):
     """Hold `folder` while the block runs; a killed process lets go of it. Raises HarmonyError if another holds it."""

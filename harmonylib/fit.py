@@ -183,7 +183,7 @@ def contrastive_resunet(
     size = data.composites.shape[1]
     model = ContrastiveResUNet(base_channels, depth, residual_convs, style, sample_size=size)
     contrast = RegionContrastiveLoss(reading, patches) if weights[2] else None
-    batches = PixelBatches(data, settings.batch_size, (seed, "resunet"), crop, recolor, restyle)
+    batches = PixelBatches(data, settings.batch_size, (seed, "resunet"), crop, recolor, restyle, device=device)
 
     def loss(net, batch, generator):
         output = net(batch["composite"], batch["mask"])

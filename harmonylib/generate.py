@@ -268,12 +268,21 @@ def read_manifest(root) -> dict:
         for pair in manifest["pairs"]:
             for row in pair["candidates"]:
                 if row["status"] == "ok":
-                    _ = pair["subset"], pair["pair"], row["index"], row["strength"] < 0, Path(root, row["file"])
+                    _ = pair["inputs"], pair["subset"], pair["pair"]
+                    _ = row["index"], row["strength"] < 0, Path(root, row["file"])
     except (KeyError, TypeError) as error:
         raise HarmonyError(
             f"{path}: not a manifest of candidates ({error!r}); run `harmonylib generate` again"
         ) from None
     return manifest
+
+
+def check_inputs(root, pairs) -> None:
+    """Raise HarmonyError for a pair whose photo or mask is not the one that the candidates in `root` were made from."""
+    made = {(record["subset"], record["pair"]): record["inputs"] for record in read_manifest(root)["pairs"]}
+    for pair in pairs:
+        if made[pair.key] != _inputs(pair):
+            raise HarmonyError(f"{pair.real}: changed (or its mask did) after {root}; run `harmonylib generate` again")
 
 
 def by_pair(candidates: list[Candidate]) -> dict[tuple[str, str], list[Candidate]]:

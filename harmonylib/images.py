@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from .errors import HarmonyError
 from .files import atomic_path
@@ -54,6 +54,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def turned(image: Image.Image) -> bool:
+    """Whether an EXIF orientation says that the stored pixels are to be turned or mirrored (`to_rgb` does it)."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 def read_image(path) -> np.ndarray:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from .devices import autocast, pick_device
 from .errors import HarmonyError
+from .files import stamp
 from .images import fit, resize_mask, to_rgb, to_tensor, to_uint8
 from .picture import open_picture, picture, read_region
 from .pipeline import DiffHarmonyPipeline
@@ -19,17 +20,17 @@ from .seeds import generator
 from .vae import HarmonyVAE
 
 SHIPPED = Path(__file__).resolve().parent.parent / "pretrained"
-MODELS = ("diffharmony++", "diffharmony", "contrastive-resunet")
+MODELS = ("contrastive-resunet", "diffharmony++", "diffharmony")
 SMALL_FOREGROUND = 0.01  # share of the picture below which a model is shown a window instead of everything
 
 
 def harmonize(
-    image, mask, model="diffharmony++", seed: int = 0, device=None, strength=1.0, feather=0.0, fit_mask=False
+    image, mask, model=MODELS[0], seed: int = 0, device=None, strength=1.0, feather=0.0, fit_mask=False
 ) -> Image.Image:
     """Harmonize one composite; the output has the input's size, transparency, EXIF and colour profile (in `.info`).
 
     image: path, PIL or HxWx3 uint8; mask: likewise, foreground above 127 (`fit_mask` resizes one of another size).
-    model: "diffharmony++", "diffharmony", "contrastive-resunet" or a folder (`load_model`). The model runs at its own
+    model: "contrastive-resunet", "diffharmony++", "diffharmony" or a folder (`load_model`). The model runs at its own
     working size; what it changed is carried to full size (`carry_over`), so that no detail is lost, and multiplied by
     `strength` (0 to 1), which falls to 0 over the outermost `feather` pixels of the foreground. Background and fully
     transparent pixels keep their values. EXIF rotation is applied.
@@ -111,14 +112,18 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-@functools.lru_cache(maxsize=2)
 def load_model(name: str, device: str):
-    """A DiffHarmonyPipeline or ContrastiveResUNet in eval mode, kept for the next call.
+    """A DiffHarmonyPipeline or ContrastiveResUNet in eval mode, kept for the next call unless its files change.
 
     name: one of MODELS, or a folder: of either class (`save_pretrained`), of Stable Diffusion inpainting, or the
     published DiffHarmony++ archive (`base/` and `condition_vae/`). Raises HarmonyError when it cannot be loaded.
     """
     folder = model_folder(name)
+    return _load(folder, name, device, stamp(folder))
+
+
+@functools.lru_cache(maxsize=2)
+def _load(folder: Path, name: str, device: str, written: tuple):
     try:
         if (folder / "config.json").is_file():
             return _load_resunet(folder).to(device)

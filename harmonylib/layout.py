@@ -95,10 +95,16 @@ def plain_name(text: str) -> str:
 
 
 def _partner(folder: Path, stem: str, composite: Path) -> Path:
-    for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)):
-        if (folder / (stem + suffix)).is_file():
-            return folder / (stem + suffix)
-    raise HarmonyError(f"{composite}: no {folder.name}/{stem}.* for it; add the file or remove the line from the list")
+    found = [folder / (stem + suffix) for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))]
+    found = [path for path in found if path.is_file()]
+    if not found:
+        raise HarmonyError(
+            f"{composite}: no {folder.name}/{stem}.* for it; add the file or remove the line from the list"
+        )
+    for other in found[1:]:
+        if not other.samefile(found[0]):  # file systems may not tell .jpg from .JPG
+            raise HarmonyError(f"{other}: a second file beside {found[0].name}; keep the right one")
+    return found[0]
 
 
 def triple_of(root, line: str) -> Triple:

@@ -10,6 +10,7 @@
 """
 
 import glob
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from .errors import HarmonyError
-from .images import IMAGE_SUFFIXES, MAX_PIXELS, open_image, read_mask, write_image
+from .images import IMAGE_SUFFIXES, MAX_PIXELS, open_image, read_mask, turned, write_image
 from .layout import SPLITS, list_lines, pictures_of, read_lines, triple_of
 from .parallel import parallel_map
 
@@ -120,6 +121,8 @@ def _iharmony4(root: Path) -> Iterator[Example | HarmonyError]:
     if not any(lists.values()):
         raise HarmonyError(f"{root}: no IHD_train.txt or IHD_test.txt with a composite in it; write one a line")
     for split, lines in lists.items():
+        if lines is not None and not lines:
+            yield HarmonyError(f"{root}: the {split} list is empty; write composites into it or remove it")
         for line in lines or ():
             try:
                 t = triple_of(pictures, line)
@@ -148,7 +151,12 @@ def _side_by_side(root: Path, part: str, subset: str | None = None) -> Iterator[
             [p for p in sorted(f.iterdir()) if p.name[0] != "." and p.suffix.lower() not in UNLISTED]
             for f in (folder, folder.parent / "masks")
         )
-        masks = {mask.stem: mask for mask in masks if mask.suffix.lower() in IMAGE_SUFFIXES}
+        masks = {mask: mask.stem for mask in masks if mask.suffix.lower() in IMAGE_SUFFIXES}
+        for paths in (images, list(masks)):
+            for one, other in itertools.pairwise(sorted(paths, key=lambda path: (path.stem, path.suffix))):
+                if one.stem == other.stem:
+                    yield HarmonyError(f"{other}: a second file beside {one.name}; keep the right one")
+        masks = {stem: mask for mask, stem in masks.items()}
         for image in images:
             if image.suffix.lower() not in IMAGE_SUFFIXES:
                 yield HarmonyError(f"{image}: {image.suffix} is no type that is read; convert or remove it")
@@ -239,7 +247,10 @@ def imaterialist_pairs(root, out, workers: int | None = None) -> list[tuple[Path
 
 
 def _write_union(out: Path, example: Example) -> Path:
-    mask, size = example.read_mask(), open_image(example.real).size
+    mask, image = example.read_mask(), open_image(example.real)
+    size = image.size
+    if turned(image):
+        raise HarmonyError(f"{example.real}: turned by its EXIF orientation, its mask is not; save it upright")
     if size != mask.shape[::-1]:
         found = "{}x{}".format(*size)
         raise HarmonyError(f"{example.real}: is {found}, {example.mask.source} says {mask.shape[1]}x{mask.shape[0]}")

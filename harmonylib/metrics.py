@@ -15,9 +15,9 @@ dovenet      PIL bilinear   dithered, nearest  truncated         predicted   pre
 iih          PIL bicubic    dithered, nearest  truncated         predicted   255                 3 * area
 ===========  =============  =================  ================  ==========  ==================  ====================
 
-How a mask file becomes an array (`Protocol.mask`) is harmonylib.scoring's work. What IIH does to predictions (saves
-them as JPEG) and HDNet to its model's input (feeds the real background) happens before there is anything to score.
-Where a code base defines no metric (see `Protocol.reports`), "standard" fills in on its arrays (HDNet: its own map).
+How a mask file becomes an array (`Protocol.mask`) is harmonylib.scoring's work. What IIH does to predictions and HDNet
+to its model's input happens before there is anything to score: `Protocol.note` says it. Where a code base defines no
+metric (see `Protocol.reports`), "standard" fills in on its arrays (HDNet: its own map).
 """
 
 import math
@@ -74,6 +74,9 @@ class Protocol:
     background: str = "predicted"  # or "real": pasted after the resize
     mask: str = "dithered"  # of files: PIL's mode "1"; or "hard" (grey > 127), "soft" (0..1, weighs squares once)
     peak: str = "255"  # of the PSNR; or "real-max", "predicted-range"
+    closed: str = "left"  # edge that a foreground-ratio bucket holds; or "right", "both" (edges count twice)
+    full: bool = True  # whether masks of 100 % are in the last bucket
+    note: str = ""  # what its code does before there is anything to score
     epsilon: float = 0.0  # added to the MSE under the PSNR and to fMSE's denominator
     whole_fmse: bool = False  # fMSE = whole-image MSE * HW / area: background errors count
     ssim: SSIM = STANDARD_SSIM
@@ -82,17 +85,35 @@ class Protocol:
 PROTOCOLS = {
     "standard": Protocol(METRICS, resize=None, quantise="round", mask="hard"),
     # nicecv/DiffHarmony, run as its script does: with the real background pasted (bmse is therefore 0)
-    "diffharmony": Protocol(("mse", "psnr", "fmse", "bmse"), background="real"),
+    "diffharmony": Protocol(("mse", "psnr", "fmse", "bmse"), background="real", full=False),
     # SamsungLabs/image_harmonization (saic): float predictions, soft masks, the peak is the real image's maximum
     "saic": Protocol(
-        ("mse", "psnr", "fmse"), resize="cv2-linear", quantise="clamp", mask="soft", peak="real-max", epsilon=1e-6
-    ),
+        ("mse", "psnr", "fmse"),
+        resize="cv2-linear",
+        quantise="clamp",
+        mask="soft",
+        peak="real-max",
+        epsilon=1e-6,
+        closed="both",
+    ),  # fmt: skip
     # chenhaoxing/HDNet: uint8 cast without clipping, whole-image error divided by the foreground's area
-    "hdnet": Protocol(("mse", "psnr", "fmse", "ssim"), quantise="wrap", whole_fmse=True, ssim=UNIFORM_SSIM),
+    "hdnet": Protocol(
+        ("mse", "psnr", "fmse", "ssim"),
+        quantise="wrap",
+        whole_fmse=True,
+        ssim=UNIFORM_SSIM,
+        closed="right",
+        note="its code gives the model the real photo's background",
+    ),  # fmt: skip
     # bcmi/Image-Harmonization-Dataset-iHarmony4 (DoveNet): the peak is the prediction's range: flat ones lose
     "dovenet": Protocol(("mse", "psnr"), peak="predicted-range"),
     # zhenglab/IntrinsicHarmony (IIH): own SSIM and fSSIM, which the contrastive paper's Table III quotes x100
-    "iih": Protocol(("mse", "psnr", "fmse", "ssim", "fssim"), resize="pil-bicubic", ssim=IIH_SSIM),
+    "iih": Protocol(
+        ("mse", "psnr", "fmse", "ssim", "fssim"),
+        resize="pil-bicubic",
+        ssim=IIH_SSIM,
+        note="its code reads predictions that it saved as JPEG; save yours so to compare",
+    ),  # fmt: skip
 }
 
 
@@ -173,7 +194,10 @@ def _over_channels(array, weight: float) -> np.ndarray:
 
 
 def _ssim_map(pred, real, choice: SSIM) -> np.ndarray | None:
-    """HxW similarity averaged over the channels (Wang et al. 2004); None for images smaller than the window."""
+    """HxW similarity averaged over the channels (Wang et al. 2004); None for images smaller than the window.
+
+    Equal to scikit-image's where its definition is the same, and several times as fast (`benchmarks/evaluation.py`).
+    """
     if min(real.shape[:2]) < len(choice.window):
         return None
     number = choice.precision
@@ -336,19 +360,28 @@ def compare(table: pd.DataFrame, first: str, second: str, repeats=2000, seed=0) 
     return result | ({"status": "; ".join(status)} if status else {})
 
 
-def buckets(table: pd.DataFrame, edges=(0, 0.05, 0.15, 1), repeats=2000, seed=0) -> dict:
-    """`summarise` by foreground ratio (DiffHarmony++ Table 3): {model: {"all" | "0-5%" | "5-15%" | "15-100%": ...}}.
+def buckets(table: pd.DataFrame, edges=(0, 0.05, 0.15, 1), repeats=2000, seed=0, protocol="standard") -> dict:
+    """Averages by foreground ratio (DiffHarmony++ Table 3): {model: {"all" | "0-5%" | "5-15%" | "15-100%": ...}}.
 
-    A bucket holds its lower edge and not its upper one, except the last, which holds both: a 100 % mask is kept.
-    (DiffHarmony's code drops it, HDNet's closes buckets above, saic's on both sides, counting edges twice.)
-    Empty buckets have n 0 and None for every metric. Raises HarmonyError as `summarise`, and for ratios outside the
-    edges or missing.
+    Parts are as in `summarise`. A bucket of the "standard" protocol holds its lower edge and not its upper one, except
+    the last, which holds both. Other protocols have the rule of their code: "diffharmony" drops masks of 100 %, "hdnet"
+    closes buckets above, "saic" on both sides, so that an edge counts twice. Empty buckets have n 0 and None for every
+    metric. Raises HarmonyError as `summarise`, and for ratios outside the edges or missing.
     """
     if "foreground_ratio" not in table:
         raise HarmonyError("per-image table: no column foreground_ratio; add mask.mean()")
-    ratio = table["foreground_ratio"].to_numpy(np.float64)
-    if not ((ratio >= edges[0]) & (ratio <= edges[-1])).all():
-        raise HarmonyError(f"foreground_ratio: values outside {edges[0]}..{edges[-1]} or NaN; give the mask's mean")
-    names = [f"{100 * low:g}-{100 * high:g}%" for low, high in zip(edges, edges[1:], strict=False)]
-    index = np.minimum(np.searchsorted(edges, ratio, side="right") - 1, len(names) - 1)
-    return summarise(table.assign(bucket=pd.Categorical.from_codes(index, names)), "bucket", repeats, seed)
+    ratio, last = table["foreground_ratio"], edges[-1]
+    if not ratio.between(edges[0], last).all():
+        raise HarmonyError(f"foreground_ratio: values outside {edges[0]}..{last} or NaN; give the mask's mean")
+    _check_table(table, "model")
+    table = table.reset_index(drop=True)  # rows are chosen by number below
+    ratio, choice, result = table["foreground_ratio"], PROTOCOLS[protocol], {}
+    parts = {"all": ratio.notna()}
+    for low, high in zip(edges, edges[1:], strict=False):
+        inside = ratio.between(low, high, choice.closed)
+        if high == last and choice.closed == "left" and choice.full:
+            inside |= ratio == last
+        parts[f"{100 * low:g}-{100 * high:g}%"] = inside
+    for model, rows in table.groupby("model", sort=False):
+        result[str(model)] = {name: _summary(rows[inside[rows.index]], repeats, seed) for name, inside in parts.items()}
+    return result

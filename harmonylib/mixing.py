@@ -20,6 +20,7 @@ from .generate import (
     Choice,
     Pair,
     by_pair,
+    check_inputs,
     has_latent_foreground,
     pairs_of,
     read_candidates,
@@ -85,6 +86,8 @@ def mix(root, candidates_root, out, gamma: float, seed: int, subsets=None, stren
                           "generated": count * len(usable)}  # fmt: skip
     if {triple.name for triple in train} & {candidate.path.stem for _, candidate in chosen}:
         raise HarmonyError(f"{root}: has generated composites already; mix into the original set")
+    if chosen:
+        check_inputs(candidates_root, dict.fromkeys(pair for pair, _ in chosen))
     with _replacing(out, root, candidates_root) as folder:
         lines = [_add(folder, candidate, pair) for pair, candidate in progress(chosen, desc="mixing", unit="image")]
         for triple in (*train, *test):
@@ -158,13 +161,15 @@ def _replacing(out, *sources):
 def photo_pairs_of(paths: list[tuple[Path, Path]], subset: str = HUMAN) -> list[Pair]:
     """Pairs of photos with one mask each, (image, mask) paths as from `manifest.photo_pairs`.
 
-    The photo's name is its stem with "-" turned into "_", since the layout reads a scene's name before the first "-".
-    Raises HarmonyError when two photos end up with one name.
+    The photo's name is its stem with "-" turned into "_", since the layout reads a scene's name before the first "-";
+    stems that occur in several folders get their folder's name first. Raises HarmonyError when two are still alike.
     """
-    names = [image.stem.replace("-", "_") for image, _ in paths]
+    stems = Counter(image.stem for image, _ in paths)
+    names = [i.stem if stems[i.stem] == 1 else f"{i.parent.parent.name}_{i.stem}" for i, _ in paths]
+    names = [name.replace("-", "_") for name in names]
     for name, count in Counter(names).items():
         if count > 1:
-            raise HarmonyError(f"{count} photos are named {name} (folders ignored, '-' read as '_'); rename them")
+            raise HarmonyError(f"{count} photos are named {name} ('-' read as '_'); rename them")
     return [Pair(subset, f"{name}_1", name, *files) for name, files in zip(names, paths, strict=True)]
 
 

@@ -210,18 +210,27 @@ def _headline(data: dict) -> str:
 
 
 def _cost_html(counted: dict, timed: dict | None) -> str:
-    """What a model costs: as the benchmarks timed it in a process of its own, or else what the run counted."""
+    """What the run's models cost, counted; and the shipped ones, timed by the benchmarks in processes of their own."""
+    found = _cost_table(counted, "This run's models", "Counted, at the test set's size.", "evaluation_details")
+    if timed:
+        about = f"The models of <code>pretrained/</code> on {text_of(timed['machine'])}, one image at a time."
+        found += _cost_table(timed["models"], "Shipped models, timed", about, "complexity")
+    else:
+        found += '<p class="soft">Speed and memory: not run.</p>'
+    return f'<h2 id="costs">What each model costs</h2>{found}'
+
+
+def _cost_table(models: dict, title: str, about: str, source: str) -> str:
     columns = {"parameters": "Parameters", "gflops_per_image": "GFLOP an image", "size": "Pixels",
                "images_per_second": "Images/s", "peak_megabytes": "Peak memory, MB"}  # fmt: skip
+    columns = {key: label for key, label in columns.items() if any(row.get(key) is not None for row in models.values())}
     head = "<tr><th></th>" + "".join(f'<th scope="col">{label}</th>' for label in columns.values()) + "</tr>"
     body = ""
-    for model, row in (timed["models"] if timed else counted).items():
+    for model, row in models.items():
         values = ["–" if row.get(key) is None else f"{row[key]:,}" for key in columns]
         body += f'<tr><th scope="row">{text_of(model)}</th>{"".join(f"<td>{value}</td>" for value in values)}</tr>'
-    about = f"On {text_of(timed['machine'])}, one image at a time. " if timed else "Speed and memory: not run. "
-    source = source_link("complexity" if timed else "evaluation_details")
-    table = scroll(f"<table><thead>{head}</thead><tbody>{body}</tbody></table>", "Costs")
-    return f'<h2 id="costs">What each model costs</h2>{table}<p class="soft">{about}Source: {source}.</p>'
+    table = scroll(f"<table><thead>{head}</thead><tbody>{body}</tbody></table>", title)
+    return f'<h3>{title}</h3>{table}<p class="soft">{about} Source: {source_link(source)}.</p>'
 
 
 def _index_page(data: dict, claims: list[dict], costs: str, titles: dict, figures: Path, site: Path) -> str:

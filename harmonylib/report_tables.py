@@ -132,7 +132,7 @@ def table_html(table: Table, printed: pd.DataFrame, data: dict | None, label: st
     if data:
         about = f"{name.capitalize()}, <strong>{text_of(data.get('data', label))}</strong>; {_count(data)}; "
         about += f"small: 95 % interval. Source: {source_link(table.file)}."
-        if table.number == "III":
+        if table.number in ("III", "VI"):
             about += " Printed fSSIM follows IIH's definition, ours the standard one: not comparable."
     notes = {}
     for row in printed[printed["note"] != ""].to_dict("records"):

@@ -7,12 +7,16 @@ import numpy as np
 import pandas as pd
 
 from .errors import HarmonyError
+from .files import stamp
 from .images import IMAGE_SUFFIXES, open_image, read_image, read_mask, to_rgb
 from .layout import Triple, read_triples
 from .metrics import PROTOCOLS, score
 from .parallel import parallel_map
 
-_read_real = lru_cache(maxsize=1)(read_image)  # composites of one photo follow one another
+
+@lru_cache(maxsize=1)  # composites of one photo follow one another
+def _read_real(path, written: tuple):
+    return read_image(path)
 
 
 def score_folder(predictions, data, protocol="standard", split="test", paste=False, workers=None) -> pd.DataFrame:
@@ -89,7 +93,7 @@ def read_mask_as(path, kind: str) -> np.ndarray:
 
 def _score_one(pair, protocol: str, paste: bool) -> dict:
     triple, path = pair
-    prediction, real = read_prediction(path), _read_real(triple.real)
+    prediction, real = read_prediction(path), _read_real(triple.real, stamp(triple.real))
     mask = read_mask_as(triple.mask, PROTOCOLS[protocol].mask)
     composite = read_image(triple.composite) if paste else None
     try:

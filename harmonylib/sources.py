@@ -11,7 +11,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from .benchmark import BenchmarkSettings, make_benchmark
 from .errors import HarmonyError
-from .files import atomic_path
+from .files import atomic_path, stamp
 from .images import read_image, read_mask, resize_image
 from .layout import SPLITS, Triple, plain_name, read_triples, write_list
 from .manifest import read_examples
@@ -36,16 +36,19 @@ class PhotoFile:
     @property
     def image(self) -> np.ndarray:
         """HxWx3 uint8."""
-        return _decode(self.image_file, self.mask_file)[0]
+        return self._decoded()[0]
 
     @property
     def masks(self) -> dict[str, np.ndarray]:
         """{"foreground": HxW bool}. Raises HarmonyError for a mask of another size, an empty or a full one."""
-        return {"foreground": _decode(self.image_file, self.mask_file)[1]}
+        return {"foreground": self._decoded()[1]}
+
+    def _decoded(self) -> tuple[np.ndarray, np.ndarray]:
+        return _decode(self.image_file, self.mask_file, stamp(self.image_file), stamp(self.mask_file))
 
 
 @lru_cache(maxsize=8)
-def _decode(image_file: Path, mask_file: Path) -> tuple[np.ndarray, np.ndarray]:
+def _decode(image_file: Path, mask_file: Path, *stamps) -> tuple[np.ndarray, np.ndarray]:
     image, mask = read_image(image_file), read_mask(mask_file)
     if image.shape[:2] != mask.shape:
         raise HarmonyError(f"{mask_file}: mask is {mask.shape[::-1]} but its photo is {image.shape[1::-1]}; resize it")

@@ -15,9 +15,9 @@ from skimage.color import rgb2lab
 
 from .errors import HarmonyError
 from .files import atomic_path
-from .images import IMAGE_SUFFIXES, paste, read_image, read_mask, resize_image, resize_mask
+from .images import IMAGE_SUFFIXES, paste, read_image, resize_image, resize_mask
 from .jsonio import read_json
-from .manifest import photo_pairs
+from .manifest import detect, read_examples
 from .photos import load_photos
 from .seeds import rng
 
@@ -25,10 +25,10 @@ _PAGE = Path(__file__).with_name("study.html")
 
 
 def read_composites(folder=None, size: int = 256) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(name, composite SxSx3 uint8, mask SxS bool) of a folder with images/ and masks/ (DIH99, RealHM, your own), as
+    """(name, composite SxSx3 uint8, mask SxS bool) of RealHM's folder or of images/ + masks/ (DIH99, your own), as
     squares. None: each embedded test photo's first object laid on every other test photo that is no portrait.
 
-    Raises HarmonyError for missing or empty masks and as `photo_pairs`.
+    Raises HarmonyError for missing or empty masks and as `read_examples`.
     """
     square, found = (size, size), []
     if folder is None:
@@ -38,11 +38,12 @@ def read_composites(folder=None, size: int = 256) -> list[tuple[str, np.ndarray,
                 images, region = [resize_image(p.image, square) for p in (front, back)], resize_mask(mask, square)
                 found.append((f"{thing} on {back.name}", paste(*images, region), region))
         return found
-    for image_path, mask_path in photo_pairs(folder):
-        mask = resize_mask(read_mask(mask_path), square)
+    kind = "realhm" if detect(folder) == "realhm" else "dih99"
+    for example in read_examples(folder, kind):
+        mask = resize_mask(example.read_mask(), square)
         if not mask.any():
-            raise HarmonyError(f"{mask_path}: no foreground at {size} px (no pixel above 127); paint it white")
-        found.append((image_path.stem, resize_image(read_image(image_path), square), mask))
+            raise HarmonyError(f"{example.mask}: no foreground at {size} px (no pixel above 127); paint it white")
+        found.append((example.name, resize_image(read_image(example.composite), square), mask))
     return found
 
 

@@ -1,4 +1,5 @@
 import hashlib
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding
 from harmonylib.pretrain import build_autoencoder, build_unet
 from harmonylib.resunet import ContrastiveResUNet
 from harmonylib.vae import HarmonyVAE
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +49,13 @@ def keys_digest(state_dict) -> str:
     """Hash of the sorted "name (shape)" lines of a state dict."""
     lines = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in state_dict.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt install chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

@@ -216,6 +216,14 @@ def test_missing_partners_and_what_is_left_over(data, part):
     assert len(report.manifest) == 1 and "2 pictures belong to no example" in report.notes[0]
 
 
+def test_second_partners_and_empty_lists_are_named(data):
+    write_image(data / "HCOCO/masks/c1_1.bmp", disc())
+    (data / "IHD_test.txt").write_text("\n")
+    messages = [finding.message for finding in audit(data, workers=1).findings]
+    assert any("a second file beside c1_1" in message for message in messages)
+    assert any("the test list is empty" in message for message in messages)
+
+
 def test_lists_with_windows_ends_and_doubles(data):
     (data / "IHD_train.txt").write_bytes(b"\xef\xbb\xbf" + TRAIN.replace("/", "\\").encode() + b"\r\n\r\n")
     assert kinds(data) == []

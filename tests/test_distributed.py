@@ -1,4 +1,4 @@
-"""Many processes give what one gives: training within rounding, generation byte for byte, DVC on another machine."""
+"""Many processes give what one gives: training within rounding, generation and caches byte for byte, DVC elsewhere."""
 
 import os
 import subprocess
@@ -42,6 +42,16 @@ def test_two_processes_train_as_one(root, trainer):
     moved = sum((start[name] - value).square().sum() for name, value in one.items())
     # Adam turns the rounding of gradients near zero into whole steps, so single weights may differ; their norm may not.
     assert (away / moved).sqrt() < 0.02  # pretrain saves fp16
+
+
+def test_processes_share_out_what_is_encoded_into_the_cache(root):
+    """14 pictures and their mirror images: one process's work is shared by batches; the entry is the same file."""
+    single = forks.start(trainers.encode_cache, root, "alone")
+    group = forks.start_group(trainers.encode_cache, root, "shared", world=2)
+    assert forks.codes([single, *group]) == [0, 0, 0]
+    assert [int((root / f"{name}.txt").read_text()) for name in ("alone-0", "shared-0", "shared-1")] == [28, 16, 12]
+    (one,), (two,) = ([*(root / name).glob("*.npy")] for name in ("alone", "shared"))
+    assert one.name == two.name and one.read_bytes() == two.read_bytes()
 
 
 def test_a_step_draws_the_same_whatever_the_number_of_processes(monkeypatch):

@@ -2,12 +2,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import save_resunet
 from PIL import Image
 
 import harmonylib as hl
 from harmonylib.errors import HarmonyError
 from harmonylib.inference import blend, carry_over, load_model, model_window
+from harmonylib.resunet import ContrastiveResUNet
 
 
 @pytest.fixture
@@ -115,6 +117,19 @@ def test_bad_input(composite, tmp_path, resunet):
     for options, match in (({"strength": 1.5}, "strength is 1.5"), ({"feather": -1}, "feather is -1")):
         with pytest.raises(HarmonyError, match=match):
             hl.harmonize(image, mask, model=resunet, **options)
+
+
+def test_weights_saved_anew_are_loaded_anew(tmp_path):
+    save_resunet(tmp_path)
+    first = load_model(str(tmp_path), "cpu")
+    assert load_model(str(tmp_path), "cpu") is first
+    torch.manual_seed(7)
+    changed = ContrastiveResUNet.from_pretrained(tmp_path)
+    with torch.no_grad():
+        next(changed.parameters()).add_(1)
+    changed.save_pretrained(tmp_path)
+    second = load_model(str(tmp_path), "cpu")
+    assert torch.equal(next(second.parameters()), next(changed.parameters()))
 
 
 def test_missing_and_damaged_weights(tmp_path, resunet, tiny_pipeline):

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from PIL import Image
 
 from harmonylib.check import audit
 from harmonylib.errors import HarmonyError
@@ -80,8 +81,9 @@ def test_pictures_that_would_be_passed_over_are_named(tmp_path):
         (tmp_path / "images" / name).write_bytes(b"x")
     write_image(tmp_path / "masks/three.png", MASK)
     write_image(tmp_path / "masks/one.bmp", MASK)
-    (example, *errors) = scan(tmp_path)
+    (double, example, *errors) = scan(tmp_path)
     assert example.mask.name == "one.png"
+    assert str(double).endswith("masks/one.png: a second file beside one.bmp; keep the right one")
     assert [str(error).split("/")[-1] for error in errors] == [
         "two.heic: .heic is no type that is read; convert or remove it",
         "images; add it or remove the mask",
@@ -141,6 +143,15 @@ def test_imaterialist_unites_segments(fashion):
     expected = np.zeros((12, 16), bool)
     expected[[0, 1, 2, 4], 0] = True  # runs go down the columns
     np.testing.assert_array_equal(read_mask(fashion / "masks/street.png"), expected)
+
+
+def test_imaterialist_photos_turned_by_exif_are_refused(fashion):
+    """Run lengths speak of the stored pixels; a mask beside a turned photo would lie elsewhere."""
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down: the size stays
+    Image.fromarray(noise()).save(fashion / "train/street.jpg", exif=exif)
+    with pytest.raises(HarmonyError, match=r"street\.jpg: turned by its EXIF orientation"):
+        imaterialist_pairs(fashion, fashion / "masks", workers=1)
 
 
 def test_imaterialist_damage_is_named(fashion):

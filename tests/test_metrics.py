@@ -341,6 +341,18 @@ def test_buckets(table):
         buckets(table.assign(foreground_ratio=np.nan))
 
 
+@pytest.mark.parametrize(
+    ("protocol", "counts"),  # of 0-5%, 5-15%, 15-100% (facts of each code base): edges below, above or on both sides
+    [("standard", [1, 1, 3]), ("diffharmony", [1, 1, 2]), ("hdnet", [1, 1, 2]), ("saic", [2, 2, 3])],
+)
+def test_buckets_close_where_the_protocol_does(table, protocol, counts):
+    ours = table[table["model"] == "ours"]
+    rows = pd.concat([ours.assign(name=ours["name"] + str(k)) for k in range(2)]).iloc[:5]
+    rows = rows.assign(foreground_ratio=[0.0, 0.05, 0.15, 0.5, 1.0])
+    result = buckets(rows, protocol=protocol)["ours"]
+    assert [result[name]["n"] for name in ("0-5%", "5-15%", "15-100%")] == counts and result["all"]["n"] == 5
+
+
 def test_compare(table):
     # ours is 4 better on every image, so resampling changes nothing
     result = compare(table, "ours", "composite")

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from harmonylib.cache import file_digest
 from harmonylib.check import audit
 from harmonylib.errors import HarmonyError
-from harmonylib.generate import Candidate, Choice, Pair
+from harmonylib.generate import Candidate, Choice, Pair, pairs_of
 from harmonylib.images import resize_image, write_image
 from harmonylib.jsonio import write_json
 from harmonylib.layout import read_lines, read_triples, write_composite, write_list, write_pair
@@ -47,10 +48,11 @@ def root(tmp_path_factory):
     return root
 
 
-def write_candidates(root, shrink=1, unusable=()):
-    records = []
+def write_candidates(root, source, shrink=1, unusable=()):
+    """Candidates of the pairs of `source`."""
+    records, pairs = [], {pair.key: pair for pair in pairs_of(read_triples(source, "train"))}
     for subset, name in VARIANTS:
-        rows = []
+        rows, pair = [], pairs[subset, name]
         for index in range(K):
             real, mask = photo(name.split("_")[0])
             real[mask] = 10 * index
@@ -59,14 +61,15 @@ def write_candidates(root, shrink=1, unusable=()):
             if row["status"] == "ok":
                 row["file"] = write_composite(root, subset, name, f"g{index}", image, ".png")
             rows.append(row)
-        records.append({"subset": subset, "pair": name, "inputs": [], "candidates": rows})
+        inputs = [file_digest(pair.real), file_digest(pair.mask)]
+        records.append({"subset": subset, "pair": name, "inputs": inputs, "candidates": rows})
     write_json(root / "manifest.json", {"settings": {"k": K}, "pairs": records})
     return root
 
 
 @pytest.fixture(scope="module")
-def candidates(tmp_path_factory):
-    return write_candidates(tmp_path_factory.mktemp("candidates"))
+def candidates(root, tmp_path_factory):
+    return write_candidates(tmp_path_factory.mktemp("candidates"), root)
 
 
 def generated(out, name):
@@ -124,7 +127,7 @@ def test_gamma_zero_needs_no_candidates(root, tmp_path):
 def test_more_than_k_is_an_error(root, candidates, tmp_path):
     with pytest.raises(HarmonyError, match="asks for 7 .* but there are 5"):
         mix(root, candidates, tmp_path / "out", 3.0, 0)
-    unusable = write_candidates(tmp_path / "unusable", unusable={("f1_1", i) for i in range(3)})
+    unusable = write_candidates(tmp_path / "unusable", root, unusable={("f1_1", i) for i in range(3)})
     with pytest.raises(HarmonyError, match="f1_1: .* 3 .* 2 are usable"):
         mix(root, unusable, tmp_path / "out", 1.0, 0)
     assert mix(root, unusable, tmp_path / "out", 0.6, 0)["HFlickr"]["per_pair"] == 2
@@ -133,7 +136,7 @@ def test_more_than_k_is_an_error(root, candidates, tmp_path):
 
 
 def test_pairs_can_be_left_out(root, tmp_path):
-    tiny = write_candidates(tmp_path / "tiny", unusable={("f1_1", i) for i in range(K)})
+    tiny = write_candidates(tmp_path / "tiny", root, unusable={("f1_1", i) for i in range(K)})
     report = mix(root, tiny, tmp_path / "out", 1.0, 0, leave_out={("HFlickr", "f1_1")})
     assert report["HFlickr"] == {"pairs": 3, "composites": 7, "per_pair": 3, "generated": 6}
     assert not generated(tmp_path / "out", "f1_1") and len(generated(tmp_path / "out", "f0_1")) == 3
@@ -151,13 +154,23 @@ def test_unfinished_candidates_and_mixed_sets_are_refused(root, candidates, tmp_
 
 
 def test_small_candidates_are_brought_to_the_reals_size(root, tmp_path):
-    small = write_candidates(tmp_path / "small", shrink=2)
+    small = write_candidates(tmp_path / "small", root, shrink=2)
     mix(root, small, tmp_path / "out", 1.0, 0)
     for triple in read_triples(tmp_path / "out", "train"):
         composite, mask, real = triple.load()
         if "_g" in triple.name:
             assert np.array_equal(composite[~mask], real[~mask])
             assert abs(int(composite[19, 18, 0]) - 10 * int(triple.name[-1])) <= 1
+
+
+def test_candidates_of_a_photo_that_changed_are_refused(root, tmp_path):
+    shutil.copytree(root, tmp_path / "set")
+    made = write_candidates(tmp_path / "made", tmp_path / "set")
+    real = next((tmp_path / "set/HFlickr/real_images").glob("f1.*"))
+    write_image(real, 255 - photo("f1")[0])
+    with pytest.raises(HarmonyError, match=r"f1\..*: changed .* run `harmonylib generate` again"):
+        mix(tmp_path / "set", made, tmp_path / "out", 1.0, 0)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_mix_leaves_the_old_set(root, candidates, tmp_path, monkeypatch):
@@ -270,6 +283,8 @@ def test_people_of_a_folder(tmp_path):
 def test_photo_names_stay_apart():
     (pair,) = photo_pairs_of([(Path("x/street-1.jpg"), Path("m/street-1.png"))])
     assert (pair.photo, pair.name) == ("street_1", "street_1_1")
+    twins = photo_pairs_of([(Path(f"{where}/images/1.jpg"), Path("m")) for where in ("ccp", "coco")])
+    assert [pair.photo for pair in twins] == ["ccp_1", "coco_1"]
     with pytest.raises(HarmonyError, match="2 photos are named a_1"):
         photo_pairs_of([(Path("x/a-1.jpg"), Path("m")), (Path("x/a_1.jpg"), Path("m"))])
 

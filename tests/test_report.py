@@ -257,15 +257,32 @@ def test_every_number_of_ours_traces_to_a_metrics_file(run):
         "models": {"ours": {"all": {"votes": 6, "preference_percent": 1e2}}},
     }
     write_json(run / "metrics/votes.json", votes)
-    build_site(("01_one",), run / "site", run / "metrics", run / "figures", run / "executed", file)
+    report = build_site(("01_one",), run / "site", run / "metrics", run / "figures", run / "executed", file)
     known = set().union(*(numbers(read_json(path)) for path in [*(run / "metrics").glob("*.json"), file]))
     counts = read_json(run / "metrics/evaluation_details.json")["counts"]
     known |= {f"{sum(split.values()):,}" for split in counts.values()}  # Table I's totals
-    index, tables = read(run, "index.html"), read(run, "tables.html")
+    index, tables, claims = (read(run, f"{name}.html") for name in ("index", "tables", "claims"))
     cells = re.findall(r'<td class="own">(.*?)</td>', tables) + re.findall(r"<td>(.*?)</td>", index)
+    effects = re.findall(r'data-label="Here"><div>[+−]([\d.]+)', claims)
+    assert len(effects) == sum(claim["effect"] is not None for claim in report["claims"]) > 0
+    assert set(effects) <= known
     found = set(re.findall(r"\d[\d,]*(?:\.\d+)?", " ".join(cells)))
     assert len(found) > 100 and found <= known, found - known
     assert "n = 6 votes of 3 participants on 2 images" in tables and "123,456" in index and "7.75" in index
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_in_a_browser(run, browser, width):
+    """No page is wider than the window, lacks a picture or asks for anything outside the site."""
+    pages = build(run)["pages"]
+    page, asked = browser.new_page(viewport={"width": width, "height": 860}), []
+    page.on("request", lambda request: asked.append(request.url))
+    for name in pages:
+        page.goto((run / "site" / name).as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)"), name
+    page.close()
+    assert len(pages) == 6 and all(url.startswith(((run / "site").as_uri(), "data:")) for url in asked)
 
 
 def test_all_printed_numbers_stand_in_the_tables(run):

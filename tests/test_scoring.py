@@ -68,6 +68,14 @@ def test_command_writes_averages_and_rows(folders, capsys):
     assert "HFlickr" in capsys.readouterr().out
 
 
+def test_files_written_anew_are_read_anew(folders):
+    score_folder(folders / "ours", folders / "set", workers=1)
+    for path in (folders / "set").glob("*/real_images/*"):
+        layout.write_image(path, np.full((SIDE, SIDE, 3), 90, np.uint8))
+    table = score_folder(folders / "ours", folders / "set", workers=1)
+    assert list(table["fmse"]) == [(10 * number + 10) ** 2 for number in (1, 2, 3, 4)]
+
+
 def test_two_models_are_compared_image_by_image(folders, capsys):
     for path in (folders / "ours").rglob("*.png"):  # theirs: 10 off in every foreground, 2 in the background
         with Image.open(path) as image:
@@ -79,6 +87,7 @@ def test_two_models_are_compared_image_by_image(folders, capsys):
     assert list(written["models"]) == ["ours", "theirs"] and (written["n"], written["photos"]) == (4, 2)
     part = written["paired"]["ours vs theirs"]["all"]
     assert (part["n"], part["photos"], part["fmse"]) == (4, 2, [650, 400, 900])  # photo b: (0 + 800) / 2 and so on
+    assert list(written["paired"]["ours vs theirs"]) == ["all", "HCOCO", "HFlickr"]
     assert part["mse"] == [162.5, 100, 225] and part["bmse"] == [0, 0, 0] and "status" not in part
     assert len(pd.read_csv(folders / "a.csv")) == 8 and "ours vs theirs, image by image" in capsys.readouterr().out
     (folders / "other").mkdir()

@@ -149,7 +149,6 @@ def test_unfit_photos_are_named(folder):
         (np.eye(30, dtype=bool), r"mask is \(30, 30\) but its photo is \(80, 60\)"),
     ):
         write_image(masks / "1.png", array)
-        sources._decode.cache_clear()
         with pytest.raises(HarmonyError, match=f"1.png: .*{message}"):
             _ = sources.folder_photos(folder, seed=0)[0].masks
     (masks / "1.png").unlink()

@@ -1,12 +1,13 @@
 """Every trainer on a toy set, for the tests of resuming and of many processes."""
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from harmonylib import fit, pretrain, refinement
+from harmonylib import cache, fit, pretrain, refinement
 from harmonylib.datasets import TripleSet
 from harmonylib.diffusion import base_scheduler
 from harmonylib.layout import read_triples, write_composite, write_list, write_pair
@@ -76,3 +77,22 @@ def write_trained(trainer: str, root, out: str, steps: int = 5, checkpoints=None
     weights = trained(trainer, root, steps, checkpoints)
     if os.environ.get("RANK", "0") == "0":
         torch.save(weights, Path(root, out))
+
+
+def encode_cache(root, name: str, batch_size: int = 4) -> None:
+    """Encode 14 pictures into the cache `root`/`name`, each process while the others do, and note how many it was."""
+    os.chdir(root)
+    torch.manual_seed(0)
+    vae, counts = build_autoencoder((8, 16), size=SIZE), Path(f"{name}-{os.environ.get('RANK', 0)}.txt")
+    encode, encoded = vae.encode, []
+
+    def noted(images):
+        encoded.append(len(images))
+        counts.write_text(str(sum(encoded)))
+        while len(list(Path().glob(f"{name}-*.txt"))) < int(os.environ.get("WORLD_SIZE", 1)):
+            time.sleep(0.01)
+        return encode(images)
+
+    vae.encode, cache.ROOT = noted, Path(name)
+    images = np.stack([rng("images", n).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for n in range(14)])
+    cache.moments(vae, images, "cpu", batch_size)
