@@ -40,7 +40,7 @@ lab: .venv  ## JupyterLab, to run and change the notebooks by hand
 
 pretrained: .venv  ## train what pretrained/ ships: make pretrained PHOTOS=folder [INDEX=photos.csv]
 	@test -n "$(PHOTOS)" || { echo "error: name the photos: make pretrained PHOTOS=folder [INDEX=photos.csv]" >&2; exit 1; }
-	.venv/bin/harmonylib make-data "$(PHOTOS)" data/shipped $(if $(INDEX),--index "$(INDEX)") --variants 1 --size 256
+	test -f data/shipped/IHD_train.txt || .venv/bin/harmonylib make-data "$(PHOTOS)" data/shipped $(if $(INDEX),--index "$(INDEX)") --variants 1 --size 256
 	.venv/bin/harmonylib profile shipped
 	.venv/bin/dvc repro resunet diffharmony@harmonize
 	.venv/bin/python -m harmonylib.weights artifacts/contrastive_resunet pretrained/contrastive-resunet

@@ -21,10 +21,15 @@ def images(device, batch: int, size: int):
     return composite, real, mask
 
 
-def network(device) -> ContrastiveResUNet:
+def network(device, large: bool = False) -> ContrastiveResUNet:
+    """The paper's network (`large`, and on CUDA), else that of `mini`."""
     torch.manual_seed(0)
-    model = ContrastiveResUNet() if device.type == "cuda" else ContrastiveResUNet(16, 4, 1)
+    model = ContrastiveResUNet() if large or device.type == "cuda" else ContrastiveResUNet(16, 4, 1)
     return model.to(device)
+
+
+def weight(model) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
 
 
 def patch_by_patch(loss: RegionContrastiveLoss, output, real, mask) -> torch.Tensor:
@@ -78,7 +83,7 @@ def step_rows(device) -> list[dict]:
         return step
 
     ours, plain = (RegionContrastiveLoss().to(device) for _ in range(2))
-    step, name = stepping(last, ours, "auto"), f"ResUNet training step, {batch} x {size} px"
+    step, name = stepping(last, ours, "auto"), f"ResUNet ({weight(last)}) training step, {batch} x {size} px"
     others = {
         "channels-last, mixed precision, fused / none of them": stepping(network(device), plain, "fp32"),
         "with / without the contrastive term": stepping(last, None, "auto"),
@@ -95,10 +100,11 @@ def forward(model, composite, mask, precision: str):
 def inference_rows(device) -> list[dict]:
     """Images per second, plain (fp32, contiguous) against channels-last, and against channels-last with bf16."""
     rows = []
-    for size in (256, 512, 1024):
+    for size, large in ((256, False), (512, False), (1024, False), (256, True)):
         batch = max(1, 1024 // size if device.type == "cuda" else 1)
         composite, _, mask = images(device, batch, size)
-        plain, last = network(device).eval(), network(device).eval().to(memory_format=torch.channels_last)
+        plain, last = (network(device, large).eval() for _ in range(2))
+        last = last.to(memory_format=torch.channels_last)
         for precision in ("fp32", *(["bf16"] if has_bf16(device) else [])):
             timing = paired(
                 lambda p=precision, m=last, c=composite, k=mask: forward(m, c, k, p),
@@ -106,7 +112,7 @@ def inference_rows(device) -> list[dict]:
                 5,
             )
             rates = {side: batch / timing[side] for side in ("ours", "baseline")}
-            name = f"ResUNet inference at {size} px: channels-last {precision} / contiguous fp32"
+            name = f"ResUNet ({weight(last)}) inference at {size} px: channels-last {precision} / contiguous fp32"
             rows.append({"name": name, **timing, **rates, "unit": "images/s"})
     return rows
 
@@ -119,7 +125,7 @@ def memory_row(device, size: int = 1024) -> list[dict]:
     memory = paired_memory(
         lambda: forward(last, composite, mask, best), lambda: forward(plain, composite, mask, "fp32")
     )
-    name = f"ResUNet peak memory at {size} px: channels-last {best} / contiguous fp32"
+    name = f"ResUNet ({weight(last)}) peak memory at {size} px: channels-last {best} / contiguous fp32"
     return [{"name": name, **memory}] if memory else []
 
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks.run [MODULE ...]`: every module here that has `rows()`, in a process of its own, in one table.
 
 A row is {"name", "ours", "baseline", "ratio", "unit", "spread"}; a ratio above 1 is in our favour. All rows go to
-benchmarks/results.json with the machine and each module's peak memory; rows of modules that were not asked for stay.
+benchmarks/results.json with each module's machine and peak memory; rows of modules that were not asked for stay.
 """
 
 import importlib
@@ -81,14 +81,16 @@ def main() -> None:
     before = read_json(RESULTS) if RESULTS.is_file() else {"rows": [], "memory": {}}
     rows = [row for row in before["rows"] if row["module"] not in names]
     memory = {name: peak for name, peak in before["memory"].items() if name not in names}
+    machines = {name: about for name, about in before.get("machines", {}).items() if name not in names}
     for name in names:
+        machines[name] = machine()
         new, peak = measure(name)
         rows += new
         memory[name] = peak
     print(table(rows))
     for name, peak in memory.items():
         print(f"{name}: peak memory " + ", ".join(f"{value:.2f} {unit}" for unit, value in peak.items() if value))
-    write_json(RESULTS, {"machine": machine(), "rows": rows, "memory": memory})
+    write_json(RESULTS, {"machines": machines, "rows": rows, "memory": memory})
 
 
 if __name__ == "__main__":

@@ -246,6 +246,7 @@ async def _serve(port: int, host: str, routes: web.Application, browser: bool) -
     server = HTTPServer(routes, max_body_size=MAX_BYTES, max_buffer_size=MAX_BYTES + 2**20)
     server.add_sockets(sockets)
     shown = "127.0.0.1" if host in ("0.0.0.0", "") else host
+    shown = f"[{shown}]" if ":" in shown else shown
     address = f"http://{shown}:{sockets[0].getsockname()[1]}/"
     typer.echo(f"{address} (Ctrl-C ends it)")
     if browser:

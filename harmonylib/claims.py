@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from .stats import verdict
+from .stats import TOO_FEW, verdict
 
 PLUS, CONTRASTIVE = "DiffHarmony++", "Region-wise contrastive"
 AGAINST = "diffharmony++ vs contrastive-resunet"
@@ -134,11 +134,14 @@ def measure_claim(claim: Claim, metrics: dict, published: pd.DataFrame) -> dict:
         low = high = None
         judged = (None, None, None)
     photos = found.get("photos")
+    judgement, hint = verdict(*judged, photos or 0), None
+    if judged[0] is not None and judgement == TOO_FEW:
+        hint = "so far it points " + ("the paper's way" if judged[0] > 0 else "the other way")
     return {
         "claim": claim.text, "paper": claim.paper, "place": claim.place, "metric": claim.metric,
         "published": _published_effect(claim, published), "effect": effect, "interval": [low, high],
         "n": found.get("n"), "photos": photos, "profile": file.get("profile", "") if file else None,
-        "verdict": verdict(*judged, photos or 0), "status": found.get("status"),
+        "verdict": judgement, "status": "; ".join(filter(None, (hint, found.get("status")))) or None,
         "source": f"{claim.file}.json" + ("" if effect is None else ": " + " / ".join((*claim.path, claim.metric))),
     }  # fmt: skip
 

@@ -89,7 +89,7 @@ def generate(
     device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
 ) -> None:
     """Draw candidate composites of real photos; `torchrun -m harmonylib.cli generate ...` shares out the work."""
-    from .generate import MANIFEST, generate_candidates, pairs_of
+    from .generate import MANIFEST, generate_candidates, pairs_of, visible_pairs
     from .layout import read_triples
     from .manifest import detect, photo_pairs
     from .mixing import photo_pairs_of
@@ -98,7 +98,10 @@ def generate(
     listed = detect(data) == "iharmony4"
     pairs = pairs_of(read_triples(data, split)) if listed else photo_pairs_of(photo_pairs(data))
     pipeline = DiffHarmonyPipeline.from_pretrained(model, device=device)
-    if generate_candidates(pipeline, pairs, out, k, seed, size, steps, temperature, suffix, precision):
+    kept = visible_pairs(pairs, size, pipeline.factor)
+    if len(kept) < len(pairs):
+        typer.echo(f"{len(pairs) - len(kept)} of {len(pairs)} masks are too small for the model: left out", err=True)
+    if generate_candidates(pipeline, kept, out, k, seed, size, steps, temperature, suffix, precision):
         typer.echo(os.path.join(out, MANIFEST))
 
 

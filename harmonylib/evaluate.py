@@ -58,11 +58,20 @@ def resunet_method(model, name: str = "contrastive-resunet", size: int | None = 
     return Method(name, call)
 
 
-def diffusion_method(pipeline, name: str, seed: int, size: int | None = None, steps: int = 5) -> Method:
-    """A DiffHarmonyPipeline, run at `size` (None: the images' own), with noise seeded per image name."""
+def diffusion_method(pipeline, name: str, seed: int, size: int | None = None, steps: int = 5, larger=()) -> Method:
+    """A DiffHarmonyPipeline, run at `size` (None: the images' own), with noise seeded per image name.
+
+    larger: TripleSets of the same images at `size`, read instead of enlarging the scored ones: the papers' protocol,
+    which gives the model more information than methods at the scored size have. Without them it is the strict one.
+    """
+    at = {_key(triple): (data, number) for data in larger for number, triple in enumerate(data.triples)}
 
     def call(composite, mask, names):
-        image, region = resize_pair(composite, mask, size)
+        if names and all(image_name in at for image_name in names):
+            batches = [data.batch([number]) for data, number in map(at.get, names)]
+            image, region = (torch.cat([batch[part] for batch in batches]) for part in ("composite", "mask"))
+        else:
+            image, region = resize_pair(composite, mask, size)
         generators = [generator(seed, "evaluate", image_name) for image_name in names]
         output = pipeline(image, region, steps, generator=generators, paste=False, output_type="pt").images
         return resize(output * 2 - 1, composite.shape[-1])
@@ -93,13 +102,17 @@ def resize_pair(image, mask, size):
     return resize(image, size), mask if size is None else F.interpolate(mask, size=(size, size), mode="nearest")
 
 
+def _key(triple) -> str:
+    return f"{triple.subset}/{triple.name}"
+
+
 def predict(method: Method, data: TripleSet, batch_size: int = 16):
     """Yield (triple, composite, mask, real, output) as uint8/bool arrays, the composite's background pasted back."""
     batches = range(0, len(data), batch_size)
     for start in progress(batches, desc=method.name, unit="batch"):
         indices = range(start, min(start + batch_size, len(data)))
         batch = data.batch(indices)
-        names = [data.triples[i].name for i in indices]
+        names = [_key(data.triples[i]) for i in indices]
         output = method.call(batch["composite"], batch["mask"], names).float().cpu()
         if output.shape != batch["composite"].shape or not output.isfinite().all():
             shapes = f"{tuple(output.shape)} for {tuple(batch['composite'].shape)}"

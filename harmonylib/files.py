@@ -41,6 +41,13 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def inside(root, name) -> Path:
+    """root/name. Raises HarmonyError for a name that a file gives and that leads out of `root`."""
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in str(name):
+        raise HarmonyError(f"{root}: {str(name)!r} is no file inside it; mend the list that names it")
+    return Path(root, name)
+
+
 def stamp(path) -> tuple:
     """What changes when a file, or any file of a folder, is written again; () where there is nothing."""
     path = Path(path)

@@ -23,7 +23,7 @@ from .devices import actual_precision, autocast
 from .diffusion import latent_mask
 from .distributed import rank_and_world
 from .errors import HarmonyError
-from .files import only_one
+from .files import inside, only_one
 from .images import read_image, read_mask, resize_image, resize_mask, to_tensor, to_uint8
 from .jsonio import read_json, write_json
 from .layout import Triple, write_composite
@@ -99,6 +99,12 @@ def has_latent_foreground(mask: np.ndarray, factor: int) -> bool:
     """Whether an HxW bool mask keeps any foreground on the latent grid, `factor` pixels a cell (`pipeline.factor`)."""
     padded = pad_to_multiple(to_tensor(mask)[None], factor, "constant")
     return bool(latent_mask(padded, [side // factor for side in padded.shape[-2:]]).any())
+
+
+def visible_pairs(pairs: list[Pair], size: int | None, factor: int) -> list[Pair]:
+    """The pairs of whose foreground something is left on the latent grid at `size` (see `has_latent_foreground`)."""
+    masks = ((pair, read_mask(pair.mask)) for pair in progress(pairs, desc="reading masks", unit="mask"))
+    return [p for p, mask in masks if has_latent_foreground(resize_mask(mask, scaled(mask.shape, size)), factor)]
 
 
 def model_digest(pipeline: DiffHarmonyPipeline) -> str:
@@ -206,7 +212,7 @@ def _discard(root: Path, pair: Pair) -> None:
     path.unlink(missing_ok=True)
     for row in rows:
         if "file" in row:
-            (root / row["file"]).unlink(missing_ok=True)
+            inside(root, row["file"]).unlink(missing_ok=True)
 
 
 def _read_record(path: Path) -> dict | None:
@@ -225,7 +231,7 @@ def _record(root: Path, pair: Pair, settings: dict) -> dict | None:
     record = _read_record(_record_path(root, pair))
     if record is None or record.pop("settings") != settings or record["inputs"] != _inputs(pair):
         return None
-    files = {root / row["file"]: row.get("bytes") for row in record["candidates"] if row["status"] == "ok"}
+    files = {inside(root, row["file"]): row.get("bytes") for row in record["candidates"] if row["status"] == "ok"}
     return record if all(file.is_file() and file.stat().st_size == size for file, size in files.items()) else None
 
 
@@ -250,7 +256,7 @@ def read_candidates(root, strength: tuple[float, float] = (0.0, float("inf"))) -
     for pair in read_manifest(root)["pairs"]:
         for row in pair["candidates"]:
             if row["status"] == "ok" and strength[0] <= row["strength"] <= strength[1]:
-                path = Path(root, row["file"])
+                path = inside(root, row["file"])
                 if not path.is_file():
                     raise HarmonyError(f"{path}: listed in {MANIFEST} but missing; run `harmonylib generate` again")
                 candidates.append(Candidate(pair["subset"], pair["pair"], row["index"], path, row["strength"]))
@@ -269,7 +275,7 @@ def read_manifest(root) -> dict:
             for row in pair["candidates"]:
                 if row["status"] == "ok":
                     _ = pair["inputs"], pair["subset"], pair["pair"]
-                    _ = row["index"], row["strength"] < 0, Path(root, row["file"])
+                    _ = row["index"], row["strength"] < 0, inside(root, row["file"])
     except (KeyError, TypeError) as error:
         raise HarmonyError(
             f"{path}: not a manifest of candidates ({error!r}); run `harmonylib generate` again"

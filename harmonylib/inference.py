@@ -18,6 +18,7 @@ from .pipeline import DiffHarmonyPipeline
 from .resunet import ContrastiveResUNet
 from .seeds import generator
 from .vae import HarmonyVAE
+from .weights import quiet
 
 SHIPPED = Path(__file__).resolve().parent.parent / "pretrained"
 MODELS = ("contrastive-resunet", "diffharmony++", "diffharmony")
@@ -139,7 +140,8 @@ def _load(folder: Path, name: str, device: str, written: tuple):
 def _load_resunet(folder: Path) -> ContrastiveResUNet:
     if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name") != "ContrastiveResUNet":
         raise HarmonyError(f"{folder}: not a ContrastiveResUNet; name the folder of a whole pipeline")
-    model, info = ContrastiveResUNet.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
+    with quiet():
+        model, info = ContrastiveResUNet.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         raise HarmonyError(f"{folder}: the weights do not fit config.json; restore the folder")
     return model.eval()
@@ -159,8 +161,11 @@ def _load_pipeline(folder: Path, name: str, device: str) -> DiffHarmonyPipeline:
 
 
 def working_size(model) -> int:
-    """The long side in pixels a model was trained for (`sample_size` in its config)."""
-    return (model.vae if isinstance(model, DiffHarmonyPipeline) else model).config.sample_size
+    """The long side in pixels a model was trained for (`sample_size` in its config; of a pipeline the larger of the
+    autoencoder's and the UNet's, whose size counts latents: Stable Diffusion's 64 are 512 px)."""
+    if not isinstance(model, DiffHarmonyPipeline):
+        return model.config.sample_size
+    return max(model.vae.config.sample_size, (model.unet.config.sample_size or 0) * model.factor)
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from .errors import HarmonyError
+from .files import inside
 from .images import IMAGE_SUFFIXES, MAX_PIXELS, open_image, read_mask, turned, write_image
 from .layout import SPLITS, list_lines, pictures_of, read_lines, triple_of
 from .parallel import parallel_map
@@ -178,7 +179,11 @@ def _indexed(root: Path, index) -> Iterator[Example | HarmonyError]:
     if missing:
         raise HarmonyError(f"{index}: no column {', '.join(sorted(missing))}; an index has image, mask and split")
     for number, row in enumerate(table[["image", "mask", "split"]].itertuples(index=False), start=2):
-        image, mask = root / row.image, root / row.mask
+        try:
+            image, mask = inside(root, row.image), inside(root, row.mask)
+        except HarmonyError as error:
+            yield HarmonyError(f"{index}, line {number}: {error}")
+            continue
         lost = [str(path) for path in (image, mask) if not path.is_file()]
         if row.split not in SPLITS:
             yield HarmonyError(f"{index}, line {number}: split {row.split!r} is unknown; use train or test")
@@ -210,7 +215,11 @@ def _imaterialist(root: Path) -> Iterator[Example | HarmonyError]:
     photos = {name.removesuffix(".jpg"): rows for name, rows in table.groupby("ImageId", sort=True)}
     chosen = root / "ids.txt"
     for name in read_lines(chosen) if chosen.is_file() else photos:
-        image = root / "train" / f"{name}.jpg"
+        try:
+            image = inside(root / "train", f"{name}.jpg")
+        except HarmonyError as error:
+            yield error
+            continue
         if name not in photos:
             yield HarmonyError(f"{chosen}: {name} is not in {csv}; mend the list")
         elif not image.is_file():

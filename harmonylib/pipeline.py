@@ -45,18 +45,33 @@ class PromptEmbedding(ModelMixin, ConfigMixin):
 def _image_batch(image) -> torch.Tensor:
     """PIL, HxWx3 uint8, Bx3xHxW tensor in [-1, 1], or a list of the first two -> Bx3xHxW tensor."""
     if isinstance(image, torch.Tensor):
-        return image if image.ndim == 4 else image[None]
+        return _checked(image if image.ndim == 4 else image[None], 3)
     images = image if isinstance(image, (list, tuple)) else [image]
-    return torch.stack([to_tensor(np.asarray(to_rgb(i)) if isinstance(i, Image.Image) else i) for i in images])
+    return _stack([np.asarray(to_rgb(i)) if isinstance(i, Image.Image) else np.asarray(i) for i in images], 3)
 
 
 def _mask_batch(mask) -> torch.Tensor:
     """PIL, HxW uint8 or bool, Bx1xHxW tensor in {0, 1}, or a list of the first two -> Bx1xHxW tensor in {0, 1}."""
     if isinstance(mask, torch.Tensor):
-        return ((mask if mask.ndim == 4 else mask[None]) >= 0.5).float()
+        return (_checked(mask if mask.ndim == 4 else mask[None], 1) >= 0.5).float()
     masks = mask if isinstance(mask, (list, tuple)) else [mask]
-    arrays = [np.asarray(m.convert("L")) if isinstance(m, Image.Image) else np.asarray(m) for m in masks]
-    return torch.stack([to_tensor(a if a.dtype == bool else a > MASK_THRESHOLD) for a in arrays])
+    arrays = [np.asarray(to_rgb(m).convert("L")) if isinstance(m, Image.Image) else np.asarray(m) for m in masks]
+    return _stack([a if a.dtype == bool else a > MASK_THRESHOLD for a in arrays], 2)
+
+
+def _checked(batch: torch.Tensor, channels: int) -> torch.Tensor:
+    if batch.ndim != 4 or batch.shape[1] != channels:
+        raise HarmonyError(f"tensor {tuple(batch.shape)} is not Bx{channels}xHxW; pass images Bx3xHxW, masks Bx1xHxW")
+    return batch
+
+
+def _stack(arrays: list[np.ndarray], ndim: int) -> torch.Tensor:
+    """HxWx3 (ndim 3) or HxW (2) arrays of one size as a batch."""
+    shapes = {array.shape for array in arrays}
+    shape = next(iter(shapes), ())
+    if len(shapes) != 1 or len(shape) != ndim or shape[2:] not in ((), (3,)):
+        raise HarmonyError(f"shapes {sorted(shapes)}: pass HxWx3 images and HxW masks of one size, in lists")
+    return torch.stack([to_tensor(array) for array in arrays])
 
 
 def read_inputs(image, mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,10 +138,11 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         image, mask: PIL, arrays, tensors (Bx3xHxW in [-1, 1], Bx1xHxW in {0, 1}) or lists; any size and aspect, padded
         inside to what the autoencoder divides by. height and width squash the input to that size first (the papers'
         protocol), and are then the output's. strict: reduce the input to 256x256 before anything else, so that a large
-        height and width use no more information than methods at 256 px have. generator: None, one, or one per output
-        image. paste: put the input's background back. output_type: "pil", "pt" (Bx3xHxW in [0, 1]) or "latent"
-        (scaled). candidates: outputs per image, conditioned once; temperature scales the initial noise. Random draws
-        per generator, in order: initial latents, posterior of the composite, one per step, posterior of the condition.
+        height and width use no more information than methods at 256 px have (a pasted background is the reduced one,
+        too). generator: None, one, or one per output image. paste: put the input's background back. output_type: "pil",
+        "pt" (Bx3xHxW in [0, 1]) or "latent" (scaled). candidates: outputs per image, conditioned once; temperature
+        scales the initial noise. Random draws per generator, in order: initial latents, posterior of the composite, one
+        per step, posterior of the condition.
         Raises HarmonyError for unequal sizes, empty masks, fp16 on a CPU, a generator list of the wrong length or an
         unknown output_type.
         """

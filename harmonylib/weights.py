@@ -3,12 +3,14 @@
 python -m harmonylib.weights artifacts/contrastive_resunet pretrained/contrastive-resunet
 """
 
+import contextlib
 import shutil
 import sys
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
 from .errors import HarmonyError
@@ -20,6 +22,17 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+@contextlib.contextmanager
+def quiet():
+    """Inside, diffusers logs nothing: what it says of missing files stands in the error that it raises, too."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def load_strict(load, folder, **options):
     """load(folder, **options), `load` being a diffusers class's from_pretrained; .safetensors, or .bin without code.
 
@@ -28,7 +41,8 @@ def load_strict(load, folder, **options):
     """
     where = "/".join(filter(None, (str(folder), options.get("subfolder"))))
     try:
-        model, info = load(folder, output_loading_info=True, **options)
+        with quiet():
+            model, info = load(folder, output_loading_info=True, **options)
     except Exception as error:  # diffusers, safetensors and pickle raise many kinds
         raise HarmonyError(f"{where} cannot be loaded ({first_line(error)}); train it or restore the folder") from None
     for kind in ("missing", "unexpected"):

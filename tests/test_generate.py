@@ -19,6 +19,7 @@ from harmonylib.generate import (
     select,
 )
 from harmonylib.images import read_image, read_mask, resize_mask, write_image
+from harmonylib.jsonio import write_json
 from harmonylib.layout import read_triples, write_composite, write_list, write_pair
 from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding
 from harmonylib.pretrain import build_autoencoder, build_unet
@@ -125,6 +126,35 @@ def test_the_command_reads_each_subsets_own_list_and_writes_jpeg(pipeline, pairs
     for candidate, pair in zip(candidates, pairs, strict=True):
         real, mask = pair.load()
         assert np.abs(read_image(candidate.path)[~mask].astype(int) - real[~mask]).mean() < 4  # noise, quality 95
+
+
+def test_the_command_leaves_tiny_masks_out(pipeline, tmp_path, monkeypatch, capsys):
+    dot = np.zeros((32, 32), bool)
+    dot[1, 1] = True  # off the latent grid
+    for name, mask in (("a", np.eye(32, dtype=bool)), ("dot", dot)):
+        write_image(tmp_path / f"photos/images/{name}.png", np.full((32, 32, 3), 90, np.uint8))
+        write_image(tmp_path / f"photos/masks/{name}.png", mask)
+    monkeypatch.setattr(DiffHarmonyPipeline, "from_pretrained", lambda *_, **__: pipeline)
+    words = ["generate", tmp_path / "photos", tmp_path / "out", "-k", "1", "--steps", "1"]
+    assert cli.run(cli.app, "harmonylib", list(map(str, words))) == 0
+    assert "1 of 2 masks are too small" in capsys.readouterr().err
+    assert [record["pair"] for record in read_manifest(tmp_path / "out")["pairs"]] == ["a_1"]
+
+
+def test_names_in_records_stay_in_their_folder(pipeline, pairs, tmp_path):
+    """A record from outside must not make a run delete or read files elsewhere."""
+    (tmp_path / "secret.txt").write_text("keep")
+    record = {"settings": {}, "inputs": [], "candidates": [{"index": 0, "status": "ok", "file": "../secret.txt"}]}
+    path = tmp_path / "out" / pairs[0].subset / "pairs" / f"{pairs[0].name}.json"
+    write_json(path, record)
+    with pytest.raises(HarmonyError, match="no file inside it"):
+        generate_candidates(pipeline, pairs, tmp_path / "out", 1, 0, steps=1)
+    assert (tmp_path / "secret.txt").read_text() == "keep"
+    row = {"index": 0, "status": "ok", "strength": 1.0, "file": "/etc/hostname"}
+    pair = {"subset": "a", "pair": "b", "inputs": [], "candidates": [row]}
+    write_json(tmp_path / "bad/manifest.json", {"settings": {"k": 1}, "pairs": [pair]})
+    with pytest.raises(HarmonyError, match="no file inside it"):
+        read_candidates(tmp_path / "bad")
 
 
 def test_background_is_the_real_photos(whole, pairs):

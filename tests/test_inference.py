@@ -8,7 +8,7 @@ from PIL import Image
 
 import harmonylib as hl
 from harmonylib.errors import HarmonyError
-from harmonylib.inference import blend, carry_over, load_model, model_window
+from harmonylib.inference import blend, carry_over, load_model, model_window, working_size
 from harmonylib.resunet import ContrastiveResUNet
 
 
@@ -117,6 +117,29 @@ def test_bad_input(composite, tmp_path, resunet):
     for options, match in (({"strength": 1.5}, "strength is 1.5"), ({"feather": -1}, "feather is -1")):
         with pytest.raises(HarmonyError, match=match):
             hl.harmonize(image, mask, model=resunet, **options)
+
+
+def test_damaged_weights_are_one_line(resunet, tiny_pipeline, tmp_path, composite, capfd):
+    from harmonylib import cli
+
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    Image.fromarray(composite[0]).save(tmp_path / "c.png")
+    Image.fromarray(composite[1]).save(tmp_path / "m.png")
+    (resunet / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "model/unet/diffusion_pytorch_model.safetensors").unlink()
+    for model in (resunet, tmp_path / "model"):
+        words = ["harmonize", tmp_path / "c.png", tmp_path / "m.png", "-o", tmp_path / "out.png", "--model", model]
+        assert cli.run(cli.app, "harmonylib", list(map(str, words))) == 1
+        error = capfd.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_the_working_size_is_what_the_unet_saw(tiny_pipeline):
+    tiny_pipeline.vae.register_to_config(sample_size=32)
+    assert working_size(tiny_pipeline) == 32
+    tiny_pipeline.unet.register_to_config(sample_size=64)  # as Stable Diffusion's: latents
+    assert working_size(tiny_pipeline) == 64 * tiny_pipeline.factor
 
 
 def test_weights_saved_anew_are_loaded_anew(tmp_path):

@@ -171,6 +171,16 @@ def test_imaterialist_damage_is_named(fashion):
         read_examples(fashion)
 
 
+def test_names_that_lead_out_of_the_set_are_refused(fashion, tmp_path):
+    write_image(fashion.parent / "victim.jpg", noise())
+    (fashion / "train.csv").write_text("ImageId,EncodedPixels,Height,Width\n../../victim,1 2,12,16\n")
+    with pytest.raises(HarmonyError, match="no file inside it"):
+        imaterialist_pairs(fashion, fashion / "masks", workers=1)
+    (tmp_path / "index.csv").write_text("image,mask,split\n/etc/hostname,../x.png,train\n")
+    with pytest.raises(HarmonyError, match=r"index\.csv, line 2: .*'/etc/hostname' is no file inside it"):
+        read_examples(fashion, "photos", tmp_path / "index.csv")
+
+
 @pytest.mark.parametrize("size", ["abc,16", ",16", "12.5,16", "-1,16", "0,16", "12", "600000,800000"])
 def test_imaterialist_sizes_are_checked(fashion, size):
     (fashion / "train.csv").write_text(f"ImageId,EncodedPixels,Height,Width\nstreet,1 2,{size}\nshop,1 2,12,16\n")

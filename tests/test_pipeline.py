@@ -24,7 +24,7 @@ from harmonylib.diffusion import (
 )
 from harmonylib.errors import HarmonyError
 from harmonylib.inference import harmonize
-from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding
+from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding, read_inputs
 from harmonylib.pretrain import build_autoencoder, build_unet, open_base
 from harmonylib.vae import HarmonyVAE
 
@@ -207,6 +207,25 @@ def test_save_and_load(tiny_pipeline, tmp_path):
     assert torch.allclose(first, second, atol=1e-5)
     again.scheduler.set_timesteps(5)
     assert again.scheduler.timesteps.tolist() == [999.0, 749.25, 499.5, 249.75, 0.0]
+
+
+def test_bad_shapes_are_one_line(tiny_pipeline):
+    """Sizes that differ within a list, stacked arrays, alpha channels; a 16-bit mask is read by its share of white."""
+    first, second = np.zeros((16, 16, 3), np.uint8), np.zeros((16, 24, 3), np.uint8)
+    region = np.ones((16, 16), bool)
+    for image, mask in (
+        ([first, second], [region, np.ones((16, 24), bool)]),
+        (np.stack([first, first]), [region, region]),
+        (np.zeros((16, 16, 4), np.uint8), region),
+        (torch.zeros(1, 4, 16, 16), region),
+        (first, torch.zeros(1, 3, 16, 16)),
+    ):
+        with pytest.raises(HarmonyError, match="pass "):
+            tiny_pipeline(image, mask)
+    levels = np.zeros((16, 16), np.uint16)
+    levels[:4], levels[8:] = 300, 65535
+    _, mask = read_inputs(Image.fromarray(first), Image.fromarray(levels))
+    assert mask.sum() == 8 * 16
 
 
 def test_bad_input(tiny_pipeline, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from harmonylib.color import TRANSFERS
 from harmonylib.errors import HarmonyError
 from harmonylib.images import to_tensor, to_uint8
+from harmonylib.photos import load_photos
 from harmonylib.recipes import (
     CONDITIONS,
     DEFAULTS,
@@ -229,6 +230,24 @@ def test_batched_transfer_equals_the_array_transfer(name):
             assert apart.max() < 3 and apart.mean() < 0.35  # the array's rounding alone makes 0.25 on average
             if dtype == torch.float64:  # histograms: ranks of values that are equal but for rounding may swap
                 assert (apart > 0.51).mean() < (0.01 if name == "histogram" else 1e-9)
+
+
+def test_batched_histograms_take_the_ties_of_real_photos_alike():
+    """Equal chroma values must stay equal through the rounding of float32: a tie that breaks moves whole ranks."""
+    from harmonylib.color import transfer_region
+    from harmonylib.images import to_square
+
+    photos = [
+        (to_square(p.image, 96, "squash"), to_square(next(iter(p.masks.values())), 96, "squash")) for p in load_photos()
+    ]
+    image = torch.stack([torch.from_numpy(photo.copy()) for photo, _ in photos]).permute(0, 3, 1, 2).float() / 255
+    mask = torch.stack([torch.from_numpy(region.copy()) for _, region in photos])[:, None].float()
+    strength = np.ones(len(photos))
+    changed = transfer_batch("histogram", image, mask, image.roll(1, 0), mask.roll(1, 0), strength) * 255
+    for k, (photo, region) in enumerate(photos):
+        other, other_region = photos[k - 1]
+        expected = transfer_region(photo, region, other[other_region] / 255, TRANSFERS["histogram"])
+        assert np.abs(changed[k].permute(1, 2, 0).numpy()[region] - expected[region]).max() < 1.5
 
 
 def test_recolor_batch_keeps_the_background_and_follows_the_generator():
