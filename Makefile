@@ -40,7 +40,11 @@ lab: .venv  ## JupyterLab, to run and change the notebooks by hand
 
 pretrained: .venv  ## train what pretrained/ ships: make pretrained PHOTOS=folder [INDEX=photos.csv]
 	@test -n "$(PHOTOS)" || { echo "error: name the photos: make pretrained PHOTOS=folder [INDEX=photos.csv]" >&2; exit 1; }
-	test -f data/shipped/IHD_train.txt || .venv/bin/harmonylib make-data "$(PHOTOS)" data/shipped $(if $(INDEX),--index "$(INDEX)") --variants 1 --size 256
+	@if test -f data/shipped/IHD_train.txt; then \
+	  echo "data/shipped is there and is used as it is; remove it to make it of other photos"; \
+	else \
+	  .venv/bin/harmonylib make-data "$(PHOTOS)" data/shipped $(if $(INDEX),--index "$(INDEX)") --variants 1 --size 256; \
+	fi
 	.venv/bin/harmonylib profile shipped
 	.venv/bin/dvc repro resunet diffharmony@harmonize
 	.venv/bin/python -m harmonylib.weights artifacts/contrastive_resunet pretrained/contrastive-resunet
