@@ -237,19 +237,27 @@ def fingerprint(photo: np.ndarray) -> np.ndarray:
     return np.concatenate([bits, small.mean((0, 1)).round().astype(np.uint8)])
 
 
+def mirrored_bits(bits: np.ndarray) -> np.ndarray:
+    """The 32 bytes of a fingerprint's hash as the mirror image's: rows run backwards, and what rose falls."""
+    return np.packbits(1 - np.unpackbits(bits).reshape(HASH_SIDE, HASH_SIDE)[:, ::-1])
+
+
 def _shared_photos(prints: dict[str, tuple[np.ndarray, set[str]]]) -> list[Finding]:
-    """Photos of the test split that are, or look like, one of the training split."""
+    """Photos of the test split that are, or look like, one of the training split or its mirror image."""
     names = {split: [name for name, (_, splits) in prints.items() if split in splits] for split in SPLITS}
     if not all(names.values()):
         return []
     train, test = (np.stack([prints[name][0] for name in names[split]]) for split in SPLITS)
     findings = []
     for name, own in zip(names["test"], test, strict=True):
-        bits = np.bitwise_count(train[:, :-3] ^ own[:-3]).sum(1)
         colours = np.abs(train[:, -3:].astype(np.int16) - own[-3:]).max(1)
-        for twin in np.flatnonzero((bits <= HASH_BITS) & (colours <= HASH_COLOUR)):
-            other = names["train"][twin]
-            same = "is in the training split, too" if other == name else f"looks like {other} of the training split"
+        as_it_is, mirrored = (
+            np.bitwise_count(train[:, :-3] ^ bits).sum(1) for bits in (own[:-3], mirrored_bits(own[:-3]))
+        )
+        for twin in np.flatnonzero((np.minimum(as_it_is, mirrored) <= HASH_BITS) & (colours <= HASH_COLOUR)):
+            other, turned_over = names["train"][twin], " mirrored" if mirrored[twin] < as_it_is[twin] else ""
+            same = f"looks like {other} of the training split{turned_over}"
+            same = "is in the training split, too" if other == name else same
             findings.append(Finding("train and test", f"{name}: {same}; keep it in one of them"))
     return findings
 

@@ -7,7 +7,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from .files import atomic_path
+from .files import atomic_path, only_one
 
 FINISHED = "finished.pt"
 
@@ -64,6 +64,19 @@ def discard_finished(root, since: float = 0.0) -> None:
     for path in Path(root).glob(f"*/{FINISHED}"):
         if path.stat().st_mtime >= since:
             shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def discard_all(root) -> int:
+    """Remove the resume points of all runs below `root`, stopped ones too; returns the bytes freed.
+
+    Raises HarmonyError, with nothing of it removed, for a run that is being trained.
+    """
+    size = 0
+    for folder in [path for path in Path(root).glob("*") if path.is_dir()]:
+        with only_one(folder):
+            size += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            shutil.rmtree(folder)
+    return size
 
 
 @functools.cache

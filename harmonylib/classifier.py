@@ -30,6 +30,7 @@ from .images import read_image, to_tensor
 from .layout import Triple
 from .progress import progress
 from .seeds import rng
+from .weights import at_revision
 
 PACKAGED = "tf_efficientnet_lite0"  # the backbone whose weights an installed package carries
 JPEG_QUALITY = 90
@@ -39,16 +40,17 @@ MIN_SLOPE = 1e-3  # calibration never reverses the head's order
 class HarmonyClassifier(ModelMixin, ConfigMixin):
     """Frozen timm backbone, linear head and Platt calibration: forward(image) -> P(composite), shape B.
 
-    image Bx3xHxW in [-1, 1], resized (antialiased) to size x size and normalised inside. backbone: any timm name;
-    weights are random until `load_imagenet_weights` or `from_pretrained`. Probabilities are calibrated for equally many
-    reals and composites; an unfitted head says 0.5.
+    image Bx3xHxW in [-1, 1], resized (antialiased) to size x size and normalised inside. backbone: any timm name, with
+    `@REVISION` to pin what the hub has of it; weights are random until `load_imagenet_weights` or `from_pretrained`.
+    Probabilities are calibrated for equally many reals and composites; an unfitted head says 0.5.
     """
 
     @register_to_config
     def __init__(self, backbone: str = PACKAGED, size: int = 224):
         super().__init__()
+        name = at_revision(backbone)[0]
         try:
-            self.network = timm.create_model(backbone, pretrained=False, num_classes=0).requires_grad_(False).eval()
+            self.network = timm.create_model(name, pretrained=False, num_classes=0).requires_grad_(False).eval()
         except RuntimeError as error:
             raise HarmonyError(f"backbone {backbone!r}: {error}; timm.list_models() names those there are") from None
         self.head = nn.Linear(self.network.num_features, 1)
@@ -70,12 +72,14 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
 
         Raises HarmonyError when the package does not fit or the hub cannot be reached.
         """
-        name = self.config.backbone
+        name, pinned = at_revision(self.config.backbone)
         if name == PACKAGED:
             state = packaged_weights(self.network)
         else:
+            source = {"hf_hub_id": f"timm/{'@'.join([name, *pinned.values()])}"} if pinned else None
             try:
-                state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+                network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, num_classes=0)
+                state = network.state_dict()
             except Exception as error:  # the hub's client raises many kinds
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise HarmonyError(f"no weights for {name} ({reason}); go online once or use {PACKAGED}") from None

@@ -217,6 +217,7 @@ def pretrain(
     unet_size: int = typer.Option(64, help="training crop in pixels"),
     batch_size: int = typer.Option(16),
     chroma_weight: float = typer.Option(4.0, help="weight of chroma beside luma in the autoencoder's loss"),
+    start: str = typer.Option(None, metavar="DIR", help="train this base further (a part with 0 steps is kept)"),
     seed: int = typer.Option(0),
     device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
 ) -> None:
@@ -237,7 +238,7 @@ def pretrain(
         unet_size=unet_size,
         chroma_weight=chroma_weight,
     )
-    base.pretrain(load_pairs(pairs), out, settings, seed, device, checkpoints=f"{out}/.checkpoints")
+    base.pretrain(load_pairs(pairs), out, settings, seed, device, f"{out}/.checkpoints", start)
     typer.echo(out)
 
 
@@ -301,13 +302,18 @@ def _cache_commands() -> None:
 
 
 @cache_app.command("clear")
-def cache_clear() -> None:
+def cache_clear(
+    checkpoints: bool = typer.Option(False, "--checkpoints", help="resume points, too: stopped trainings start anew"),
+) -> None:
     """Delete the caches of this repository; they are made again when needed."""
     from .cache import clear
+    from .checkpoints import discard_all
+    from .notebooks import RESUME_POINTS
     from .params import enter_root
 
     enter_root()
-    typer.echo(f"{clear() / 1e6:.1f} MB freed")
+    freed = clear() + (discard_all(RESUME_POINTS) if checkpoints else 0)
+    typer.echo(f"{freed / 1e6:.1f} MB freed")
 
 
 def run(application: typer.Typer, name: str, arguments: list[str] | None = None) -> int:

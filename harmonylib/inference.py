@@ -18,7 +18,7 @@ from .pipeline import DiffHarmonyPipeline
 from .resunet import ContrastiveResUNet
 from .seeds import generator
 from .vae import HarmonyVAE
-from .weights import quiet
+from .weights import load_strict
 
 SHIPPED = Path(__file__).resolve().parent.parent / "pretrained"
 MODELS = ("contrastive-resunet", "diffharmony++", "diffharmony")
@@ -140,11 +140,7 @@ def _load(folder: Path, name: str, device: str, written: tuple):
 def _load_resunet(folder: Path) -> ContrastiveResUNet:
     if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name") != "ContrastiveResUNet":
         raise HarmonyError(f"{folder}: not a ContrastiveResUNet; name the folder of a whole pipeline")
-    with quiet():
-        model, info = ContrastiveResUNet.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
-        raise HarmonyError(f"{folder}: the weights do not fit config.json; restore the folder")
-    return model.eval()
+    return load_strict(ContrastiveResUNet.from_pretrained, folder, torch_dtype=torch.float32).eval()
 
 
 def _load_pipeline(folder: Path, name: str, device: str) -> DiffHarmonyPipeline:

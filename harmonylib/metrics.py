@@ -95,7 +95,7 @@ PROTOCOLS = {
         peak="real-max",
         epsilon=1e-6,
         closed="both",
-    ),  # fmt: skip
+    ),
     # chenhaoxing/HDNet: uint8 cast without clipping, whole-image error divided by the foreground's area
     "hdnet": Protocol(
         ("mse", "psnr", "fmse", "ssim"),
@@ -104,7 +104,7 @@ PROTOCOLS = {
         ssim=UNIFORM_SSIM,
         closed="right",
         note="its code gives the model the real photo's background",
-    ),  # fmt: skip
+    ),
     # bcmi/Image-Harmonization-Dataset-iHarmony4 (DoveNet): the peak is the prediction's range: flat ones lose
     "dovenet": Protocol(("mse", "psnr"), peak="predicted-range"),
     # zhenglab/IntrinsicHarmony (IIH): own SSIM and fSSIM, which the contrastive paper's Table III quotes x100
@@ -113,7 +113,7 @@ PROTOCOLS = {
         resize="pil-bicubic",
         ssim=IIH_SSIM,
         note="its code reads predictions that it saved as JPEG; save yours so to compare",
-    ),  # fmt: skip
+    ),
 }
 
 
@@ -370,12 +370,12 @@ def buckets(table: pd.DataFrame, edges=(0, 0.05, 0.15, 1), repeats=2000, seed=0,
     """
     if "foreground_ratio" not in table:
         raise HarmonyError("per-image table: no column foreground_ratio; add mask.mean()")
+    table = table.reset_index(drop=True)  # rows are chosen by number below
     ratio, last = table["foreground_ratio"], edges[-1]
     if not ratio.between(edges[0], last).all():
         raise HarmonyError(f"foreground_ratio: values outside {edges[0]}..{last} or NaN; give the mask's mean")
     _check_table(table, "model")
-    table = table.reset_index(drop=True)  # rows are chosen by number below
-    ratio, choice, result = table["foreground_ratio"], PROTOCOLS[protocol], {}
+    choice, result = PROTOCOLS[protocol], {}
     parts = {"all": ratio.notna()}
     for low, high in zip(edges, edges[1:], strict=False):
         inside = ratio.between(low, high, choice.closed)

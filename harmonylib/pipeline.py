@@ -21,7 +21,7 @@ from .diffusion import latent_mask, sampling_scheduler, scale_latents, unscale_l
 from .errors import HarmonyError
 from .images import MASK_THRESHOLD, to_rgb, to_tensor, to_uint8
 from .vae import HarmonyVAE
-from .weights import first_line, load_autoencoder, load_strict
+from .weights import at_revision, first_line, load_autoencoder, load_strict
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 STRICT_SIZE = 256  # pixels of the square that `strict` starts from
@@ -202,7 +202,8 @@ class DiffHarmonyPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, folder, vae=None, device="auto", torch_dtype=torch.float32) -> "DiffHarmonyPipeline":
-        """Load a folder or hub id: what `save_pretrained` wrote, or Stable Diffusion (see `from_stable_diffusion`).
+        """Load a folder or hub id (`ID@REVISION` pins it): what `save_pretrained` wrote, or Stable Diffusion (see
+        `from_stable_diffusion`).
 
         vae replaces the folder's own autoencoder. Raises HarmonyError naming the part that is missing or damaged.
         """
@@ -225,7 +226,8 @@ class DiffHarmonyPipeline(DiffusionPipeline):
                 'Stable Diffusion\'s text encoder needs transformers: pip install "harmonylib[sd]"'
             ) from None
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+            name, revision = at_revision(folder)
+            tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **revision)
             encoder = load_strict(CLIPTextModel.from_pretrained, folder, subfolder="text_encoder")
         except Exception as error:
             reason = first_line(error)
@@ -242,7 +244,8 @@ class DiffHarmonyPipeline(DiffusionPipeline):
 def _config(kind, folder, default=(), **options):
     """The config that a folder or hub id has for a diffusers class, else `default`: the loader says what is wrong."""
     try:
-        return kind.load_config(folder, **options)
+        name, revision = at_revision(folder)
+        return kind.load_config(name, **revision, **options)
     except Exception:
         return default
 
@@ -259,7 +262,8 @@ def _base_parts(folder, vae, unet, torch_dtype) -> dict:
     vae = vae or open_autoencoder(folder, subfolder="vae", **dtype)
     unet = unet or load_strict(UNet2DConditionModel.from_pretrained, folder, subfolder="unet", **dtype)
     try:
-        scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+        name, revision = at_revision(folder)
+        scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **revision)
     except Exception as error:
         raise HarmonyError(f"{folder}/scheduler cannot be loaded ({first_line(error)}); restore the folder") from None
     return {"vae": vae, "unet": unet, "scheduler": scheduler}

@@ -134,26 +134,47 @@ def pretrain_unet(unet, vae, prompt, photos, settings: BaseSettings, seed, *, de
     return train(unet, loss, make_batch, settings.unet, name="base UNet", seed=seed, device=device, **loop)
 
 
-def pretrain(pairs, out, settings: BaseSettings, seed: int, device="auto", checkpoints=None) -> None:
+def build_base(seed: int, autoencoder_channels, unet_channels, size: int, layers=1, latent_channels=4, prompt_dim=32):
+    """The small base, a DiffHarmonyPipeline with random weights on the CPU; see the functions above."""
+    torch.manual_seed(seed)
+    vae = build_autoencoder(autoencoder_channels, layers, latent_channels, size)
+    torch.manual_seed(seed)
+    unet = build_unet(unet_channels, layers, latent_channels, prompt_dim)
+    return DiffHarmonyPipeline(vae, unet, base_scheduler("v_prediction"), PromptEmbedding(1, prompt_dim))
+
+
+def train_parts(pipeline, pairs, settings: BaseSettings, seed: int, **loop) -> dict[str, list[dict]]:
+    """Train the parts of `pipeline` that have more than 0 steps, on (image, mask) arrays: autoencoder, then UNet.
+
+    Returns {"autoencoder": history, "unet": history}, an empty history for a part that is kept as it is.
+    """
+    histories = {"autoencoder": [], "unet": []}
+    if settings.autoencoder.steps:
+        histories["autoencoder"] = pretrain_autoencoder(pipeline.vae, pairs, settings, seed, **loop)
+    if settings.unet.steps:
+        prompt = pipeline.prompt.embeds
+        histories["unet"] = pretrain_unet(pipeline.unet, pipeline.vae, prompt, pairs, settings, seed, **loop)
+    return histories
+
+
+def pretrain(pairs, out, settings: BaseSettings, seed: int, device="auto", checkpoints=None, start=None) -> None:
     """Train a base from (image, mask) arrays and save it to `out`: a DiffHarmonyPipeline folder in fp16.
 
-    `training.json` beside the weights holds the settings and the loss curves.
+    start: the folder of a base that is trained further, instead of one with random weights; the architecture is then
+    its own. `training.json` beside the weights holds the settings and the loss curves.
     """
-    torch.manual_seed(seed)
-    channels_last = {"memory_format": torch.channels_last}
-    vae = build_autoencoder(
-        settings.autoencoder_channels, settings.layers, settings.latent_channels, settings.unet_size
-    )
-    loop = {"device": device, "checkpoints": checkpoints}
-    histories = {"autoencoder": pretrain_autoencoder(vae.to(**channels_last), pairs, settings, seed, **loop)}
-    torch.manual_seed(seed)
-    unet = build_unet(settings.unet_channels, settings.layers, settings.latent_channels, settings.prompt_dim)
-    prompt = PromptEmbedding(1, settings.prompt_dim)
-    histories["unet"] = pretrain_unet(unet.to(**channels_last), vae, prompt.embeds, pairs, settings, seed, **loop)
+    if start:
+        pipeline = DiffHarmonyPipeline.from_pretrained(start, device="cpu")
+    else:
+        sizes = (settings.layers, settings.latent_channels, settings.prompt_dim)
+        channels = (settings.autoencoder_channels, settings.unet_channels)
+        pipeline = build_base(seed, *channels, settings.unet_size, *sizes)
+    histories = train_parts(pipeline, pairs, settings, seed, device=device, checkpoints=checkpoints)
     if rank_and_world()[0]:
         return
-    DiffHarmonyPipeline(vae, unet, base_scheduler("v_prediction"), prompt).to(torch.float16).save_pretrained(out)
-    write_json(Path(out) / "training.json", {"settings": asdict(settings), "seed": seed, "histories": histories})
+    pipeline.to(torch.float16).save_pretrained(out)
+    about = {"settings": asdict(settings), "seed": seed, "start": start and str(start), "histories": histories}
+    write_json(Path(out) / "training.json", about)
     if checkpoints:
         discard_finished(checkpoints)
 
@@ -171,28 +192,18 @@ def open_base(settings, seed: int) -> DiffHarmonyPipeline:
         return DiffHarmonyPipeline.from_stable_diffusion(settings.path, vae, device="cpu")
     if settings.source != "small":
         raise HarmonyError(f"base.source {settings.source!r} is unknown; use small, pipeline or stable-diffusion")
-    torch.manual_seed(seed)
-    prompt = PromptEmbedding(1, BaseSettings.prompt_dim)
-    vae = build_autoencoder(settings.autoencoder_channels, size=settings.size)
-    return DiffHarmonyPipeline(vae, build_unet(settings.unet_channels), base_scheduler("v_prediction"), prompt)
+    return build_base(seed, settings.autoencoder_channels, settings.unet_channels, settings.size)
 
 
-def continue_training(pipeline, pairs, settings, seed: int, device="auto", **loop) -> dict[str, list[dict]]:
-    """Train the parts of `pipeline` whose number of steps in `settings` is above 0, on (image, mask) arrays.
-
-    Returns {"autoencoder": history, "unet": history}, an empty history for a part that is kept as it is.
-    """
-    common = {"batch_size": settings.batch_size, "learning_rate": settings.learning_rate, "schedule": "cosine"}
+def continue_training(pipeline, pairs, run, **loop) -> dict[str, list[dict]]:
+    """`train_parts` by a run's settings (params.yaml), mostly its section `base`."""
+    section = run.base
+    common = {"batch_size": section.batch_size, "learning_rate": section.learning_rate, "schedule": "cosine"}
+    common |= {"precision": run.precision, "compile": run.compile}
     base = BaseSettings(
-        autoencoder=TrainSettings(steps=settings.autoencoder_steps, ema_decay=0.995, **common),
-        unet=TrainSettings(steps=settings.unet_steps, ema_decay=0.998, **common),
-        autoencoder_size=min(64, settings.size),
-        unet_size=settings.size,
+        autoencoder=TrainSettings(steps=section.autoencoder_steps, ema_decay=0.995, **common),
+        unet=TrainSettings(steps=section.unet_steps, ema_decay=0.998, **common),
+        autoencoder_size=min(64, section.size),
+        unet_size=section.size,
     )
-    histories = {"autoencoder": [], "unet": []}
-    if base.autoencoder.steps:
-        histories["autoencoder"] = pretrain_autoencoder(pipeline.vae, pairs, base, seed, device=device, **loop)
-    if base.unet.steps:
-        prompt = pipeline.prompt.embeds
-        histories["unet"] = pretrain_unet(pipeline.unet, pipeline.vae, prompt, pairs, base, seed, device=device, **loop)
-    return histories
+    return train_parts(pipeline, pairs, base, run.seed, device=run.device, **loop)

@@ -37,6 +37,8 @@ class TrainSettings:
     """Optimiser and schedule of one training run (DiffHarmony++ Sec. 5.2 unless a stage says otherwise).
 
     warmup is a share of steps; schedule is "constant" or "cosine" (to zero) after it; ema_decay 0 switches EMA off.
+    compile: run the model through torch.compile, which needs a C++ compiler or, on CUDA, Triton, and takes its time at
+    the start of a run.
     """
 
     steps: int
@@ -48,6 +50,7 @@ class TrainSettings:
     ema_decay: float = 0.999
     grad_clip: float = 1.0
     precision: str = "auto"
+    compile: bool = False
     checkpoint_seconds: float = 60.0
 
     @classmethod
@@ -59,7 +62,7 @@ class TrainSettings:
         section = getattr(run, name)
         names = [field.name for field in fields(cls)]
         values = {name: getattr(section, name) for name in names if hasattr(section, name)}
-        values["precision"] = run.precision
+        values |= {"precision": run.precision, "compile": run.compile}
         return cls(**values | ({"steps": section.inverse_steps} if task == "inverse" else {}))
 
     def __post_init__(self):
@@ -144,14 +147,18 @@ def _prefetched(make_batch, steps: range, pinned: bool):
 
 
 class _Step(nn.Module):
-    """The loss of a batch as a module's forward pass: what DistributedDataParallel wraps to average gradients."""
+    """The loss of a batch as a module's forward pass: what DistributedDataParallel wraps to average gradients.
 
-    def __init__(self, modules, loss):
+    compiled: the loss calls the first module through torch.compile (its methods beside forward stay as they are).
+    """
+
+    def __init__(self, modules, loss, compiled: bool):
         super().__init__()
         self.parts, self.loss = nn.ModuleList(modules), loss
+        self.called = (torch.compile(modules[0]) if compiled else modules[0],)  # in a tuple: no second owner of weights
 
     def forward(self, batch, generator):
-        return self.loss(self.parts[0], batch, generator)
+        return self.loss(*self.called, batch, generator)
 
 
 class _Run:
@@ -168,7 +175,7 @@ class _Run:
         )
         self.ema = EMAModel(self.model.parameters(), decay=settings.ema_decay) if settings.ema_decay else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self.loss = _Step(self.modules, loss)
+        self.loss = _Step(self.modules, loss, settings.compile)
         self.rank, self.world = rank_and_world()
 
     def state(self) -> dict:

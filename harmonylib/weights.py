@@ -33,8 +33,19 @@ def quiet():
         logging.set_verbosity(before)
 
 
+def at_revision(name) -> tuple[str, dict]:
+    """What `ID@REVISION` says to a `from_pretrained`: (ID, {"revision": REVISION}), so that a hub's files are the same
+    for ever. A folder, and a name without a revision, is left as it is."""
+    name, mark, revision = str(name).rpartition("@")
+    if not mark or Path(f"{name}@{revision}").exists():
+        return f"{name}{mark}{revision}", {}
+    return name, {"revision": revision}
+
+
 def load_strict(load, folder, **options):
     """load(folder, **options), `load` being a diffusers class's from_pretrained; .safetensors, or .bin without code.
+
+    folder may be a hub id, with `@REVISION` (`at_revision`).
 
     Raises HarmonyError for a folder that is not there or damaged, and naming keys that are missing, foreign or of
     another shape (diffusers fills such parameters at random and warns).
@@ -42,7 +53,8 @@ def load_strict(load, folder, **options):
     where = "/".join(filter(None, (str(folder), options.get("subfolder"))))
     try:
         with quiet():
-            model, info = load(folder, output_loading_info=True, **options)
+            name, revision = at_revision(folder)
+            model, info = load(name, output_loading_info=True, **revision, **options)
     except Exception as error:  # diffusers, safetensors and pickle raise many kinds
         raise HarmonyError(f"{where} cannot be loaded ({first_line(error)}); train it or restore the folder") from None
     for kind in ("missing", "unexpected"):

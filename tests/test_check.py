@@ -258,6 +258,11 @@ def test_a_photo_in_both_splits(data):
     write_list(data, "test", [TEST, write_composite(data, "HFlickr", pair, 1, changed, ".jpg")])
     (finding,) = audit(data, workers=1).findings
     assert finding.kind == "train and test" and "f3.jpg: looks like " in finding.message
+    assert "mirrored" not in finding.message
+    pair = write_pair(data, "HFlickr", "f4", 1, copy[:, ::-1], mask, ".jpg")
+    write_list(data, "test", [TEST, write_composite(data, "HFlickr", pair, 1, changed[:, ::-1], ".jpg")])
+    (finding,) = audit(data, workers=1).findings
+    assert finding.kind == "train and test" and finding.message.endswith("mirrored; keep it in one of them")
 
 
 def test_other_files_are_not_passed_over(data):

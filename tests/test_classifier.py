@@ -76,6 +76,19 @@ def test_shapes_and_range(classifier):
     assert resnet.std[0, 0, 0, 0] == pytest.approx(0.229)
 
 
+def test_a_pinned_backbone_is_fetched_at_its_revision(monkeypatch):
+    create, asked = timm.create_model, []
+
+    def offline(name, pretrained=False, pretrained_cfg_overlay=None, **options):
+        asked.append((name, pretrained, pretrained_cfg_overlay))
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    HarmonyClassifier("resnet10t.c3_in1k@0123abc", size=32).load_imagenet_weights()
+    assert asked[0][:2] == ("resnet10t.c3_in1k", False)
+    assert asked[1] == ("resnet10t.c3_in1k", True, {"hf_hub_id": "timm/resnet10t.c3_in1k@0123abc"})
+
+
 def test_backbone_stays_frozen(classifier):
     before = {name: tensor.clone() for name, tensor in classifier.network.state_dict().items()}
     classifier.train()

@@ -1,11 +1,13 @@
 import copy
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
-from harmonylib.checkpoints import Checkpoints, discard_finished
+from harmonylib.checkpoints import Checkpoints, discard_all, discard_finished
 from harmonylib.errors import HarmonyError
+from harmonylib.files import only_one
 from harmonylib.training import TrainingDiverged, TrainSettings, batch_indices, learning_rate_at, train
 
 
@@ -116,3 +118,33 @@ def test_schedule_and_order():
         batch_indices(0, 0, 4, 0)
     with pytest.raises(HarmonyError, match="schedule"):
         TrainSettings(steps=1, batch_size=1, schedule="linear")
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_training_ends_near_the_plain_one():
+    results, compiled = [], []
+    for switch in (False, True):
+        model, loss, make_batch = problem()
+        before = {name: id(parameter) for name, parameter in model.named_parameters()}
+        settings = TrainSettings(10, 8, 0.05, ema_decay=0.9, compile=switch)
+
+        def watched(net, batch, generator, loss=loss):
+            compiled.append(hasattr(net, "_orig_mod"))
+            return loss(net, batch, generator)
+
+        history = train(model, watched, make_batch, settings, name="test", seed=0, device="cpu")
+        results.append((model.weight.detach().clone(), history[-1]["loss"]))
+        assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    assert compiled == [False] * 10 + [True] * 10
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-4)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-3)
+
+
+def test_resume_points_that_nobody_needs_are_removed(tmp_path):
+    model, loss, make_batch = problem()
+    run(model, loss, make_batch, checkpoints=tmp_path)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    with only_one(folder), pytest.raises(HarmonyError, match="another process"):
+        discard_all(tmp_path)
+    assert discard_all(tmp_path) > 1000 and not any(path.is_dir() for path in tmp_path.iterdir())
+    assert discard_all(tmp_path / "nowhere") == 0

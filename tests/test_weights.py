@@ -1,14 +1,16 @@
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import trainers
 from safetensors.torch import load_file
 
 from harmonylib.errors import HarmonyError
 from harmonylib.inference import load_model
 from harmonylib.resunet import ContrastiveResUNet
-from harmonylib.weights import ship
+from harmonylib.weights import at_revision, ship
 
 
 def test_shipped_weights_are_halves_that_load(tmp_path):
@@ -28,6 +30,39 @@ def test_shipped_weights_are_halves_that_load(tmp_path):
     image, mask = torch.rand(1, 3, 32, 32) * 2 - 1, torch.ones(1, 1, 32, 32)
     with torch.inference_mode():
         assert torch.allclose(loaded(image, mask), model(image, mask), atol=0.05)
+
+
+OFFLINE = """\
+import sys
+from harmonylib.errors import HarmonyError
+from harmonylib.pipeline import DiffHarmonyPipeline
+pipeline = DiffHarmonyPipeline.from_pretrained("some/base@" + "1" * 40, device="cpu")
+print(sum(p.numel() for p in pipeline.unet.parameters()), pipeline.prompt.embeds.shape[-1])
+try:
+    DiffHarmonyPipeline.from_pretrained("some/base@" + "2" * 40, device="cpu")
+except HarmonyError as error:
+    print("refused:", str(error)[:60])
+"""
+
+
+def test_a_revision_of_a_hub_id_is_the_one_that_is_loaded(tmp_path):
+    """From a hub cache on disk, without a network: the revision asked for, and no other one."""
+    assert at_revision("some/base@abc") == ("some/base", {"revision": "abc"})
+    assert at_revision("some/base") == ("some/base", {})
+    (tmp_path / "a@b").mkdir()
+    assert at_revision(tmp_path / "a@b") == (str(tmp_path / "a@b"), {})
+    snapshot = tmp_path / "hub/models--some--base/snapshots" / ("1" * 40)
+    trainers.inverse_pipeline().save_pretrained(snapshot)
+    (tmp_path / "hub/models--some--base/refs").mkdir()
+    (tmp_path / "hub/models--some--base/refs/main").write_text("3" * 40)
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        environment.pop(name, None)
+    done = subprocess.run([sys.executable, "-c", OFFLINE], env=environment, capture_output=True, text=True)
+    first, second = done.stdout.splitlines()
+    unet = trainers.inverse_pipeline().unet
+    assert first == f"{sum(p.numel() for p in unet.parameters())} 8", done.stderr
+    assert second.startswith("refused: some/base@2222")
 
 
 def test_nothing_to_ship(tmp_path):
