@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -114,8 +115,8 @@ def features(device) -> dict:
         return {"name": f"classifier features of {len(paths)} pictures, {device}: cache / network", **times}
 
 
-def unet_run(device, batch: int, size: int = SIZE):
-    """(run, batch) of the base's UNet with cached latents, as DiffHarmony trains it."""
+def unet_run(device, batch: int, size: int = SIZE, **options):
+    """(run, batch) of the base's UNet with cached latents, as DiffHarmony trains it; options of TrainSettings."""
     base = DiffHarmonyPipeline.from_pretrained(BASE, device=device)
     side, channels = size // base.factor, base.vae.config.latent_channels
     tensors = {name: torch.randn(batch, channels, side, side) for name in ("target", "condition")}
@@ -126,7 +127,9 @@ def unet_run(device, batch: int, size: int = SIZE):
         return {"loss": denoising_loss(unet, scheduler, batch["target"], batch["condition"], batch["mask"], prompt,
                                        draws)}  # fmt: skip
 
-    run = training._Run((base.unet.requires_grad_(True).train(),), loss, training.TrainSettings(100, batch), device)
+    run = training._Run(
+        (base.unet.requires_grad_(True).train(),), loss, training.TrainSettings(100, batch, **options), device
+    )
     return run, tensors
 
 
@@ -142,6 +145,15 @@ def attention(device) -> dict:
 
     times = paired(lambda: run.step(0, batch, generator(0)), fused)
     return {"name": f"UNet step, batch 16 at 64 px, {device}: our choice of attention / the fused one", **times}
+
+
+def compiled(device) -> list[dict]:
+    """A UNet step through torch.compile (`compile: true`), against the eager one; no row without a compiler."""
+    if device.type != "cuda" and not shutil.which("g++"):
+        return []
+    (fast, batch), (eager, _) = unet_run(device, 16, compile=True), unet_run(device, 16)
+    times = paired(lambda: fast.step(0, batch, generator(0)), lambda: eager.step(0, batch, generator(0)))
+    return [{"name": f"UNet step, batch 16 at {SIZE} px, {device}: compiled / eager", **times}]
 
 
 def _member(rank: int, port: int, queue) -> None:
@@ -220,4 +232,4 @@ def cost_of_size(device) -> list[dict]:
 def rows() -> list[dict]:
     device = pick_device()
     found = [measure(device) for measure in (prefetching, generation, features, attention, matrix_rate)]
-    return [*found, two_processes(), *cost_of_size(device)]
+    return [*found, *compiled(device), two_processes(), *cost_of_size(device)]

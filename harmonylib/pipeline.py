@@ -1,5 +1,7 @@
 """DiffHarmony's five-step sampler as a diffusers pipeline; with a Harmony-VAE in it, it is DiffHarmony++."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -256,11 +258,21 @@ def open_autoencoder(folder, **options) -> AutoencoderKL:
     return (HarmonyVAE.from_pretrained if "additional_in_channels" in config else load_autoencoder)(folder, **options)
 
 
+def _open_unet(folder, **options) -> UNet2DConditionModel:
+    """folder/unet; where there is none, folder/weights-STEP (the published inverse model), of several the last."""
+    apart = [path for path in Path(folder).glob("weights-*") if path.name.removeprefix("weights-").isdecimal()]
+    if apart and not Path(folder, "unet").is_dir():
+        folder = max(apart, key=lambda path: int(path.name.removeprefix("weights-")))
+    else:
+        options["subfolder"] = "unet"
+    return load_strict(UNet2DConditionModel.from_pretrained, folder, **options)
+
+
 def _base_parts(folder, vae, unet, torch_dtype) -> dict:
     """Autoencoder, UNet and scheduler of a pipeline folder, or those given."""
     dtype = {"torch_dtype": torch_dtype}
     vae = vae or open_autoencoder(folder, subfolder="vae", **dtype)
-    unet = unet or load_strict(UNet2DConditionModel.from_pretrained, folder, subfolder="unet", **dtype)
+    unet = unet or _open_unet(folder, **dtype)
     try:
         name, revision = at_revision(folder)
         scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler", **revision)

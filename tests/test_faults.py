@@ -97,17 +97,21 @@ def wait_for(condition, seconds=60):
         time.sleep(0.002)
 
 
-@fault("training", "`kill -9` at three random moments of one run")
-def test_killed_at_random(tmp_path, whole):
+@fault("training", "`kill -9` at three random moments of one DiffHarmony run")
+def test_killed_at_random(tmp_path):
+    trainers.make_set(tmp_path / "set")
+    points, long_run = tmp_path / "checkpoints", ("diffharmony", tmp_path, "long.pt", 60, "checkpoints")
     for _ in range(3):
-        before = saved(tmp_path)
-        process = forks.start(slow_toy, tmp_path)
-        wait_for(lambda before=before: saved(tmp_path) != before)
-        time.sleep(random.uniform(0, 0.08))
+        before = saved(points)
+        process = forks.start(trainers.write_trained, *long_run)
+        wait_for(lambda before=before: saved(points) != before)
+        time.sleep(random.uniform(0, 0.2))
         process.kill()
         assert forks.codes([process]) == [-signal.SIGKILL]
-        assert len(saved(tmp_path)) >= 1
-    assert same(toy_train(tmp_path), whole)
+        assert len(saved(points)) >= 1
+    assert forks.codes([forks.start(trainers.write_trained, *long_run)]) == [0]
+    resumed, undisturbed = torch.load(tmp_path / "long.pt", weights_only=True), trainers.trained(*long_run[:2], 60)
+    assert all(torch.equal(value, undisturbed[name]) for name, value in resumed.items())
     return SAME
 
 
