@@ -1,8 +1,9 @@
-"""`python -m benchmarks.shipped DATA [MODEL ...]`: what `hl.harmonize` does to a test list, for the model cards.
+"""`python -m benchmarks.shipped DATA [MODEL[:DRAWS] ...]`: what `hl.harmonize` does to a test list, for model cards.
 
-DATA: a set in iHarmony4's layout. Every test composite is harmonized as a user would do it, at the file's own size, and
-scored against the real photo (protocol "standard"); so are the classical transfers to the photo's own background. Also
-harmonized is each real photo with its mask, where nothing should change. The results go to pretrained/scores.json.
+DATA: a set in iHarmony4's layout. MODEL:4 is the mean of four draws of a diffusion model. Every test composite is
+harmonized as a user would do it, at the file's own size, and scored against the real photo (protocol "standard"); so
+are the classical transfers to the photo's own background. Also harmonized is each real photo with its mask, where
+nothing should change. The results go to pretrained/scores.json.
 """
 
 import sys
@@ -26,18 +27,23 @@ def measure(data, models) -> dict:
     """Averages and intervals by model for all, each subset and each foreground size, and of untouched real photos."""
     triples, rows, kept = read_triples(data, "test"), [], []
     seen = set()
+
+    def harmonized(image, mask) -> dict[str, np.ndarray]:
+        parts = {name: name.partition(":") for name in models}
+        return {name: np.asarray(harmonize(image, mask, m, draws=int(n or 1))) for name, (m, _, n) in parts.items()}
+
     for triple in progress(triples, desc="test composites", unit="image"):
         composite, mask, real = triple.load()
         about = {"subset": triple.subset, "name": triple.name, "photo": triple.photo, "foreground_ratio": mask.mean()}
         outputs = {"composite": composite}
         outputs |= {name: harmonize_classically(composite, mask, name) for name in CLASSICAL}
-        outputs |= {name: np.asarray(harmonize(composite, mask, name)) for name in models}
+        outputs |= harmonized(composite, mask)
         rows += [about | {"model": name} | score(image, real, mask, "standard") for name, image in outputs.items()]
         if triple.photo not in seen:
             seen.add(triple.photo)
-            again = {name: np.asarray(harmonize(real, mask, name)) for name in models}
             about |= {"subset": "real"}
-            kept += [about | {"model": name} | score(image, real, mask, "standard") for name, image in again.items()]
+            again = harmonized(real, mask).items()
+            kept += [about | {"model": name} | score(image, real, mask, "standard") for name, image in again]
     table = pd.DataFrame(rows)
     found = {"protocol": "standard, composite background pasted", "n": len(triples), "photos": len(seen)}
     return found | {

@@ -44,6 +44,7 @@ def harmonize(
     output: str = typer.Option(..., "--output", "-o", help="the file to write (JPEG is lossy), or a folder"),
     model: str = _MODEL,
     seed: int = typer.Option(0, help="seed of the noise"),
+    draws: int = typer.Option(1, help="of a diffusion model: the mean of so many outputs, nearer the truth on average"),
     device: str = _DEVICE,
     strength: float = typer.Option(1.0, help="0 (no change) to 1 (all of it)"),
     feather: float = typer.Option(0.0, help="pixels inside the mask's edge over which the change fades in"),
@@ -55,7 +56,8 @@ def harmonize(
     from .batch import plan, run
 
     jobs = plan(composite, mask, output, force, kind)
-    run(jobs, device, model, seed=seed, strength=strength, feather=feather, fit_mask=resize_mask)
+    options = {"seed": seed, "draws": draws, "strength": strength, "feather": feather, "fit_mask": resize_mask}
+    run(jobs, device, model, **options)
     typer.echo(output if len(jobs) == 1 else f"{len(jobs)} pictures in {output}")
 
 

@@ -26,15 +26,17 @@ SMALL_FOREGROUND = 0.01  # share of the picture below which a model is shown a w
 
 
 def harmonize(
-    image, mask, model=MODELS[0], seed: int = 0, device=None, strength=1.0, feather=0.0, fit_mask=False
+    image, mask, model=MODELS[0], seed: int = 0, device=None, strength=1.0, feather=0.0, fit_mask=False, draws: int = 1
 ) -> Image.Image:
     """Harmonize one composite; the output has the input's size, transparency, EXIF and colour profile (in `.info`).
 
     image: path, PIL or HxWx3 uint8; mask: likewise, foreground above 127 (`fit_mask` resizes one of another size).
-    model: "contrastive-resunet", "diffharmony++", "diffharmony" or a folder (`load_model`). The model runs at its own
-    working size; what it changed is carried to full size (`carry_over`), so that no detail is lost, and multiplied by
-    `strength` (0 to 1), which falls to 0 over the outermost `feather` pixels of the foreground. Background and fully
-    transparent pixels keep their values. EXIF rotation is applied.
+    model: "contrastive-resunet", "diffharmony++", "diffharmony" or a folder (`load_model`). The model runs at its
+    own working size; what it changed is carried to full size (`carry_over`), so that no detail is lost, and
+    multiplied by `strength` (0 to 1), which falls to 0 over the outermost `feather` pixels of the foreground.
+    Background and fully transparent pixels keep their values. EXIF rotation is applied. draws: of a diffusion
+    model, each of whose outputs is one of many that it thinks likely, the mean of so many is taken, which is nearer
+    the real photo on average.
     Raises HarmonyError for unreadable files, sizes that differ, a mask without foreground or background, numbers out of
     range, or missing weights.
     """
@@ -42,6 +44,8 @@ def harmonize(
         raise HarmonyError(f"strength is {strength:g}; use 0 (no change) to 1 (all of it)")
     if not 0 <= feather < float("inf"):
         raise HarmonyError(f"feather is {feather:g}; use a number of pixels, 0 or more")
+    if draws < 1:
+        raise HarmonyError(f"draws is {draws}; use 1 or more")
     before = _picture(image)
     bands = np.array(before)
     region = _region(mask, bands, fit_mask)
@@ -52,7 +56,7 @@ def harmonize(
     small, small_region = fit(view[window], region[window], size)
     if not small_region.any():
         raise HarmonyError("the foreground is too thin for the model's working size; thicken the mask")
-    changed = run_model(loaded, small, small_region, seed)
+    changed = run_model(loaded, small, small_region, seed, draws)
     colours = carry_over(bands[window][..., :3], region[window], small, changed, small_region)
     bands[window][..., :3] = blend(bands[window][..., :3], colours, region[window], strength, feather)
     result = Image.fromarray(bands)
@@ -165,13 +169,14 @@ def working_size(model) -> int:
 
 
 @torch.inference_mode()
-def run_model(model, pixels: np.ndarray, region: np.ndarray, seed: int) -> np.ndarray:
-    """The model's raw output for HxWx3 uint8 and HxW bool, as HxWx3 uint8; no pasting."""
+def run_model(model, pixels: np.ndarray, region: np.ndarray, seed: int, draws: int = 1) -> np.ndarray:
+    """The model's raw output for HxWx3 uint8 and HxW bool, as HxWx3 uint8; no pasting. draws as in `harmonize`."""
     image, mask = to_tensor(pixels)[None], to_tensor(region)[None]
     if isinstance(model, DiffHarmonyPipeline):
-        noise = generator(seed, "harmonize")
+        options = {"paste": False, "output_type": "pt", "candidates": draws}
         with autocast(model.device):
-            return to_uint8(model(image, mask, generator=noise, paste=False, output_type="pt").images * 2 - 1)[0]
+            outputs = model(image, mask, generator=generator(seed, "harmonize"), **options).images
+        return to_uint8(outputs.mean(0, keepdim=True) * 2 - 1)[0]
     with autocast(model.device):
         return to_uint8(model(image.to(model.device), mask.to(model.device)))[0]
 

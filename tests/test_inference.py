@@ -7,9 +7,12 @@ from conftest import save_resunet
 from PIL import Image
 
 import harmonylib as hl
+from harmonylib.devices import autocast
 from harmonylib.errors import HarmonyError
-from harmonylib.inference import blend, carry_over, load_model, model_window, working_size
+from harmonylib.images import to_tensor
+from harmonylib.inference import blend, carry_over, load_model, model_window, run_model, working_size
 from harmonylib.resunet import ContrastiveResUNet
+from harmonylib.seeds import generator
 
 
 @pytest.fixture
@@ -57,6 +60,17 @@ def test_strength_feather_and_mask_size(resunet, composite):
     with pytest.raises(HarmonyError, match="45x30 but the picture is 90x60.*--resize-mask"):
         hl.harmonize(image, small, model=resunet, device="cpu")
     assert np.array_equal(np.asarray(hl.harmonize(image, small, model=resunet, device="cpu", fit_mask=True)), full)
+
+
+def test_the_mean_of_draws(tiny_pipeline, composite):
+    image, mask = composite[0][:48, :64], composite[1][:48, :64]
+    one, mean = (run_model(tiny_pipeline, image, mask, 3, draws).astype(float) for draws in (1, 4))
+    noise = generator(3, "harmonize")
+    inputs = to_tensor(image)[None], to_tensor(mask)[None]
+    with autocast(tiny_pipeline.device):
+        drawn = tiny_pipeline(*inputs, generator=noise, paste=False, output_type="pt", candidates=4).images
+    assert np.abs(mean - 255 * drawn.mean(0).permute(1, 2, 0).numpy()).max() <= 1
+    assert np.abs(mean - one).max() > 1
 
 
 def test_blend_is_linear_in_depth():
@@ -114,7 +128,8 @@ def test_bad_input(composite, tmp_path, resunet):
     ):
         with pytest.raises(HarmonyError, match=match):
             hl.harmonize(*bad, model=resunet)
-    for options, match in (({"strength": 1.5}, "strength is 1.5"), ({"feather": -1}, "feather is -1")):
+    wrong = ({"strength": 1.5}, "strength is 1.5"), ({"feather": -1}, "feather is -1"), ({"draws": 0}, "draws is 0")
+    for options, match in wrong:
         with pytest.raises(HarmonyError, match=match):
             hl.harmonize(image, mask, model=resunet, **options)
 
