@@ -124,7 +124,7 @@ def test_the_resunet_trains_with_the_runs_settings_and_the_rows_changes(tmp_path
     section = Settings(
         steps=9, batch_size=2, size=16, base_channels=2, depth=2, residual_convs=0, style="none", patches=4
     )
-    run = Settings(resunet=section, ablations=Settings(resunet_steps=3), device="cpu", precision="fp32")
+    run = Settings(resunet=section, ablations=Settings(resunet_steps=3), device="cpu", precision="fp32", compile=False)
     data, seen = TripleSet([Triple("a", "x", *paths)], 16), []
 
     def observe(model):

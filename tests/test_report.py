@@ -280,7 +280,9 @@ def test_pages_in_a_browser(run, browser, width):
     for name in pages:
         page.goto((run / "site" / name).as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
-        assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)"), name
+        page.evaluate("for (const image of document.images) image.loading = 'eager'")  # those below the fold, too
+        page.wait_for_function("[...document.images].every(image => image.complete)")
+        assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)"), name
     page.close()
     assert len(pages) == 6 and all(url.startswith(((run / "site").as_uri(), "data:")) for url in asked)
 
