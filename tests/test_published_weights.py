@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import trainers
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
@@ -13,7 +14,7 @@ import harmonylib as hl
 from harmonylib import cli
 from harmonylib.datasets import TripleSet
 from harmonylib.inference import load_model
-from harmonylib.layout import read_triples, write_composite, write_list, write_pair
+from harmonylib.layout import read_triples
 from harmonylib.pretrain import build_autoencoder
 from harmonylib.refinement import decode_latents, refine, sample_latents
 
@@ -81,35 +82,24 @@ def test_a_stable_diffusion_folder(archive):
     assert type(load_model(str(archive / "sd"), "cpu").vae) is AutoencoderKL
 
 
-def write_set(root):
-    """One (real, mask) pair with a composite in the training and the test list."""
-    draw, mask = np.random.default_rng(1), np.zeros((24, 32), bool)
-    mask[4:20, 8:24] = True
-    real = draw.integers(0, 256, (24, 32, 3), np.uint8)
-    pair = write_pair(root, "HFlickr", "f800", 1, real, mask)
-    line = write_composite(root, "HFlickr", pair, 1, 255 - real)
-    for split in ("train", "test"):
-        write_list(root, split, [line])
-
-
 def test_the_inverse_model(archive):
     """`inverse/` has no unet/ but weights-STEP/ with the UNet's files."""
-    write_set(archive / "data")
+    trainers.make_set(archive / "data", pairs=1)
     inverse = archive / "weights/inverse"
     (archive / "weights/base").rename(inverse)
     (inverse / "weights-9").mkdir()  # an older one, not complete
     (inverse / "unet").rename(inverse / "weights-102800")
     words = ["generate", str(archive / "data"), str(archive / "out"), "--model", str(inverse), "-k", "2"]
     assert cli.run(cli.app, "harmonylib", [*words, "--steps", "2", "--device", "cpu"]) == 0
-    assert len(list((archive / "out").rglob("f800_1_g*.png"))) == 2
+    assert len(list((archive / "out").rglob("f0_1_g*.png"))) == 2
 
 
 def test_the_refiner(archive, monkeypatch):
     monkeypatch.chdir(archive)
-    write_set(archive / "data")
+    trainers.make_set(archive / "data", pairs=1)
     hl.RefinementUNet(block_out_channels=(8, 16), norm_num_groups=4).save_pretrained("weights/refinement")
     triples, model = read_triples("data", "test"), load_model("weights/base", "cpu")
     latents = sample_latents(model, TripleSet(triples, 32), seed=0)
     outputs = decode_latents(model.vae, latents, TripleSet(triples, 32), size=16, seed=0)
     refined = refine(hl.RefinementUNet.from_pretrained("weights/refinement").eval(), outputs, TripleSet(triples, 16))
-    assert refined.shape == (1, 3, 16, 16) and np.isfinite(refined).all()
+    assert refined.shape == (2, 3, 16, 16) and np.isfinite(refined).all()

@@ -33,7 +33,6 @@ def test_shipped_weights_are_halves_that_load(tmp_path):
 
 
 OFFLINE = """\
-import sys
 from harmonylib.errors import HarmonyError
 from harmonylib.pipeline import DiffHarmonyPipeline
 pipeline = DiffHarmonyPipeline.from_pretrained("some/base@" + "1" * 40, device="cpu")
