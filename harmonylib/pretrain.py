@@ -14,7 +14,7 @@ from .checkpoints import discard_finished
 from .datasets import PhotoBatches, inpainting_masks
 from .devices import pick_device
 from .diffusion import base_scheduler, denoising_loss, latent_mask, scale_latents
-from .distributed import rank_and_world
+from .distributed import join_group, rank_and_world
 from .errors import HarmonyError
 from .jsonio import write_json
 from .pipeline import DiffHarmonyPipeline, PromptEmbedding, open_autoencoder
@@ -161,7 +161,8 @@ def pretrain(pairs, out, settings: BaseSettings, seed: int, device="auto", check
     """Train a base from (image, mask) arrays and save it to `out`: a DiffHarmonyPipeline folder in fp16.
 
     start: the folder of a base that is trained further, instead of one with random weights; the architecture is then
-    its own. `training.json` beside the weights holds the settings and the loss curves.
+    its own. `training.json` beside the weights holds the settings and the loss curves. Of several processes the first
+    one writes, and all return when it has.
     """
     if start:
         pipeline = DiffHarmonyPipeline.from_pretrained(start, device="cpu")
@@ -170,13 +171,15 @@ def pretrain(pairs, out, settings: BaseSettings, seed: int, device="auto", check
         channels = (settings.autoencoder_channels, settings.unet_channels)
         pipeline = build_base(seed, *channels, settings.unet_size, *sizes)
     histories = train_parts(pipeline, pairs, settings, seed, device=device, checkpoints=checkpoints)
-    if rank_and_world()[0]:
-        return
-    pipeline.to(torch.float16).save_pretrained(out)
-    about = {"settings": asdict(settings), "seed": seed, "start": start and str(start), "histories": histories}
-    write_json(Path(out) / "training.json", about)
-    if checkpoints:
-        discard_finished(checkpoints)
+    rank, world = rank_and_world()
+    if rank == 0:
+        pipeline.to(torch.float16).save_pretrained(out)
+        about = {"settings": asdict(settings), "seed": seed, "start": start and str(start), "histories": histories}
+        write_json(Path(out) / "training.json", about)
+        if checkpoints:
+            discard_finished(checkpoints)
+    if world > 1:
+        join_group(pick_device(device)).wait_for_everyone()
 
 
 def open_base(settings, seed: int) -> DiffHarmonyPipeline:

@@ -64,8 +64,10 @@ def trained(trainer: str, root, steps: int = 5, checkpoints=None) -> dict[str, t
     else:
         photos = [(data.reals[index], data.masks[index]) for index in range(len(data.reals))]
         base = pretrain.BaseSettings(settings, settings, 16, 16, (8, 16), (32, 32), prompt_dim=8)
-        pretrain.pretrain(photos, "base", base, 0, "cpu", checkpoints)
-        return DiffHarmonyPipeline.from_pretrained("base", device="cpu").unet.state_dict()
+        out = f"base-of-{os.environ.get('WORLD_SIZE', '1')}"
+        pretrain.pretrain(photos, out, base, 0, "cpu", checkpoints)
+        assert Path(out, "training.json").exists()  # in every process
+        return DiffHarmonyPipeline.from_pretrained(out, device="cpu").unet.state_dict()
     return model.state_dict()
 
 
