@@ -45,7 +45,7 @@ def training_attention(latents: torch.Tensor):
     """Context for a forward pass that will be followed by a backward pass, on latents ...xhxw.
 
     The fused attention's backward pass on CPUs takes much of a small UNet's step: without it a step of the small base
-    at batch 16 is about 1.25 times as fast at 16x16 latents and slower at 32x32 (`benchmarks/training.py`).
+    at batch 16 is 1.25 to 1.4 times as fast at 16x16 latents and slower at 32x32 (`benchmarks/training.py`).
     """
     small = latents.device.type == "cpu" and latents.shape[-2] * latents.shape[-1] <= SMALL_LATENTS
     return sdpa_kernel(SDPBackend.MATH) if small else contextlib.nullcontext()
