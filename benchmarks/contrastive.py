@@ -10,7 +10,7 @@ from harmonylib.contrastive import RegionContrastiveLoss, harmonization_loss, sa
 from harmonylib.devices import autocast, has_bf16, pick_device
 from harmonylib.resunet import ContrastiveResUNet
 
-from .paired import paired, paired_memory
+from .paired import can_compile, paired, paired_memory
 
 
 def images(device, batch: int, size: int):
@@ -63,14 +63,14 @@ def loss_row(device, batch: int = 8, size: int = 256) -> dict:
 
 
 def step_rows(device) -> list[dict]:
-    """A training step as we make it, against fp32 in contiguous memory, and against one without the term."""
+    """A training step as we make it, against fp32 in contiguous memory, one without the term, and compiled."""
     batch, size = (8, 256) if device.type == "cuda" else (8, 64)
     composite, real, mask = images(device, batch, size)
     last = network(device).to(memory_format=torch.channels_last)
 
     def stepping(model, term, precision):
         parameters = [*model.parameters(), *(term.parameters() if term else ())]
-        optimiser = torch.optim.AdamW(parameters, lr=1e-6, fused=model is last)
+        optimiser = torch.optim.AdamW(parameters, lr=1e-6, fused=precision == "auto")
 
         def step():
             with autocast(device, precision):
@@ -88,7 +88,11 @@ def step_rows(device) -> list[dict]:
         "channels-last, mixed precision, fused / none of them": stepping(network(device), plain, "fp32"),
         "with / without the contrastive term": stepping(last, None, "auto"),
     }
-    return [{"name": f"{name}: {what}", **paired(step, other)} for what, other in others.items()]
+    rows = [{"name": f"{name}: {what}", **paired(step, other)} for what, other in others.items()]
+    if can_compile(device):
+        compiled = stepping(torch.compile(last), ours, "auto")
+        rows.append({"name": f"{name}: compiled / eager", **paired(compiled, step)})
+    return rows
 
 
 @torch.inference_mode()

@@ -2,11 +2,17 @@
 
 import contextlib
 import ctypes
+import shutil
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here: on the CPU it needs a C++ compiler."""
+    return device.type == "cuda" or shutil.which("g++") is not None
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -27,7 +26,7 @@ from harmonylib.pipeline import DiffHarmonyPipeline
 from harmonylib.resunet import ContrastiveResUNet
 from harmonylib.seeds import generator, rng
 
-from .paired import paired
+from .paired import can_compile, paired
 
 SIZE = 96  # pixels, as in the `mini` profile
 BASE = "pretrained/base"
@@ -149,7 +148,7 @@ def attention(device) -> dict:
 
 def compiled(device) -> list[dict]:
     """A UNet step through torch.compile (`compile: true`), against the eager one; no row without a compiler."""
-    if device.type != "cuda" and not shutil.which("g++"):
+    if not can_compile(device):
         return []
     (fast, batch), (eager, _) = unet_run(device, 16, compile=True), unet_run(device, 16)
     times = paired(lambda: fast.step(0, batch, generator(0)), lambda: eager.step(0, batch, generator(0)))
