@@ -14,6 +14,7 @@ import os
 import shutil
 import zlib
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,15 @@ def cached_array(key: dict, shape, dtype, fill) -> np.ndarray:
             with contextlib.suppress(OSError):  # a read-only cache
                 os.utime(path)  # used now
             return np.load(path, mmap_mode="r")
+    _make(key, shape, dtype, fill)
+    return cached_array(key, shape, dtype, fill)
+
+
+def _make(key: dict, shape, dtype, fill, part_of: dict | None = None) -> None:
+    """Write the entry of `key` unless it is there, or the entry `part_of`; waits where another process writes it."""
+    path = _path(key)
     with _lock(path.with_suffix(".lock")):
-        if not _whole(path):
+        if not _whole(path) and not (part_of and _path(part_of).is_file()):
             for leftover in ROOT.glob(f".{path.stem}.*"):  # of a killed process, since the lock is ours
                 leftover.unlink()
             _make_room(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
@@ -74,7 +82,6 @@ def cached_array(key: dict, shape, dtype, fill) -> np.ndarray:
                 del array
                 path.with_suffix(".sum").write_text(_checksum(temporary))
             _checked.add(path)
-    return cached_array(key, shape, dtype, fill)
 
 
 def _path(key: dict) -> Path:
@@ -189,27 +196,29 @@ def moments(vae, images: np.ndarray, device, batch_size: int = 32) -> np.ndarray
                 values = vae.encode(tensor).latent_dist.parameters
                 array[mirrored, start - first : start - first + len(tensor)] = values.float().cpu().numpy()
 
-    def made(key, first, last, fill):
-        return cached_array(key, (2, last - first, 2 * vae.config.latent_channels, side, side), np.float16, fill)
+    def entry(key, first, last, fill):
+        return key, (2, last - first, 2 * vae.config.latent_channels, side, side), np.float16, fill
 
     if world == 1:
-        return made(key, 0, len(images), partial(encode, 0, len(images)))
+        return cached_array(*entry(key, 0, len(images), partial(encode, 0, len(images))))
 
     batches = -(-len(images) // batch_size)  # shares are of whole batches, so that their number changes no rounding
     bounds = [min(len(images), batches * number // world * batch_size) for number in range(world + 1)]
-    shares = [(key | {"share": [number, world]}, *bounds[number : number + 2]) for number in range(world)]
-
-    def share(number):  # waits where its process is at work
-        return made(*shares[number], partial(encode, *shares[number][1:]))
+    shares = [
+        entry(key | {"share": [number, world]}, first, last, partial(encode, first, last))
+        for number, (first, last) in enumerate(pairwise(bounds))
+    ]
 
     def join(array):
-        for number, (share_key, first, last) in enumerate(shares):
-            array[:, first:last] = share(number)
-            _remove(_path(share_key))
+        for share, (first, last) in zip(shares, pairwise(bounds), strict=True):
+            array[:, first:last] = cached_array(*share)  # waits where its process is at work
 
     if not _path(key).is_file():
-        share(rank)
-    return made(key, 0, len(images), join)
+        _make(*shares[rank], part_of=key)  # not opened here: the others may have joined and removed it by now
+    joined = cached_array(*entry(key, 0, len(images), join))
+    for share_key, *_ in shares:
+        _remove(_path(share_key))
+    return joined
 
 
 def clear() -> int:

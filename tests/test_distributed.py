@@ -7,14 +7,16 @@ from pathlib import Path
 
 import forks
 import nbformat
+import numpy as np
 import pytest
 import torch
 import trainers
 from nbformat import v4
 
-from harmonylib import training
+from harmonylib import cache, training
 from harmonylib.distributed import ShareOfDraws
 from harmonylib.errors import HarmonyError
+from harmonylib.pretrain import build_autoencoder
 from harmonylib.seeds import generator
 
 REPOSITORY = Path(__file__).parents[1]
@@ -52,6 +54,30 @@ def test_processes_share_out_what_is_encoded_into_the_cache(root):
     assert [int((root / f"{name}.txt").read_text()) for name in ("alone-0", "shared-0", "shared-1")] == [28, 16, 12]
     (one,), (two,) = ([*(root / name).glob("*.npy")] for name in ("alone", "shared"))
     assert one.name == two.name and one.read_bytes() == two.read_bytes()
+
+
+def test_a_share_is_encoded_once_though_another_process_joins_and_removes_it(tmp_path, monkeypatch):
+    """The second process writes its share; before it goes on, the first does all the rest."""
+    vae, images = build_autoencoder((8, 16), size=16), np.zeros((14, 16, 16, 3), np.uint8)
+    encode, make, encoded = vae.encode, cache._make, []
+    vae.encode = lambda batch: encoded.append(len(batch)) or encode(batch)
+
+    def moments(rank):
+        monkeypatch.setenv("RANK", rank)
+        return cache.moments(vae, images, "cpu", batch_size=4)
+
+    def make_and_wait(*entry, **options):
+        make(*entry, **options)
+        if os.environ["RANK"] == "1":
+            moments("0")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cache, "ROOT", tmp_path)
+    monkeypatch.setattr(cache, "_make", make_and_wait)
+    assert np.array_equal(moments("1"), moments("0")) and sum(encoded) == 28
+    monkeypatch.setattr(cache, "_make", make)
+    assert moments("1").shape[1] == 14 and sum(encoded) == 28  # one that comes late
+    assert len(list(tmp_path.glob("*.npy"))) == 1
 
 
 def test_a_step_draws_the_same_whatever_the_number_of_processes(monkeypatch):
