@@ -9,21 +9,24 @@ import numpy as np
 import pandas as pd
 
 from .errors import HarmonyError
-from .images import fit, to_tensor, to_uint8
+from .genuine import GENUINE, draw
+from .images import fit
 from .layout import SPLITS, SUBSETS, plain_name, write_composite, write_list, write_pair
 from .parallel import parallel_map
-from .photos import Photo, random_crop, region_masks
-from .recipes import RecipeSettings, make_composite, restyle
+from .photos import Photo, foreground_of_share, random_crop
+from .recipes import EDITS, RecipeSettings, jitter, make_composite, restyle
 from .seeds import rng, seed_for
+
+CHOICE = 16  # photos among which the one is taken whose masks fit a drawn share of the picture best
 
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
     """How much to make: pairs and variants (composites per pair) of each subset, long side in pixels.
 
-    region_share: share of pairs whose foreground is a superpixel region instead of a photo's own mask.
     restyle_share: share of training pairs whose photo is restyled as a whole first (`recipes.restyle`).
-    crops: whether a pair is a random window of its photo, or all of it.
+    min_crop: shortest side of a pair's random window of its photo, as a share of the longest one; 1: the whole photo.
+    jitter: up to so many pixels are masks dilated or eroded before composites are made (`recipes.jitter`).
     """
 
     train_pairs: int = 100
@@ -31,19 +34,21 @@ class BenchmarkSettings:
     train_variants: int = 3
     test_variants: int = 2
     size: int = 192
-    region_share: float = 0.3
     restyle_share: float = 0.0
-    crops: bool = True
+    min_crop: float = 0.6
+    jitter: int = 0
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One (real, mask) pair to make: `number` counts the pairs that a subset takes from the photo."""
+    """One (real, mask) pair to make: `number` counts the pairs that a subset takes from the photo, `share` is how much
+    of the picture its foreground should cover."""
 
     subset: str
     split: str
     photo: int
     number: int
+    share: float
 
 
 def make_benchmark(
@@ -57,15 +62,17 @@ def make_benchmark(
 ) -> pd.DataFrame:
     """Write `<subset>/{composite_images,masks,real_images}/` and the two lists under root, replacing what is there.
 
-    Train and test are made of different photos (Photo.split), each subset going through them in an order of its own.
-    The set is built beside `root` and renamed when complete, by `workers` processes (None: one a core) whose number
-    changes no byte. Returns one row per composite: subset, split, name, photo, plausible, delta_e, tries, reason.
+    Train and test are made of different photos (Photo.split). Foregrounds cover as much of their pictures, and are
+    changed as strongly, as the genuine ones of their subset (`genuine`), as far as the photos allow. The set is built
+    beside `root` and renamed when complete, by `workers` processes (None: one a core) whose number changes no byte.
+    Returns one row per composite: subset, split, name, photo, and what `make_composite` says.
     Raises HarmonyError when a split has fewer than two photos (a recipe needs a second one for reference).
     """
     root = Path(root)
     building = root.with_name(f".{root.name}.building")
     shutil.rmtree(building, ignore_errors=True)
-    jobs = _plan(root, photos, settings, seed, subsets)
+    shares = [row for row in parallel_map(_shares, photos, "looking at masks", "photo", workers)]
+    jobs = _plan(root, photos, shares, settings, seed, subsets)
     make = partial(_make_pair, building, photos, settings, recipes, seed)
     made = parallel_map(make, jobs, "making composites", "pair", workers)
     rows = pd.DataFrame([row for pair in made for row in pair])
@@ -77,7 +84,11 @@ def make_benchmark(
     return rows
 
 
-def _plan(root, photos, settings, seed, subsets) -> list[_Job]:
+def _shares(photo: Photo) -> list[float]:
+    return [float(mask.mean()) for mask in photo.masks.values()]
+
+
+def _plan(root, photos, shares, settings, seed, subsets) -> list[_Job]:
     jobs = []
     for split in SPLITS:
         chosen = [index for index, photo in enumerate(photos) if photo.split == split]
@@ -85,8 +96,13 @@ def _plan(root, photos, settings, seed, subsets) -> list[_Job]:
         if pairs and len(chosen) < 2:
             raise HarmonyError(f"{root}: the {split} split has {len(chosen)} photos; give at least two with masks")
         for subset in subsets:
-            order = rng(seed, subset, split, "order").permutation(chosen)
-            jobs += [_Job(subset, split, int(order[n % len(chosen)]), n // len(chosen)) for n in range(pairs)]
+            draws, queue = rng(seed, subset, split, "plan"), []
+            for number in range(pairs):
+                share = float(draw(GENUINE[subset].share, draws)) if subset in GENUINE else float(draws.uniform(0, 0.5))
+                queue = queue or draws.permutation(chosen).tolist()  # every photo once, then all of them again
+                misfit = [min(abs(np.log(share / own)) for own in shares[photo]) for photo in queue[:CHOICE]]
+                photo = queue.pop(int(np.argmin(misfit)))
+                jobs.append(_Job(subset, split, photo, number // len(chosen), share))
     if not jobs:
         raise HarmonyError(f"{root}: nothing to make; set train_pairs or test_pairs above 0 and name a subset")
     return jobs
@@ -96,41 +112,48 @@ def _make_pair(root, photos, settings: BenchmarkSettings, recipes: RecipeSetting
     """Write one pair and its composites; one row per composite."""
     photo = photos[job.photo]
     others = [other for other in photos if other.split == job.split and other is not photo]
-    real, mask = draw_pair(photo, job.number, settings, (seed, job.subset, job.split))
+    real, mask = draw_pair(photo, job.number, job.share, settings, (seed, job.subset, job.split))
     label = plain_name(photo.name)
     name = f"{label}-{job.number:03d}"
-    draw = rng(seed, job.subset, name, "restyle")
-    if job.split == "train" and draw.random() < settings.restyle_share:
-        real = to_uint8(restyle(to_tensor(real)[None] / 2 + 0.5, [draw], recipes)[0] * 2 - 1)
+    restyling = rng(seed, job.subset, name, "restyle")
+    if job.split == "train" and restyling.random() < settings.restyle_share:
+        real = restyle(real, restyling, recipes)
+    if settings.jitter:
+        mask = jitter(mask, rng(seed, job.subset, name, "jitter"), settings.jitter)
     pair = write_pair(root, job.subset, name, 1, real, mask)
     rows = []
     for variant in range(1, 1 + (settings.train_variants if job.split == "train" else settings.test_variants)):
         words = (seed, job.subset, name, variant)
-        other = others[int(rng(*words, "reference").integers(len(others)))]
-        reference = _shrink(other, other.image, np.any(list(other.masks.values()), axis=0), settings.size)
+        reference = None if job.subset in EDITS else partial(_reference, others, settings.size, words)
         composite, info = make_composite(job.subset, real, mask, words, reference, recipes)
         line = write_composite(root, job.subset, pair, variant, composite)
         row = {"subset": job.subset, "split": job.split, "name": f"{pair}_{variant}", "photo": label, "line": line}
-        rows.append(row | {key: info[key] for key in ("plausible", "delta_e", "tries", "reason")})
+        rows.append(row | {key: value for key, value in info.items() if key != "recipe"})
     return rows
 
 
-def draw_pair(photo: Photo, number: int, settings: BenchmarkSettings, words: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """One (real, mask) pair of a photo: a random crop around one of its masks, or a superpixel region of such a crop.
+def _reference(photos, size: int, words: tuple, attempt: int) -> tuple[np.ndarray, np.ndarray]:
+    """The photo, with its masks as one, that a try of a composite takes its colours from."""
+    other = photos[int(rng(*words, "reference", attempt).integers(len(photos)))]
+    return shrink(other, other.image, np.any(list(other.masks.values()), axis=0), size)
+
+
+def draw_pair(photo: Photo, number: int, share: float, settings: BenchmarkSettings, words: tuple):
+    """One (real, mask) pair of a photo: a random window of it, and a foreground that covers about `share` of that.
 
     Returns HxWx3 uint8 and HxW bool with a long side of at most settings.size; the words and number decide all draws.
     """
-    draw = rng(*words, photo.name, number)
-    image, mask = photo.image, photo.masks[sorted(photo.masks)[int(draw.integers(len(photo.masks)))]]
-    if settings.crops:
-        image, mask = random_crop(image, mask, draw)
-    image, mask = _shrink(photo, image, mask, settings.size)
-    if draw.random() < settings.region_share:
-        mask = region_masks(image, seed_for(*words, photo.name, number, "region"), 1)[0]
-    return image, mask
+    random = rng(*words, photo.name, number)
+    own = [photo.masks[name] for name in sorted(photo.masks)]
+    mask = own[int(np.argmin([abs(np.log(share / mask.mean())) for mask in own]))]
+    image = photo.image
+    if settings.min_crop < 1:
+        image, mask = random_crop(image, mask, random, settings.min_crop)
+    image, mask = shrink(photo, image, mask, settings.size)
+    return image, foreground_of_share(image, mask, share, seed_for(*words, photo.name, number, "part"))
 
 
-def _shrink(photo: Photo, image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def shrink(photo: Photo, image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """`images.fit`. Raises HarmonyError naming the photo when its mask is empty or full at that size."""
     image, mask = fit(image, mask, size)
     if mask.all() or not mask.any():

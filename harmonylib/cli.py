@@ -213,10 +213,10 @@ def pretrain(
     index: str = typer.Option(None, help="CSV with columns image, mask and split; rows with split=train are used"),
     autoencoder_steps: int = typer.Option(6500),
     autoencoder_learning_rate: float = typer.Option(2e-3),
-    autoencoder_size: int = typer.Option(64, help="training crop in pixels"),
+    autoencoder_size: int = typer.Option(128, help="training crop in pixels"),
     unet_steps: int = typer.Option(1900),
     unet_learning_rate: float = typer.Option(1e-3),
-    unet_size: int = typer.Option(64, help="training crop in pixels"),
+    unet_size: int = typer.Option(192, help="training crop in pixels"),
     batch_size: int = typer.Option(16),
     chroma_weight: float = typer.Option(4.0, help="weight of chroma beside luma in the autoencoder's loss"),
     start: str = typer.Option(None, metavar="DIR", help="train this base further (a part with 0 steps is kept)"),
@@ -278,20 +278,26 @@ def make_data(
     pairs: int = typer.Option(None, min=2, help="photos per subset and split; all unless given"),
     variants: int = typer.Option(1, min=1, help="composites of each photo and subset"),
     size: int = typer.Option(256, min=16, help="long side in pixels"),
-    delta_e: tuple[float, float] = typer.Option((2.0, 30.0), help="bounds on the foreground's mean colour change"),
+    leave_out: list[str] = typer.Option(None, help="a colour transfer that no composite is to be made by"),
     clipped: float = typer.Option(0.1, help="share of the foreground that may newly reach 0 or 255"),
+    jitter: int = typer.Option(0, min=0, help="dilate or erode masks by up to so many pixels first"),
     seed: int = typer.Option(0),
     force: bool = typer.Option(False, help="replace OUT where it is a data set"),
     workers: int = typer.Option(None, min=1, help="processes; one a core unless given"),
 ) -> None:
     """Make composites of photos by the four recipes; a tenth of the photos is for testing unless --index says which."""
+    from .color import TRANSFERS
+    from .genuine import beside
     from .recipes import RecipeSettings
     from .sources import make_data as make
 
-    recipes = RecipeSettings(delta_e=delta_e, clipped=clipped)
-    rows = make(photos, out, index, pairs, variants, size, seed, recipes, force, workers)
+    transfers = [name for name in TRANSFERS if name not in (leave_out or [])]
+    recipes = RecipeSettings(transfers=transfers, clipped=clipped)
+    rows = make(photos, out, index, pairs, variants, size, seed, recipes, jitter, force, workers)
     typer.echo(rows.groupby(["subset", "split"], sort=False).size().to_string())
     typer.echo(f"{(~rows['plausible']).sum()} of {len(rows)} composites kept although no draw was plausible")
+    typer.echo("Strength (fMSE) and size (share of the picture) of the foregrounds, beside iHarmony4's own:")
+    typer.echo(beside(rows).to_string(float_format="{:.3g}".format))
 
 
 cache_app = typer.Typer(help="The caches of resized images and posterior moments.")

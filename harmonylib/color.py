@@ -1,13 +1,12 @@
-"""Classical colour transfer between two sets of pixels, on arrays and (where training needs it) on batched tensors.
+"""Classical colour transfer between two sets of pixels.
 
-Every array transfer is `f(source, reference) -> result` on Nx3 and Mx3 RGB in [0, 1]; the result is Nx3, clipped to
+Every transfer is `f(source, reference) -> result` on Nx3 and Mx3 RGB in [0, 1]; the result is Nx3, clipped to
 [0, 1]. Statistics are taken on the encoded (sRGB) values, as the papers do. Equal sets give the source back.
 """
 
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from skimage.color import rgb2ycbcr, ycbcr2rgb
 from skimage.exposure import match_histograms
 
@@ -24,6 +23,7 @@ VARIANCE_FLOOR = 1e-8  # a flat region keeps its flatness instead of dividing by
 YCBCR_STEP = 0.01  # of 255: equal colours must not be told apart by the rounding of a matrix product
 IDT_STEPS = 12
 IDT_QUANTILES = 256
+IDT_PIXELS = 2048
 
 
 def _check(pixels: np.ndarray, name: str) -> np.ndarray:
@@ -93,14 +93,15 @@ def _rotations() -> np.ndarray:
     return np.concatenate([np.eye(3)[None], np.linalg.qr(draws)[0]])
 
 
-def _places(count):
-    """The indices of IDT_QUANTILES evenly spaced ones of `count` sorted values (a number, or a tensor of them)."""
-    steps = np.arange(IDT_QUANTILES) if isinstance(count, int) else torch.arange(IDT_QUANTILES, device=count.device)
-    return (2 * steps * (count - 1) + IDT_QUANTILES - 1) // (2 * (IDT_QUANTILES - 1))
+def _thinned(pixels: np.ndarray) -> np.ndarray:
+    """At most IDT_PIXELS evenly spaced ones of the pixels: enough for their quantiles."""
+    return pixels[:: -(-len(pixels) // IDT_PIXELS)]
 
 
 def _quantiles(values: np.ndarray) -> np.ndarray:
-    return np.sort(values)[_places(len(values))]
+    """IDT_QUANTILES evenly spaced quantiles of every column."""
+    steps = np.linspace(0, len(values) - 1, IDT_QUANTILES)
+    return np.sort(values, axis=0)[np.rint(steps).astype(int)]
 
 
 def distribution_transfer(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -111,11 +112,9 @@ def distribution_transfer(source: np.ndarray, reference: np.ndarray) -> np.ndarr
     """
     source, reference = _check(source, "source"), _check(reference, "reference")
     for rotation in _rotations():
-        rotated, target = source @ rotation.T, reference @ rotation.T
-        matched = np.empty_like(rotated)
-        for axis in range(3):
-            marginals = _quantiles(rotated[:, axis]), _quantiles(target[:, axis])
-            matched[:, axis] = np.interp(rotated[:, axis], *marginals)
+        rotated = source @ rotation.T
+        own, wanted = _quantiles(_thinned(rotated)), _quantiles(_thinned(reference) @ rotation.T)
+        matched = np.stack([np.interp(rotated[:, axis], own[:, axis], wanted[:, axis]) for axis in range(3)], axis=1)
         source = source + (matched - rotated) @ rotation
     return source.clip(0, 1)
 
@@ -153,100 +152,3 @@ def harmonize_classically(image: np.ndarray, mask: np.ndarray, method: str) -> n
     if mask.all() or not mask.any():
         raise HarmonyError("mask has no foreground or no background; the baseline needs both")
     return transfer_region(image, mask, image[~mask] / 255.0, BASELINES[method])
-
-
-# ---- the same on batches: pixels Bx3xN in [0, 1] with weights Bx1xN in {0, 1} that choose the region ----
-
-
-def _moments(pixels: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Region mean (Bx3x1) and covariance (Bx3x3)."""
-    count = weights.sum(2, keepdim=True).clamp(min=1)
-    mean = (pixels * weights).sum(2, keepdim=True) / count
-    centred = (pixels - mean) * weights
-    return mean, centred @ centred.transpose(1, 2) / count
-
-
-def _constant(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(values, dtype=like.dtype, device=like.device)
-
-
-def reinhard_batch(source, source_weights, reference, reference_weights) -> torch.Tensor:
-    """`reinhard` on every image of a batch; Bx3xN, meaningful where source_weights is 1.
-
-    Moments are taken of log LMS and carried to l-alpha-beta, which is linear in it: one 3x3 map does it all.
-    """
-    to_lms, to_lab = _constant(RGB_TO_LMS, source), _constant(LMS_TO_LAB, source)
-    source, reference = (torch.log10(to_lms @ pixels + LOG_OFFSET) for pixels in (source, reference))
-    mean, covariance = _moments(source, source_weights)
-    reference_mean, reference_covariance = _moments(reference, reference_weights)
-    variance, reference_variance = (
-        (to_lab @ moment @ to_lab.T).diagonal(dim1=1, dim2=2).clamp(min=0)
-        for moment in (covariance, reference_covariance)
-    )
-    scale = (reference_variance / variance.clamp(min=VARIANCE_FLOOR)).sqrt().where(variance > VARIANCE_FLOOR, 1.0)
-    matrix = _constant(np.linalg.inv(LMS_TO_LAB), source) @ (scale[..., None] * to_lab)
-    logs = matrix @ (source - mean) + reference_mean
-    return (_constant(np.linalg.inv(RGB_TO_LMS), source) @ (10 ** logs.clamp(max=LOG_MAX) - LOG_OFFSET)).clamp(0, 1)
-
-
-def xiao_ma_batch(source, source_weights, reference, reference_weights) -> torch.Tensor:
-    """`xiao_ma` on every image of a batch; Bx3xN, meaningful where source_weights is 1."""
-    mean, covariance = _moments(source, source_weights)
-    reference_mean, reference_covariance = _moments(reference, reference_weights)
-    pair = torch.stack([covariance, reference_covariance]).cpu().double().numpy()
-    matrix = _constant(covariance_map(*pair), source)
-    return (matrix @ (source - mean) + reference_mean).clamp(0, 1)
-
-
-def _sorted(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The region's values in order (BxCxN, infinity after them) and how many they are (Bx1x1)."""
-    values = values.where(weights > 0, torch.inf)
-    if values.device.type == "cpu":  # several times as fast as torch.sort, which also orders indices
-        ordered = torch.from_numpy(np.sort(values.numpy(), axis=2))
-    else:
-        ordered = values.sort(2).values
-    return ordered, weights.sum(2, keepdim=True).long()
-
-
-def histogram_match_batch(source, source_weights, reference, reference_weights) -> torch.Tensor:
-    """`histogram_match` on every image of a batch; Bx3xN, meaningful where source_weights is 1.
-
-    A value goes to where the reference's cumulative histogram, linear between its levels, has the value's own height.
-    """
-    to_ycbcr = _constant(RGB_TO_YCBCR, source)
-    source, reference = ((to_ycbcr @ pixels / YCBCR_STEP).round() * YCBCR_STEP for pixels in (source, reference))
-    ordered, count = _sorted(source, source_weights)
-    levels, reference_count = _sorted(reference, reference_weights)
-    height = torch.searchsorted(ordered, source, right=True) * (reference_count / count)  # in reference pixels
-    upper = levels.gather(2, (height.ceil().long() - 1).clamp(min=0).minimum(reference_count - 1))
-    below = torch.searchsorted(levels, upper)
-    lower = levels.gather(2, (below - 1).clamp(min=0))
-    share = (height - below) / (torch.searchsorted(levels, upper, right=True) - below)
-    matched = lower + share.clamp(0, 1) * (upper - lower)
-    return (_constant(np.linalg.inv(RGB_TO_YCBCR), source) @ matched).clamp(0, 1)
-
-
-def _quantiles_batch(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    ordered, count = _sorted(values, weights)
-    return ordered.gather(2, _places(count).expand(-1, values.shape[1], -1))
-
-
-def distribution_transfer_batch(source, source_weights, reference, reference_weights) -> torch.Tensor:
-    """`distribution_transfer` on every image of a batch; Bx3xN, meaningful where source_weights is 1."""
-    for rotation in _constant(_rotations(), source):
-        rotated = rotation @ source
-        marginal = _quantiles_batch(rotated, source_weights)
-        target = _quantiles_batch(rotation @ reference, reference_weights)
-        left = (torch.searchsorted(marginal, rotated, right=True) - 1).clamp(0, IDT_QUANTILES - 2)
-        start, end, low, high = (v.gather(2, i) for v in (marginal, target) for i in (left, left + 1))
-        share = ((rotated - start) / (end - start)).nan_to_num(1.0, 1.0, 0.0).clamp(0, 1)
-        source = source + rotation.T @ (low + share * (high - low) - rotated)
-    return source.clamp(0, 1)
-
-
-BATCH_TRANSFERS = {
-    "reinhard": reinhard_batch,
-    "xiao-ma": xiao_ma_batch,
-    "histogram": histogram_match_batch,
-    "distribution": distribution_transfer_batch,
-}

@@ -6,6 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
+from .genuine import GENUINE, LEVELS
+
 FOLDER = Path("reports/figures")
 
 
@@ -73,10 +75,12 @@ def error_map(output: np.ndarray, real: np.ndarray, ceiling: float = 60.0) -> np
 
 
 def training_curve(history, key: str = "loss", title: str = "", log: bool = True):
-    """One quantity of a training history over steps."""
+    """One quantity of a training history over steps, or of several: {label: history}."""
     figure, axis = plt.subplots(figsize=(6, 2.8))
-    points = [(entry["step"], entry[key]) for entry in history if key in entry]
-    sns.lineplot(x=[p[0] for p in points], y=[p[1] for p in points], ax=axis, marker="o" if len(points) < 30 else None)
+    for label, entries in (history if isinstance(history, dict) else {None: history}).items():
+        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+        marker = "o" if len(points) < 30 else None
+        sns.lineplot(x=[p[0] for p in points], y=[p[1] for p in points], ax=axis, marker=marker, label=label)
     axis.set(xlabel="training step", ylabel=key.replace("_", " "), title=title)
     if log:
         axis.set_yscale("log")
@@ -105,4 +109,24 @@ def metric_bars(summary: dict, metric: str, label: str):
         if low is not None and np.isfinite([low, high]).all():
             axis.plot([low, high], [place, place], color="black", linewidth=1.2)
     axis.set(xlabel=label, ylabel="")
+    return _finished(figure)
+
+
+def beside_genuine(measured):
+    """Cumulative shares of composites by fMSE and by foreground share, with iHarmony4's own quantiles as dots.
+
+    measured: rows with "subset", "fmse" and "share" (`sources.measure`).
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+    titles = {"fmse": "fMSE of the foreground", "share": "share of the picture that the foreground covers"}
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for (subset, rows), colour in zip(measured.groupby("subset"), sns.color_palette(), strict=False):
+            sns.ecdfplot(rows, x=name, ax=axis, color=colour, label=subset)
+            if subset in GENUINE:
+                axis.plot(getattr(GENUINE[subset], name), LEVELS, "o", color=colour)
+        axis.set(xscale="log", xlabel=title, ylabel="share of composites")
+    for axis, ticks in zip(axes, ((100, 300, 1000, 3000), (0.01, 0.03, 0.1, 0.3)), strict=True):
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+    axes[1].legend(title="made (lines), genuine (dots)", loc="center left", bbox_to_anchor=(1, 0.5))
     return _finished(figure)

@@ -15,16 +15,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_fill_holes
-from skimage.color import rgb2lab
 from skimage.segmentation import slic
 
 from .errors import HarmonyError
-from .images import read_image
+from .images import fit, read_image, resize_mask
 from .seeds import rng as seeded
 
 SPLITS = ("train", "test")
-SUPERPIXELS = 200
-COLOUR_SCALE = 15.0  # Lab distance at which a neighbouring superpixel becomes an unlikely companion
+SUPERPIXELS = 120  # at most, so that the smallest are objects and not texture
+SUPERPIXEL_SIDE = 128  # pixels at which they are made
+FITS = 1.25  # factor within which a mask's share of the picture is near enough to the wanted one
 CROP_FOREGROUND = (0.02, 0.8)
 CROP_TRIES = 30
 _CATALOGUE = Path(__file__).with_name("embedded_masks.json")
@@ -92,66 +92,27 @@ def rasterise(rings: list, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def region_masks(
-    image: np.ndarray, seed: int, count: int, min_fraction: float = 0.02, max_fraction: float = 0.5
-) -> list[np.ndarray]:
-    """`count` connected HxW bool regions of an HxWx3 uint8 image, each covering a fraction within the bounds.
+def foreground_of_share(image: np.ndarray, mask: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """The HxW bool mask where it covers about `share` of the picture, else a part of it or a piece of the picture.
 
-    SLIC superpixels (Achanta et al. 2012): a random one is merged with random neighbours, similar colours first, until
-    a random area is reached; holes are filled. Depends on the image and the seed only, mask i not on `count`; give each
-    photo a seed of its own (seeds.seed_for), or their regions start at like places. Raises HarmonyError when the bounds
-    cannot be met.
+    Within a factor of FITS the mask stays whole. Where it is too large, a superpixel (SLIC, Achanta et al. 2012) of
+    about the wanted size is cut out of it; where too small, a superpixel of the whole picture is taken. Depends on the
+    arguments only.
     """
-    if not 0 < min_fraction < max_fraction <= 1:
-        raise HarmonyError(f"region_masks: need 0 < min_fraction {min_fraction} < max_fraction {max_fraction} <= 1")
-    labels = slic(image, n_segments=SUPERPIXELS, compactness=10, start_label=0)
-    labels = np.unique(labels, return_inverse=True)[1].reshape(image.shape[:2])
-    areas = np.bincount(labels.ravel())
-    colours = np.stack([np.bincount(labels.ravel(), channel.ravel()) for channel in np.moveaxis(rgb2lab(image), 2, 0)])
-    graph = _Superpixels(labels, areas / labels.size, (colours / areas).T, _adjacency(labels))
-    return [graph.region(seeded(seed, "region", index), min_fraction, max_fraction) for index in range(count)]
-
-
-def _adjacency(labels: np.ndarray) -> list[set[int]]:
-    neighbours = [set() for _ in range(labels.max() + 1)]
-    for first, second in ((labels[:, :-1], labels[:, 1:]), (labels[:-1], labels[1:])):
-        edge = first != second
-        for a, b in np.unique(np.stack([first[edge], second[edge]], 1), axis=0).tolist():
-            neighbours[a].add(b)
-            neighbours[b].add(a)
-    return neighbours
-
-
-@dataclass(frozen=True)
-class _Superpixels:
-    labels: np.ndarray  # HxW
-    fractions: np.ndarray  # N
-    colours: np.ndarray  # Nx3 Lab
-    neighbours: list[set[int]]
-
-    def region(self, rng: np.random.Generator, low: float, high: float) -> np.ndarray:
-        for _ in range(50):
-            mask = self._grow(rng, rng.uniform(low, high), high)
-            if low <= mask.mean() <= high:
-                return mask
-        raise HarmonyError(f"region_masks: no region covers {low} to {high} of the image; widen the bounds")
-
-    def _grow(self, rng: np.random.Generator, target: float, high: float) -> np.ndarray:
-        chosen = {int(rng.integers(len(self.fractions)))}
-        area = self.fractions[list(chosen)].sum()
-        while area < target:
-            frontier = set().union(*(self.neighbours[i] for i in chosen)) - chosen
-            frontier = [i for i in sorted(frontier) if area + self.fractions[i] <= high]
-            if not frontier:
-                break
-            members = sorted(chosen)
-            mean = np.average(self.colours[members], axis=0, weights=self.fractions[members])
-            distance = np.linalg.norm(self.colours[frontier] - mean, axis=1) / COLOUR_SCALE
-            weight = np.exp(distance.min() - distance)
-            pick = frontier[rng.choice(len(frontier), p=weight / weight.sum())]
-            chosen.add(pick)
-            area += self.fractions[pick]
-        return binary_fill_holes(np.isin(self.labels, list(chosen)))
+    own = mask.mean()
+    if share / FITS <= own <= share * FITS:
+        return mask
+    small, inside = fit(image, mask, SUPERPIXEL_SIDE)
+    for pieces in (1.0, 0.7, 0.5):  # times 1 / share: what the mask cuts off makes them smaller
+        labels = slic(small, n_segments=int(np.clip(pieces / share, 2, SUPERPIXELS)), compactness=10, start_label=1)
+        labels = labels * inside if own > share else labels
+        misfit = np.abs(np.log(np.maximum(np.bincount(labels.ravel())[1:] / labels.size, 1e-6) / share))
+        if misfit.min() < np.log(FITS) / 2:
+            break
+    candidates = np.flatnonzero(misfit <= max(misfit.min(), np.log(FITS) / 2))
+    part = labels == 1 + candidates[int(seeded(seed, "part").integers(len(candidates)))]
+    part = resize_mask(binary_fill_holes(part), mask.shape)
+    return part if part.any() and not part.all() else mask
 
 
 def random_crop(

@@ -1,26 +1,32 @@
 """Making composites from real photos: four seeded recipes after iHarmony4 (Cong et al. 2020, "DoveNet", Sec. 3).
 
 The foreground is recoloured in place, as if cut from another photo (HCOCO, HFlickr), another retoucher's version
-(HAdobe5k) or another capture condition (Hday2night) of the same scene; the background keeps every byte. A filter stands
-in for the data set's human screening. `recolor_batch` does the same to tensors, for composites made during training.
+(HAdobe5k) or another capture condition (Hday2night) of the same scene; the background keeps every byte. A recipe draws
+the direction of the change; how far it goes is set by the foreground, so that composites are as strong as the genuine
+ones of their subset (`genuine`). A filter stands in for the data set's human screening.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import cv2
 import numpy as np
-import torch
 from skimage.color import rgb2lab
-from torch.nn.utils.rnn import pad_sequence
 
-from .color import BATCH_TRANSFERS, TRANSFERS, transfer_region
+from .color import TRANSFERS
 from .errors import HarmonyError
+from .genuine import GENUINE, draw
 from .images import paste
 from .seeds import rng as seeded_rng
 
-LUMA = (0.299, 0.587, 0.114)
+LUMA = np.float32((0.299, 0.587, 0.114))
 GAMMA = 2.2  # light is about the encoded value to this power; 2 ** (stops / GAMMA) is a gain on encoded values
 MID_GREY = 0.18 ** (1 / GAMMA)
+SAMPLE = 512  # foreground pixels by which the strength of an edit is found
+REFERENCE = 4096  # pixels of a reference photo that a transfer takes its statistics from
+WEAK = 0.7  # a composite that reaches less of the drawn fMSE is drawn again
+GAIN = (0.03, 6.0)  # bounds on what an edit's drawn parameters are multiplied by
 
 # Five tastes, each in [-1, 1]: exposure, warmth, tint (+ magenta), mid-tones (+ dark), contrast, saturation.
 EXPERTS = np.array(
@@ -46,170 +52,193 @@ CONDITIONS = np.array(
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """Strengths of the recipes and bounds of the filter (ranges are low, high; stops are doublings of light).
+    """Which way the recipes go, and the filter's bound; how far they go follows `genuine.GENUINE`.
 
-    The defaults bring the mean PSNR of whole composites at 256 px near iHarmony4's for each subset.
+    Parameters of the edits are relative to one another (stops are doublings of light). transfers: those of
+    `color.TRANSFERS` that HCOCO and HFlickr draw from. clipped: share of foreground pixels that may newly reach 0
+    or 255. restyle_*: strength of `restyle`.
     """
 
-    hcoco_strength: tuple[float, float] = (0.1, 0.36)  # blend of the colour transfer, 1 = full
-    hflickr_strength: tuple[float, float] = (0.3, 0.66)
+    transfers: tuple[str, ...] = tuple(TRANSFERS)
     retouch_exposure: float = 1.7  # stops
     retouch_warmth: float = 1.1  # stops between red and blue, halved for tint
     retouch_tone: float = 0.7  # mid-tone exponent (in doublings) and S-curve
     retouch_saturation: float = 0.8  # doublings
-    retouch_gradient: float = 0.6  # stops from the middle of the foreground to its edge
+    retouch_curves: float = 0.25  # doublings of each channel's own exponent
+    retouch_gradient: float = 0.4  # stops from the middle of the foreground to its edge
     relight_exposure: float = 0.85  # stops
     relight_warmth: float = 0.6  # stops between red and blue
     relight_contrast: float = 0.2
     relight_vignette: float = 0.4  # stops from the centre of the image to its corners
-    extra_share: float = 0.25  # on-the-fly composites that get a second, halved retouch
-    delta_e: tuple[float, float] = (2.0, 30.0)  # mean CIE76 difference of the foreground
-    clipped: float = 0.1  # share of foreground pixels that newly reach 0 or 255
+    clipped: float = 0.1
 
     def __post_init__(self):
-        for name in ("hcoco_strength", "hflickr_strength", "delta_e"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high:
-                raise HarmonyError(f"recipes: {name} must be two numbers, 0 <= low <= high, not {low}, {high}")
+        object.__setattr__(self, "transfers", tuple(self.transfers))  # YAML has lists
+        unknown = set(self.transfers) - set(TRANSFERS)
+        if unknown or not self.transfers:
+            raise HarmonyError(f"recipes: transfers must be some of {', '.join(TRANSFERS)}, not {sorted(unknown)}")
         for name, value in vars(self).items():
-            if not isinstance(value, (tuple, list)) and value < 0:
+            if name != "transfers" and value < 0:
                 raise HarmonyError(f"recipes: {name} must not be negative, not {value}")
 
 
 DEFAULTS = RecipeSettings()
 
 
-# ---- parameters: drawn with numpy for arrays and tensors alike ----
+# ---- directions ----
 
 
-def draw_retouch(rng: np.random.Generator, settings: RecipeSettings) -> np.ndarray:
-    """Eight parameters of `retouch`: one expert's taste and the day's mood in equal parts."""
+def draw_retouch(rng: np.random.Generator, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
+    """Eleven parameters of `retouch`: one expert's taste and the day's mood in equal parts."""
     s = settings
     taste = 0.5 * EXPERTS[rng.integers(len(EXPERTS))] + 0.5 * rng.uniform(-1, 1, EXPERTS.shape[1])
     scale = (s.retouch_exposure, s.retouch_warmth, s.retouch_warmth / 2, s.retouch_tone, s.retouch_tone)
-    return np.concatenate([taste * (*scale, s.retouch_saturation), rng.uniform(-1, 1, 2) * s.retouch_gradient])
+    own = rng.uniform(-1, 1, 5) * np.repeat((s.retouch_curves, s.retouch_gradient), (3, 2))
+    return np.concatenate([taste * (*scale, s.retouch_saturation), own])
 
 
-def draw_relight(rng: np.random.Generator, settings: RecipeSettings) -> np.ndarray:
+def draw_relight(rng: np.random.Generator, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
     """Four parameters of `relight`: one condition, varied."""
     s = settings
     condition = 0.5 * CONDITIONS[rng.integers(len(CONDITIONS))] + 0.5 * rng.uniform(-1, 1, CONDITIONS.shape[1])
     return condition * (s.relight_exposure, s.relight_warmth, s.relight_contrast, s.relight_vignette)
 
 
-# ---- edits: (image ...x3xHxW in [0, 1], mask ...x1xHxW in {0, 1}, parameters ...xP), arrays or tensors ----
+# ---- edits: (pixels Nx3 float32 in [0, 1], places Nx2, parameters) -> Nx3 in [0, 1] ----
 
 
-def _like(values, image):
-    """`values` as an array or tensor of the kind, type and device of `image`."""
-    if isinstance(image, torch.Tensor):
-        return torch.as_tensor(values, dtype=image.dtype, device=image.device)
-    return np.asarray(values, dtype=image.dtype)
+def retouch(pixels: np.ndarray, places: np.ndarray, parameters) -> np.ndarray:
+    """A retoucher's edit: exposure with a gradient across the foreground, white balance, curves, saturation.
 
-
-def _columns(parameters, image):
-    parameters = _like(parameters, image)[..., None, None, None]
-    return [parameters[..., k, :, :, :] for k in range(parameters.shape[-4])]
-
-
-def _grid(image):
-    height, width = image.shape[-2:]
-    return _like(np.linspace(-1, 1, height)[:, None], image), _like(np.linspace(-1, 1, width)[None], image)
-
-
-def _across(mask, coordinate):
-    """`coordinate` measured from the middle of the foreground in units of twice its spread, within [-1, 1]."""
-    share = mask / mask.sum((-1, -2), keepdims=True).clip(1, None)
-    middle = (share * coordinate).sum((-1, -2), keepdims=True)
-    spread = (share * (coordinate - middle) ** 2).sum((-1, -2), keepdims=True) ** 0.5
-    return ((coordinate - middle) / (2 * spread + 1e-3)).clip(-1, 1)
-
-
-def retouch(image, mask, parameters):
-    """A retoucher's edit: exposure with a gradient across the foreground, white balance, tone curve, saturation.
-
-    parameters come from `draw_retouch`. Returns the whole image, in [0, 1].
+    parameters come from `draw_retouch`; places are (row, column) in [-1, 1] of the picture.
     """
-    exposure, warmth, tint, tone, contrast, saturation, down, right = _columns(parameters, image)
-    balance = warmth * _like([[[0.5]], [[0.0]], [[-0.5]]], image) + tint * _like([[[0.5]], [[-0.5]], [[0.5]]], image)
-    rows, columns = _grid(image)
-    stops = exposure + balance + down * _across(mask, rows) + right * _across(mask, columns)
-    x = (image * 2 ** (stops / GAMMA)).clip(0, 1) ** 2**tone
-    x = x + contrast * x * (1 - x) * (2 * x - 1)  # an S-curve that stays monotone for |contrast| <= 1
-    luma = (x * _like(LUMA, image)[:, None, None]).sum(-3, keepdims=True)
+    exposure, warmth, tint, tone, contrast, saturation, *rest = np.float32(parameters)
+    curves, gradient = np.array(rest[:3], np.float32), np.array(rest[3:], np.float32)
+    across = (places - places.mean(0)) / (2 * places.std(0) + 1e-3)
+    stops = (exposure + across.clip(-1, 1) @ gradient)[:, None]
+    stops = stops + np.float32([warmth / 2 + tint / 2, -tint / 2, tint / 2 - warmth / 2])
+    x = (pixels * 2 ** (stops / GAMMA)).clip(0, 1) ** 2 ** (tone + curves)
+    x = x + contrast.clip(-1, 1) * x * (1 - x) * (2 * x - 1)  # an S-curve, monotone within these bounds
+    luma = (x @ LUMA)[:, None]
     return (luma + (x - luma) * 2**saturation).clip(0, 1)
 
 
-def relight(image, mask, parameters):
-    """Another capture condition: exposure, colour temperature, contrast about mid-grey, vignetting of the whole image.
+def relight(pixels: np.ndarray, places: np.ndarray, parameters) -> np.ndarray:
+    """Another capture condition: exposure, colour temperature, contrast about mid-grey, vignetting.
 
-    parameters come from `draw_relight`; the mask plays no part. Returns the whole image, in [0, 1].
+    parameters come from `draw_relight`; places as in `retouch`.
     """
-    exposure, warmth, contrast, vignette = _columns(parameters, image)
-    rows, columns = _grid(image)
-    balance = warmth * _like([[[0.5]], [[0.0]], [[-0.5]]], image)
-    stops = exposure + balance - vignette * (rows**2 + columns**2) / 2
-    return ((image * 2 ** (stops / GAMMA) / MID_GREY) ** (1 + contrast) * MID_GREY).clip(0, 1)
+    exposure, warmth, contrast, vignette = np.float32(parameters)
+    stops = (exposure - vignette * (places**2).sum(1) / 2)[:, None] + np.float32([warmth / 2, 0, -warmth / 2])
+    contrast = max(contrast, np.float32(-0.9))
+    return ((pixels * 2 ** (stops / GAMMA) / MID_GREY) ** (1 + contrast) * MID_GREY).clip(0, 1)
 
 
-def restyle(image: torch.Tensor, rngs, settings: RecipeSettings = DEFAULTS) -> torch.Tensor:
-    """The whole photo by another retoucher under another light: Bx3xHxW in [0, 1], one numpy generator an image.
+def restyle(image: np.ndarray, rng: np.random.Generator, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
+    """The whole photo (HxWx3 uint8) by another retoucher under another light.
 
     Ours, no recipe of iHarmony4's: both regions change alike and stay in harmony, so that a network that sees few
     photos learns how regions relate instead of the photos' own colours.
     """
-    everywhere = torch.ones_like(image[:, :1])
-    retouched = retouch(image, everywhere, np.stack([draw_retouch(rng, settings) for rng in rngs]))
-    return relight(retouched, everywhere, np.stack([draw_relight(rng, settings) for rng in rngs]))
+    places = _places(np.ones(image.shape[:2], bool))
+    pixels = retouch(np.float32(image.reshape(-1, 3)) / 255, places, draw_retouch(rng, settings))
+    pixels = relight(pixels, places, draw_relight(rng, settings))
+    return np.rint(pixels * 255).astype(np.uint8).reshape(image.shape)
 
 
-# ---- the recipes: (real, mask, rng, reference, settings) -> composite ----
+def _places(mask: np.ndarray) -> np.ndarray:
+    """(row, column) of the mask's pixels, each in [-1, 1] of the picture: Nx2 float32."""
+    return (2 * np.argwhere(mask) / np.maximum(np.array(mask.shape) - 1, 1) - 1).astype(np.float32)
 
 
-def _transferred(real, mask, rng, reference, strengths) -> np.ndarray:
+# ---- recipes: a function of (gain or share, rows) that gives the changed pixels ----
+
+
+def _edited(edit, draw_parameters, pixels, places, rng, reference, settings):
+    parameters = draw_parameters(rng, settings)
+    return lambda gain, rows: edit(pixels[rows], places[rows], gain * parameters)
+
+
+def _transferred(pixels, places, rng, reference, settings):
     if reference is None:
         raise HarmonyError("this recipe takes its colours from another photo; give reference=(image, mask)")
     image, region = reference
-    transfer = TRANSFERS[list(TRANSFERS)[rng.integers(len(TRANSFERS))]]
-    return transfer_region(real, mask, image[region] / 255.0, transfer, rng.uniform(*strengths))
-
-
-EDITS = {"HAdobe5k": (retouch, draw_retouch), "Hday2night": (relight, draw_relight)}
-
-
-def _edited(recipe, real, mask, rng, settings) -> np.ndarray:
-    edit, draw = EDITS[recipe]
-    image = np.moveaxis(real, -1, 0).astype(np.float32) / 255
-    changed = edit(image, mask[None].astype(np.float32), draw(rng, settings))
-    return paste(np.rint(np.moveaxis(changed, 0, -1) * 255).astype(np.uint8), real, mask)
-
-
-def hcoco(real, mask, rng, reference=None, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
-    """The foreground takes colour statistics of another photo's foreground, in part, by a randomly drawn transfer."""
-    return _transferred(real, mask, rng, reference, settings.hcoco_strength)
-
-
-def hflickr(real, mask, rng, reference=None, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
-    """As `hcoco`, more strongly."""
-    return _transferred(real, mask, rng, reference, settings.hflickr_strength)
-
-
-def hadobe5k(real, mask, rng, reference=None, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
-    """The foreground comes from another expert's retouched version of the photo (parametric in place of human)."""
-    return _edited("HAdobe5k", real, mask, rng, settings)
-
-
-def hday2night(real, mask, rng, reference=None, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
-    """The foreground comes from the scene under another capture condition (parametric in place of a webcam's)."""
-    return _edited("Hday2night", real, mask, rng, settings)
+    source = image[region]
+    if len(source) > REFERENCE:
+        source = source[rng.integers(len(source), size=REFERENCE)]
+    transfer = TRANSFERS[settings.transfers[rng.integers(len(settings.transfers))]]
+    change = (transfer(pixels, np.float32(source) / 255) - pixels).astype(np.float32)
+    return lambda share, rows: pixels[rows] + min(share, 1.0) * change[rows]
 
 
 RECIPES: dict[str, Callable] = {
-    "HCOCO": hcoco,
-    "HAdobe5k": hadobe5k,
-    "HFlickr": hflickr,
-    "Hday2night": hday2night,
+    "HCOCO": _transferred,
+    "HAdobe5k": partial(_edited, retouch, draw_retouch),
+    "HFlickr": _transferred,
+    "Hday2night": partial(_edited, relight, draw_relight),
 }
+EDITS = ("HAdobe5k", "Hday2night")  # the recipes that need no reference photo
+
+
+def _gain(change: Callable, pixels: np.ndarray, fmse: float, rng: np.random.Generator) -> float:
+    """What `change` is to be multiplied by so that it changes pixels in [0, 1] by a mean square of `fmse`.
+
+    Found on SAMPLE pixels by repeating gain *= sqrt(wanted / reached): the change is about proportional to its gain.
+    """
+    rows = rng.integers(len(pixels), size=min(len(pixels), SAMPLE))
+    gain = 0.5
+    for _ in range(6):
+        reached = float(np.square(change(gain, rows) - pixels[rows]).mean())
+        gain = float(np.clip(gain * np.sqrt(fmse / max(reached, 1e-9)), *GAIN))
+    return gain
+
+
+def recolor(recipe, real, mask, rng, reference=None, settings: RecipeSettings = DEFAULTS, fmse=None) -> np.ndarray:
+    """One composite: the foreground recoloured by one of RECIPES as strongly as `fmse` says.
+
+    real HxWx3 uint8; mask HxW bool; reference (image, mask) for HCOCO and HFlickr; fmse on the 0-255 scale, None: drawn
+    from the genuine ones of this recipe. A transfer is never overdone: it stays weaker where the reference is too
+    much like the foreground. Returns HxWx3 uint8, rounded, with the background untouched.
+    Raises HarmonyError for an unknown recipe, an empty mask or a missing reference.
+    """
+    if recipe not in RECIPES:
+        raise HarmonyError(f"recipe {recipe!r} is unknown; use {', '.join(RECIPES)}")
+    if not mask.any():
+        raise HarmonyError("the mask is empty; a composite needs a foreground")
+    fmse = draw(GENUINE[recipe].fmse, rng) if fmse is None else fmse
+    pixels = np.float32(real[mask]) / 255
+    change = RECIPES[recipe](pixels, _places(mask), rng, reference, settings)
+    changed = change(_gain(change, pixels, fmse / 255**2, rng), slice(None))
+    composite = real.copy()
+    composite[mask] = np.rint(changed * 255).clip(0, 255).astype(np.uint8)
+    return composite
+
+
+# ---- masks as people draw them ----
+
+
+def jitter(mask: np.ndarray, rng: np.random.Generator, pixels: int = 3) -> np.ndarray:
+    """An HxW bool mask dilated or eroded by 0 to `pixels` pixels; as it was where nothing or everything would be left.
+
+    A real mask is never exact: a loose one takes in some of the surroundings, a tight one cuts into the object.
+    """
+    by = int(rng.integers(-pixels, pixels + 1))
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * abs(by) + 1,) * 2)
+    out = (cv2.dilate if by > 0 else cv2.erode)(mask.astype(np.uint8), kernel) > 0
+    return out if out.any() and not out.all() else mask
+
+
+def soften(composite: np.ndarray, real: np.ndarray, mask: np.ndarray, sigma: float) -> np.ndarray:
+    """The composite with the change fading in over the outermost pixels of the foreground, as by a feathered brush.
+
+    HxWx3 uint8 twice and HxW bool; sigma in pixels. The background stays untouched.
+    """
+    weight = (2 * cv2.GaussianBlur(mask.astype(np.float32), (0, 0), sigma) - 1).clip(0, 1)[..., None]
+    faded = np.rint(real + weight * (composite.astype(np.float32) - real)).astype(np.uint8)
+    return paste(faded, real, mask)
+
+
+# ---- the filter ----
 
 
 def foreground_delta_e(real: np.ndarray, composite: np.ndarray, mask: np.ndarray) -> float:
@@ -217,111 +246,36 @@ def foreground_delta_e(real: np.ndarray, composite: np.ndarray, mask: np.ndarray
     return float(np.linalg.norm(rgb2lab(real[mask]) - rgb2lab(composite[mask]), axis=-1).mean())
 
 
-def plausible(real, composite, mask, settings: RecipeSettings = DEFAULTS) -> tuple[bool, str, float]:
-    """Whether the foreground changed enough to see, not absurdly, and without clipping; else the reason why not.
+def foreground_mse(real: np.ndarray, composite: np.ndarray, mask: np.ndarray) -> float:
+    """fMSE: mean squared difference over the foreground of two HxWx3 uint8 images, on the 0-255 scale."""
+    return float(np.square(np.float32(real[mask]) - composite[mask]).mean())
 
-    real and composite HxWx3 uint8, mask HxW bool. The reason is "" for a plausible composite; the third value is the
-    change itself, the mean CIE76 difference of the foreground.
-    """
-    if not mask.any():
-        raise HarmonyError("the mask is empty; a composite needs a foreground")
-    change = foreground_delta_e(real, composite, mask)
-    low, high = settings.delta_e
-    if change < low:
-        return False, f"too little change: delta E {change:.1f} < {low:g}", change
-    if change > high:
-        return False, f"too much change: delta E {change:.1f} > {high:g}", change
+
+def implausible(real, composite, mask, settings: RecipeSettings = DEFAULTS) -> str:
+    """Why a composite would not do: too many pixels with a channel newly at 0 or 255. "" where it does."""
     ends = [((image[mask] == 0) | (image[mask] == 255)).any(-1) for image in (real, composite)]
     clipped = float((ends[1] & ~ends[0]).mean())
-    if clipped > settings.clipped:
-        return False, f"clipped: {clipped:.0%} of the foreground > {settings.clipped:.0%}", change
-    return True, "", change
+    return f"clipped: {clipped:.0%} of the foreground > {settings.clipped:.0%}" if clipped > settings.clipped else ""
 
 
 def make_composite(
     recipe: str, real, mask, seed_words: tuple, reference=None, settings: RecipeSettings = DEFAULTS, tries: int = 8
 ) -> tuple[np.ndarray, dict]:
-    """Draw composites until one is plausible; the last one otherwise. The same words give the same composite.
+    """Draw composites of one strength until one is plausible; the last one otherwise. The same words, the same one.
 
-    recipe one of RECIPES; real HxWx3 uint8; mask HxW bool; reference (image, mask) for HCOCO and HFlickr.
-    Returns HxWx3 uint8 and {"recipe", "tries", "delta_e", "plausible", "reason"}.
-    Raises HarmonyError for an unknown recipe, an empty mask or a missing reference.
+    Arguments as `recolor`, but that reference may also be a function of the try's number that gives one.
+    Returns HxWx3 uint8 and {"recipe", "tries", "fmse", "share", "delta_e", "plausible", "reason"}. The strength is
+    drawn once, so that the filter does not prefer weak changes.
     """
-    if recipe not in RECIPES:
-        raise HarmonyError(f"recipe {recipe!r} is unknown; use {', '.join(RECIPES)}")
+    fmse = draw(GENUINE[recipe].fmse, seeded_rng(*seed_words, recipe, "fmse")) if recipe in GENUINE else None
     for attempt in range(max(1, tries)):
-        rng = seeded_rng(*seed_words, recipe, attempt)
-        composite = RECIPES[recipe](real, mask, rng, reference, settings)
-        good, reason, change = plausible(real, composite, mask, settings)
-        if good:
+        colours = reference(attempt) if callable(reference) else reference
+        composite = recolor(recipe, real, mask, seeded_rng(*seed_words, recipe, attempt), colours, settings, fmse)
+        reached = foreground_mse(real, composite, mask)
+        reason = implausible(real, composite, mask, settings)
+        if not reason and reached < WEAK * fmse:
+            reason = f"too weak: fMSE {reached:.0f} of the {fmse:.0f} that were drawn"
+        if not reason:
             break
-    info = {"recipe": recipe, "tries": attempt + 1, "delta_e": change, "plausible": good, "reason": reason}
-    return composite, info
-
-
-# ---- composites made on the fly ----
-
-STRENGTHS = {"HCOCO": "hcoco_strength", "HFlickr": "hflickr_strength"}
-
-
-def transfer_batch(transfer: str, image, mask, reference, reference_mask, strength) -> torch.Tensor:
-    """One of `color.TRANSFERS` between the foregrounds of Bx3xHxW in [0, 1], blended by B strengths.
-
-    Where a mask is empty its whole image stands in. Equals the array transfer on the foreground; the rest is kept.
-    """
-
-    def regions(images, masks):  # the pixels that count, padded to the largest region: Bx3xN, with weights Bx1xN
-        chosen = [m.flatten().nonzero()[:, 0] if m.any() else torch.arange(m.numel(), device=m.device) for m in masks]
-        pixels = [x.flatten(1)[:, places].T for x, places in zip(images, chosen, strict=True)]
-        weights = pad_sequence([x.new_ones(len(x), 1) for x in pixels], batch_first=True)
-        return chosen, pad_sequence(pixels, batch_first=True).mT, weights.mT
-
-    chosen, source, weights = regions(image, mask)
-    changed = BATCH_TRANSFERS[transfer](source, weights, *regions(reference, reference_mask)[1:])
-    changed = source + _like(strength, image)[:, None, None] * (changed - source)
-    result = image.flatten(2).clone()
-    for row, pixels, places in zip(result, changed, chosen, strict=True):
-        row[:, places] = pixels[:, : len(places)]
-    return result.view(image.shape)
-
-
-@torch.no_grad()
-def recolor_batch(real, mask, generator: torch.Generator, settings: RecipeSettings = DEFAULTS) -> torch.Tensor:
-    """Composites of a batch, each foreground recoloured by one of RECIPES, on the batch's device.
-
-    real Bx3xHxW in [-1, 1]; mask Bx1xHxW in {0, 1}. Transfers take their colours from another image of the batch (a
-    lone image is only edited), and `extra_share` of the images get a second, weaker retouch. Returns Bx3xHxW in
-    [-1, 1], not rounded to levels, with the background equal to `real`. Every draw follows the generator. The filter of
-    implausible composites is left out.
-    """
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    rngs = [np.random.default_rng((seed, index)) for index in range(len(real))]
-    names = list(RECIPES) if len(real) > 1 else list(EDITS)
-    ring = np.random.default_rng(seed).permutation(len(real))
-    partner = np.empty_like(ring)
-    partner[ring] = np.roll(ring, 1)
-
-    groups = {}  # images that are treated alike, with their parameters
-    for index, rng in enumerate(rngs):
-        recipe = names[rng.integers(len(names))]
-        if recipe in EDITS:
-            groups.setdefault(recipe, []).append((index, EDITS[recipe][1](rng, settings)))
-        else:
-            transfer = list(TRANSFERS)[rng.integers(len(TRANSFERS))]
-            groups.setdefault(transfer, []).append((index, rng.uniform(*getattr(settings, STRENGTHS[recipe]))))
-
-    image, result = (real + 1) / 2, torch.empty_like(real)
-    for name, members in groups.items():
-        chosen, parameters = (np.array(column) for column in zip(*members, strict=True))
-        rows = torch.from_numpy(chosen).to(real.device)
-        if name in EDITS:
-            result[rows] = EDITS[name][0](image[rows], mask[rows], parameters)
-        else:
-            other = torch.from_numpy(partner[chosen]).to(real.device)
-            result[rows] = transfer_batch(name, image[rows], mask[rows], image[other], mask[other], parameters)
-
-    more = np.flatnonzero([rng.random() < settings.extra_share for rng in rngs])
-    if len(more):
-        rows, extra = torch.from_numpy(more).to(real.device), [0.5 * draw_retouch(rngs[i], settings) for i in more]
-        result[rows] = retouch(result[rows], mask[rows], np.stack(extra))
-    return paste(result * 2 - 1, real, mask)
+    about = {"fmse": reached, "share": float(mask.mean()), "delta_e": foreground_delta_e(real, composite, mask)}
+    return composite, {"recipe": recipe, "tries": attempt + 1} | about | {"plausible": not reason, "reason": reason}

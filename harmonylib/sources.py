@@ -1,6 +1,7 @@
 """Where the benchmark comes from: the embedded photos, a folder of photos and masks, or iHarmony4 itself."""
 
 import shutil
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,13 +13,13 @@ from skimage.metrics import peak_signal_noise_ratio
 from .benchmark import BenchmarkSettings, make_benchmark
 from .errors import HarmonyError
 from .files import atomic_path, stamp
-from .images import read_image, read_mask, resize_image
+from .images import IMAGE_SUFFIXES, read_image, read_mask, resize_image
 from .layout import SPLITS, Triple, plain_name, read_triples, write_list
-from .manifest import read_examples
+from .manifest import Example, read_examples
 from .parallel import parallel_map
-from .photos import load_photos
-from .recipes import RecipeSettings, foreground_delta_e
-from .seeds import rng
+from .photos import foreground_of_share, load_photos
+from .recipes import DEFAULTS, RecipeSettings, foreground_delta_e, foreground_mse
+from .seeds import rng, seed_for
 
 TEST_SHARE = 0.1  # of a folder's photos
 PSNR_SIDE = 256  # pixels; the papers score composites at this size
@@ -31,7 +32,7 @@ class PhotoFile:
     name: str
     split: str
     image_file: Path
-    mask_file: Path
+    mask_file: Path | None
 
     @property
     def image(self) -> np.ndarray:
@@ -40,16 +41,24 @@ class PhotoFile:
 
     @property
     def masks(self) -> dict[str, np.ndarray]:
-        """{"foreground": HxW bool}. Raises HarmonyError for a mask of another size, an empty or a full one."""
+        """{"foreground": HxW bool}: its mask, or without one a superpixel of about a third of the picture.
+
+        Raises HarmonyError for a mask of another size, an empty or a full one.
+        """
         return {"foreground": self._decoded()[1]}
 
     def _decoded(self) -> tuple[np.ndarray, np.ndarray]:
-        return _decode(self.image_file, self.mask_file, stamp(self.image_file), stamp(self.mask_file))
+        files = (self.image_file, self.mask_file) if self.mask_file else (self.image_file,)
+        return _decode(self.image_file, self.mask_file, *map(stamp, files))
 
 
 @lru_cache(maxsize=8)
 def _decode(image_file: Path, mask_file: Path, *stamps) -> tuple[np.ndarray, np.ndarray]:
-    image, mask = read_image(image_file), read_mask(mask_file)
+    image = read_image(image_file)
+    if mask_file is None:
+        everything = np.ones(image.shape[:2], dtype=bool)
+        return image, foreground_of_share(image, everything, 1 / 3, seed_for("photo without a mask", image_file.name))
+    mask = read_mask(mask_file)
     if image.shape[:2] != mask.shape:
         raise HarmonyError(f"{mask_file}: mask is {mask.shape[::-1]} but its photo is {image.shape[1::-1]}; resize it")
     if mask.all() or not mask.any():
@@ -62,16 +71,28 @@ def folder_photos(path, seed: int, index=None) -> list[PhotoFile]:
     """The photos of `images/` + `masks/` below path, a seeded tenth (at least two) of them for the test split.
 
     index: a CSV with columns image, mask and split that names the photos and decides the split instead. Names are made
-    plain (`layout.plain_name`) and unique. Raises HarmonyError when there is no such folder, a photo has no mask, or
-    there are fewer than four photos.
+    plain (`layout.plain_name`) and unique. Where there is no folder `masks` at all, superpixels stand in for objects,
+    and a line says so. Raises HarmonyError when there is no such folder, a photo has no mask, or there are fewer than
+    four photos.
     """
-    found = read_examples(path, "photos", index)
+    found = [] if index else _without_masks(Path(path))
+    if found:
+        print(f"{path}: no masks; pieces of the pictures (superpixels) stand in for objects", file=sys.stderr)
+    found = found or read_examples(path, "photos", index)
     if len(found) < 4:
         raise HarmonyError(f"{path}: {len(found)} photos; give at least four, two for each split")
     tests = rng(seed, "test photos").permutation(len(found))[: max(2, round(TEST_SHARE * len(found)))]
     drawn = np.where(np.isin(np.arange(len(found)), tests), "test", "train").tolist()
     rows = zip(_labels(example.name for example in found), drawn, found, strict=True)
     return [PhotoFile(label, example.split or split, example.real, example.mask) for label, split, example in rows]
+
+
+def _without_masks(folder: Path) -> list[Example]:
+    """The photos of a folder of `images/` at any depth beside which there is no `masks/`."""
+    if any(path.is_dir() for path in folder.rglob("masks")):
+        return []
+    files = sorted(file for images in folder.rglob("images") for file in images.rglob("*"))
+    return [Example("", None, f.stem, None, None, f) for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _labels(stems) -> list[str]:
@@ -86,12 +107,13 @@ def _labels(stems) -> list[str]:
 
 
 def make_data(photos, out, index=None, pairs: int | None = None, variants: int = 1, size: int = 256, seed: int = 0,
-              recipes: RecipeSettings | None = None, force: bool = False, workers: int | None = None):  # fmt: skip
+              recipes: RecipeSettings = DEFAULTS, jitter: int = 0, force: bool = False,
+              workers: int | None = None):  # fmt: skip
     """An iHarmony4-layout set at `out` made of whole photos with masks; rows as `benchmark.make_benchmark`.
 
     index as in `folder_photos`. pairs: photos per subset and split (None: all of them); variants: composites of each;
-    size: long side in pixels. Raises HarmonyError where `out` exists (with force: where it is no data set) or holds the
-    photos.
+    size: long side in pixels; jitter as in `benchmark.BenchmarkSettings`. Raises HarmonyError where `out` exists (with
+    force: where it is no data set) or holds the photos.
     """
     photos, out = Path(photos).resolve(), Path(out)
     if out.resolve() in (photos, *photos.parents):
@@ -102,8 +124,8 @@ def make_data(photos, out, index=None, pairs: int | None = None, variants: int =
     files = folder_photos(photos, seed, index)
     counts = [sum(file.split == split for file in files) for split in SPLITS]
     counts = counts if pairs is None else [min(pairs, count) for count in counts]
-    amounts = BenchmarkSettings(*counts, variants, variants, size, region_share=0.0, crops=False)
-    return make_benchmark(out, files, amounts, recipes or RecipeSettings(), seed, workers=workers)
+    amounts = BenchmarkSettings(*counts, variants, variants, size, min_crop=1.0, jitter=jitter)
+    return make_benchmark(out, files, amounts, recipes, seed, workers=workers)
 
 
 def prepare(data, root, seed: int) -> pd.DataFrame:
@@ -141,11 +163,10 @@ def _make(root: Path, photos, data, seed: int) -> pd.DataFrame:
         train_variants=data.train_variants,
         test_variants=data.test_variants,
         size=data.size,
-        region_share=data.region_share,
         restyle_share=data.restyle_share,
     )
-    recipes = RecipeSettings(delta_e=tuple(data.delta_e), clipped=data.clipped)
-    return make_benchmark(root, photos, amounts, recipes, seed, data.subsets).drop(columns="delta_e")
+    recipes = RecipeSettings(transfers=data.transfers, clipped=data.clipped)
+    return make_benchmark(root, photos, amounts, recipes, seed, data.subsets)
 
 
 def _point(root: Path, path: Path, data) -> pd.DataFrame:
@@ -164,9 +185,10 @@ def _about(triple: Triple, split: str) -> dict:
 
 
 def measure(root, at_most: int, seed: int, workers: int | None = None) -> pd.DataFrame:
-    """What the files of a benchmark hold: subset, split, name, photo, foreground_ratio, delta_e and psnr of composites.
+    """What the files of a benchmark hold: subset, split, name, photo, share, fmse, delta_e and psnr of composites.
 
-    delta_e: mean CIE76 difference of the foreground; psnr: of the whole composite, both pictures resized to 256 x 256.
+    share: of the foreground in the picture; fmse and delta_e: mean squared and mean CIE76 difference of the foreground;
+    psnr: of the whole composite, both pictures resized to 256 x 256.
     at_most: composites per subset and split, a seeded sample where there are more. Raises HarmonyError as Triple.load.
     """
     jobs = []
@@ -187,5 +209,5 @@ def _measure(job: tuple[str, Triple]) -> dict:
     small = [resize_image(image, (PSNR_SIDE, PSNR_SIDE)) for image in (real, composite)]
     with np.errstate(divide="ignore"):  # equal pictures: infinity
         psnr = float(peak_signal_noise_ratio(*small, data_range=255))
-    change = foreground_delta_e(real, composite, mask)
-    return _about(triple, split) | {"foreground_ratio": float(mask.mean()), "delta_e": change, "psnr": psnr}
+    change = {"fmse": foreground_mse(real, composite, mask), "delta_e": foreground_delta_e(real, composite, mask)}
+    return _about(triple, split) | {"share": float(mask.mean()), **change, "psnr": psnr}

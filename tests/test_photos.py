@@ -82,42 +82,36 @@ def test_unknown_split_and_missing_file_are_named():
         photos._locate("nowhere", "no_such_package_/a.png")
 
 
-def test_regions_are_deterministic_connected_and_bounded(embedded):
-    image = embedded[1].image
-    first = photos.region_masks(image, seed=3, count=4)
-    again = photos.region_masks(image, seed=3, count=4)
-    other = photos.region_masks(image, seed=4, count=4)
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
-    assert len({mask.tobytes() for mask in first}) == 4
-    for mask in first:
-        assert mask.dtype == bool and mask.shape == image.shape[:2]
-        assert 0.02 <= mask.mean() <= 0.5
-        assert label(mask)[1] == 1
-        assert not _has_hole(mask)
+@pytest.mark.parametrize("share", (0.01, 0.05, 0.2, 0.5))
+def test_foregrounds_have_about_the_wanted_share(embedded, share):
+    ratios = []
+    for photo in embedded:
+        for mask in photo.masks.values():
+            part = photos.foreground_of_share(photo.image, mask, share, seed=0)
+            assert part.dtype == bool and part.shape == mask.shape and 0 < part.mean() < 1
+            ratios.append(part.mean() / share)
+    assert 0.8 < np.median(ratios) < 1.25 and np.mean([0.5 < ratio < 2 for ratio in ratios]) > 0.75
 
 
-def _has_hole(mask):
-    _, count = label(np.pad(~mask, 1, constant_values=True))
-    return count > 1
+def test_a_mask_stays_whole_or_loses_or_gives_way_to_a_superpixel(embedded):
+    photo = next(photo for photo in embedded if photo.name == "coffee")
+    mask = photo.masks["set"]
+    assert photos.foreground_of_share(photo.image, mask, mask.mean() * 1.2, seed=0) is mask
+    part = photos.foreground_of_share(photo.image, mask, mask.mean() / 6, seed=0)
+    assert (part & mask).sum() > 0.9 * part.sum() and label(part)[1] == 1
+    again, *others = (photos.foreground_of_share(photo.image, mask, mask.mean() / 6, seed) for seed in range(6))
+    np.testing.assert_array_equal(part, again)
+    assert len({other.tobytes() for other in others}) > 1
+    piece = photos.foreground_of_share(photo.image, photo.masks["spoon"], 0.2, seed=0)
+    assert piece.mean() == pytest.approx(0.2, rel=0.6)
 
 
-def test_region_bounds_hold_and_impossible_ones_are_refused(embedded):
-    image = embedded[1].image[::2, ::2]
-    for mask in photos.region_masks(image, seed=0, count=5, min_fraction=0.1, max_fraction=0.15):
-        assert 0.1 <= mask.mean() <= 0.15
-    with pytest.raises(HarmonyError, match="min_fraction"):
-        photos.region_masks(image, seed=0, count=1, min_fraction=0.5, max_fraction=0.2)
-    with pytest.raises(HarmonyError, match="widen"):
-        photos.region_masks(image, seed=0, count=1, min_fraction=1e-7, max_fraction=2e-7)
-
-
-def test_regions_keep_to_one_colour():
-    """On two flat halves a region of under half the area should rarely cross the border."""
-    image = np.zeros((100, 200, 3), np.uint8)
-    image[:, :100], image[:, 100:] = (200, 30, 30), (30, 30, 200)
-    masks = photos.region_masks(image, seed=0, count=10, min_fraction=0.05, max_fraction=0.3)
-    crossing = [min(mask[:, :100].sum(), mask[:, 100:].sum()) / mask.sum() for mask in masks]
+def test_superpixels_keep_to_one_colour():
+    """On two flat halves a piece of under half the area should rarely cross the border."""
+    image, speck = np.zeros((100, 200, 3), np.uint8), np.zeros((100, 200), bool)
+    image[:, :100], image[:, 100:], speck[50, 50] = (200, 30, 30), (30, 30, 200), True
+    pieces = [photos.foreground_of_share(image, speck, share, seed=0) for share in (0.05, 0.1, 0.2, 0.3)]
+    crossing = [min(piece[:, :100].sum(), piece[:, 100:].sum()) / piece.sum() for piece in pieces]
     assert np.mean(crossing) < 0.05
 
 

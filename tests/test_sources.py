@@ -6,9 +6,11 @@ import pytest
 from harmonylib import sources
 from harmonylib.check import audit
 from harmonylib.cli import app, run
+from harmonylib.color import TRANSFERS
 from harmonylib.errors import HarmonyError
 from harmonylib.images import write_image
 from harmonylib.layout import read_triples, write_composite, write_list, write_pair
+from harmonylib.recipes import RecipeSettings
 
 
 def picture(seed):
@@ -33,8 +35,8 @@ def folder(tmp_path):
 def data(source, path=None, subsets=("HCOCO", "Hday2night")):
     amounts = {"size": 40, "train_pairs": 3, "test_pairs": 2, "train_variants": 2, "test_variants": 1}
     path = None if path is None else str(path)
-    shares = {"region_share": 0.0, "restyle_share": 0.0, "delta_e": [2.0, 30.0], "clipped": 0.1}
-    return SimpleNamespace(source=source, path=path, subsets=list(subsets), **shares, **amounts)
+    made = {"restyle_share": 0.0, "transfers": ["reinhard", "xiao-ma"], "clipped": 0.1}
+    return SimpleNamespace(source=source, path=path, subsets=list(subsets), **made, **amounts)
 
 
 def iharmony4(root):
@@ -86,17 +88,19 @@ def test_iharmony4_is_pointed_at(tmp_path):
     assert manifest["plausible"].all() and (manifest["tries"] == 0).all()
 
 
-def test_both_kinds_have_one_manifest(folder, tmp_path):
+def test_both_kinds_have_the_same_first_columns(folder, tmp_path):
     made = sources.prepare(data("photos", folder, ["HCOCO"]), tmp_path / "a", seed=0)
     pointed = sources.prepare(data("iharmony4", iharmony4(tmp_path / "i"), ["HCOCO"]), tmp_path / "b", seed=0)
-    assert list(made.columns) == list(pointed.columns)
+    assert set(pointed.columns) <= set(made.columns) and list(made.columns[:4]) == list(pointed.columns[:4])
 
 
-def test_the_filter_follows_the_settings(folder, tmp_path):
-    bounds = data("photos", folder, ["Hday2night"])
-    bounds.delta_e = [90.0, 99.0]
-    rows = sources.prepare(bounds, tmp_path / "benchmark", seed=0)
-    assert not rows["plausible"].any() and rows["reason"].str.contains("< 90").all()
+def test_filter_and_transfers_follow_the_settings(folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sources, "make_benchmark", lambda root, photos, amounts, recipes, *rest: seen.append(recipes))
+    settings = data("photos", folder)
+    settings.clipped = 0.3
+    sources.prepare(settings, tmp_path / "benchmark", seed=0)
+    assert seen == [RecipeSettings(transfers=("reinhard", "xiao-ma"), clipped=0.3)]
 
 
 def test_make_data_command(folder, tmp_path, capsys):
@@ -109,15 +113,19 @@ def test_make_data_command(folder, tmp_path, capsys):
     )
     arguments = ["make-data", str(folder), str(out), "--index", str(index), "--size", "64", "--workers", "1"]
     assert run(app, "harmonylib", arguments) == 0
-    assert "composites kept although no draw was plausible" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "composites kept although no draw was plausible" in printed
+    assert "beside iHarmony4's own" in printed and "genuine" in printed and "Hday2night" in printed
     for split, stems in (("train", {"1", "2b", "3"}), ("test", {"1x3", "2bx4", "6"})):
         triples = read_triples(out, split)
         assert len(triples) == 4 * 3 and {t.photo for t in triples} == stems
     assert not audit(out, workers=1).findings
     assert max(read_triples(out, "test")[0].load()[1].shape) == 64
     assert run(app, "harmonylib", arguments) == 1 and "exists; choose another folder" in capsys.readouterr().err
-    fewer = [*arguments, "--force", "--pairs", "2", "--seed", "1"]
+    fewer = [*arguments, "--force", "--pairs", "2", "--seed", "1", "--leave-out", "histogram"]
     assert run(app, "harmonylib", fewer) == 0 and len(read_triples(out, "test")) == 4 * 2
+    fewer += [word for name in TRANSFERS for word in ("--leave-out", name)]
+    assert run(app, "harmonylib", fewer) == 1 and "transfers must be some of" in capsys.readouterr().err
     for target, words in ((folder, "holds the photos"), (folder.parent, "holds the photos"), (index, "is no data set")):
         assert run(app, "harmonylib", ["make-data", str(folder), str(target), "--force"]) == 1
         assert words in capsys.readouterr().err
@@ -168,7 +176,8 @@ def test_measures_of_a_hand_made_triple(tmp_path):
         write_list(tmp_path, split, lines)
     table = sources.measure(tmp_path, at_most=3, seed=0, workers=1)
     assert list(table["split"]) == ["train"] * 3 + ["test"]
-    np.testing.assert_allclose(table["foreground_ratio"], 0.25)
+    np.testing.assert_allclose(table["share"], 0.25)
+    np.testing.assert_allclose(table["fmse"], 100)
     np.testing.assert_allclose(table["psnr"], 10 * np.log10(255**2 / (100 / 4)), atol=0.1)  # the edge is blurred
     np.testing.assert_allclose(table["delta_e"], 4.0, atol=0.3)  # L* 42.4 -> 46.4
     write_image(tmp_path / "HCOCO" / "masks" / "c1_1.png", np.zeros((64, 64), bool))
