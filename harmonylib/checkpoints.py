@@ -10,6 +10,8 @@ from pathlib import Path
 from .files import atomic_path, only_one
 
 FINISHED = "finished.pt"
+KEY = "key.json"
+WORDS = {"settings": "settings", "start": "starting weights", "key": "photos or options", "code": "code"}
 
 
 class Checkpoints:
@@ -20,7 +22,8 @@ class Checkpoints:
     """
 
     def __init__(self, root, key: dict):
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.key = json.loads(json.dumps(key, sort_keys=True, default=str))
+        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(root) / digest
 
     def _write(self, name: str, state: dict) -> None:
@@ -31,7 +34,26 @@ class Checkpoints:
         with atomic_path(self.folder / name, durable=True) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)  # a file of ours, so that a full disk is an OSError
 
+    def stopped_otherwise(self) -> list[str]:
+        """In what stopped runs of the same name differ from this one: lines to tell before it starts anew."""
+        lines = []
+        for path in sorted(self.folder.parent.glob(f"*/{KEY}")):
+            other = json.loads(path.read_text(encoding="utf-8"))
+            if (
+                path.parent != self.folder
+                and other.get("name") == self.key.get("name")
+                and any(path.parent.glob("step-*.pt"))
+            ):
+                changed = [word for name, word in WORDS.items() if other.get(name) != self.key.get(name)]
+                lines.append(
+                    f"{self.key['name']}: {path.parent} is not resumed, since it had other {' and '.join(changed)}"
+                )
+        return lines
+
     def save(self, state: dict) -> None:
+        if not (self.folder / KEY).is_file():
+            with atomic_path(self.folder / KEY) as temporary:
+                temporary.write_text(json.dumps(self.key, indent=1), encoding="utf-8")
         self._write(f"step-{state['step']:08d}.pt", state)
         for old in sorted(self.folder.glob("step-*.pt"))[:-2]:
             old.unlink()

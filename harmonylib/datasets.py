@@ -1,5 +1,6 @@
 """Training examples: harmonization triples and plain photos with masks, decoded once and kept in memory."""
 
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from . import cache, transforms
 from .errors import HarmonyError
 from .images import fit, read_image, read_mask, to_tensor
 from .progress import progress
-from .recipes import recolor_batch, restyle
-from .seeds import generator, rng
+from .recipes import DEFAULTS, RECIPES, RecipeSettings, jitter, recolor, restyle, soften
+from .seeds import rng
 from .training import batch_indices
 
 
@@ -70,36 +71,56 @@ class TripleSet:
     """
 
     def __init__(self, triples, size: int, geometry: str = "squash"):
-        self.triples = list(triples)
+        self.triples, self.size, self.geometry = list(triples), size, geometry
         reals, masks = (list(dict.fromkeys(getattr(t, part) for t in self.triples)) for part in ("real", "mask"))
         real_number, mask_number = ({path: number for number, path in enumerate(paths)} for paths in (reals, masks))
         self.real_of = np.array([real_number[t.real] for t in self.triples])
         self.mask_of = np.array([mask_number[t.mask] for t in self.triples])
-        self.composites = cache.pixels([t.composite for t in self.triples], size, geometry)
         self.reals = cache.pixels(reals, size, geometry)
         self.masks = cache.pixels(masks, size, geometry, mask=True)
 
     def __len__(self) -> int:
         return len(self.triples)
 
+    @cached_property
+    def composites(self) -> np.ndarray:
+        """N x S x S x 3 uint8, decoded when first asked for: training on composites made on the fly needs none."""
+        return cache.pixels([triple.composite for triple in self.triples], self.size, self.geometry)
+
     @property
     def key(self) -> str:
-        """What identifies the data to checkpoints: a hash of the cache entries' names (contents) and the pairs."""
-        arrays = "".join(Path(array.filename).stem for array in (self.composites, self.reals, self.masks))
-        return blake2b(arrays.encode() + self.real_of.tobytes() + self.mask_of.tobytes(), digest_size=16).hexdigest()
+        """What identifies the data to checkpoints: a hash of the cache entries' names (contents) and the pairs.
+
+        Composites count where they are used, that is once they are decoded.
+        """
+        arrays = [self.reals, self.masks, *([self.composites] if "composites" in vars(self) else [])]
+        names = "".join(Path(array.filename).stem for array in arrays)
+        return blake2b(names.encode() + self.real_of.tobytes() + self.mask_of.tobytes(), digest_size=16).hexdigest()
+
+    def arrays(self, indices, images: bool = True, composites: bool = True) -> dict[str, np.ndarray]:
+        """{"mask": BxSxS bool, "composite", "real": BxSxSx3 uint8} of the given triples.
+
+        composites=False: the reals stand in for composites that the caller makes itself.
+        """
+        indices = list(indices)
+        arrays = {"mask": self.masks[self.mask_of[indices]]}
+        if images:
+            arrays["real"] = self.reals[self.real_of[indices]]
+            arrays["composite"] = self.composites[indices] if composites else arrays["real"].copy()
+        return arrays
 
     def batch(self, indices, images: bool = True) -> dict[str, torch.Tensor]:
         """{"mask": Bx1xSxS in {0, 1}, "composite", "real": Bx3xSxS in [-1, 1]} of the given triples."""
-        indices = list(indices)
-        batch = {"mask": torch.from_numpy(self.masks[self.mask_of[indices]]).float()[:, None]}
-        if images:
-            batch["composite"] = _pixels_to_tensor(self.composites[indices])
-            batch["real"] = _pixels_to_tensor(self.reals[self.real_of[indices]])
-        return batch
+        return to_tensors(self.arrays(indices, images))
 
 
-def _pixels_to_tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+def to_tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Batches of masks (BxHxW bool) and images (BxHxWx3 uint8) as float tensors."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    return {
+        name: x.float()[:, None] if x.dtype == torch.bool else x.float().div_(127.5).sub_(1.0).permute(0, 3, 1, 2)
+        for name, x in tensors.items()
+    }
 
 
 class PixelBatches:
@@ -107,19 +128,31 @@ class PixelBatches:
     and a flip of its own.
 
     crop: side of the random windows (0: the whole square), whose corners lie on a grid of `grid` pixels. recolor: share
-    of the composites that are made anew from their real image by the recipes, so that small sets do not run out of
-    them; restyle: share of these whose real image is restyled as a whole first, for sets of few photos. Both are made
-    on `device`; batches are on the CPU.
+    of the composites that are made anew from their real image by their subset's recipe, so that a network never sees
+    one twice; restyle: share of these whose real image is restyled as a whole first, for sets of few photos; jitter:
+    share of these whose mask is dilated or eroded and whose edge is softened first, as masks drawn by hand are. A
+    transfer takes its colours from another image of the batch.
     """
 
     def __init__(
-        self, data: TripleSet, batch_size: int, seed, crop=0, recolor=0.0, restyle=0.0, grid: int = 1, device="cpu"
+        self,
+        data: TripleSet,
+        batch_size: int,
+        seed,
+        crop=0,
+        recolor=0.0,
+        restyle=0.0,
+        jitter=0.0,
+        recipes: RecipeSettings = DEFAULTS,
+        grid: int = 1,
     ):
-        side = data.composites.shape[1]
+        side = data.size
         if not 0 <= crop <= side or crop % grid:
             raise HarmonyError(f"crop {crop} must be 0 or at most {side} and a multiple of {grid}; change it")
+        if recolor < 1:
+            data.composites  # noqa: B018 - decoded here and not in the training loop's thread
         self.data, self.batch_size, self.seed, self.crop, self.grid = data, batch_size, seed, crop, grid
-        self.recolor, self.restyle, self.device = recolor, restyle, device
+        self.recolor, self.restyle, self.jitter, self.recipes = recolor, restyle, jitter, recipes
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         return self.augmented(step, *self.drawn(step))
@@ -128,31 +161,41 @@ class PixelBatches:
         """A step's triples, whether each is mirrored (0 or 1), and their windows' corners (Bx2, in grid cells)."""
         draw = rng(self.seed, "flip and crop", step)
         indices = np.array(batch_indices(step, len(self.data), self.batch_size, self.seed))
-        room = (self.data.composites.shape[1] - self.crop) // self.grid if self.crop else 0
+        room = (self.data.size - self.crop) // self.grid if self.crop else 0
         return indices, draw.integers(2, size=len(indices)), draw.integers(room + 1, size=(len(indices), 2))
 
     def augmented(self, step: int, indices, mirrored, corners, images: bool = True) -> dict[str, torch.Tensor]:
         """The batch of what `drawn` says; images=False leaves all but the masks out."""
-        batch = self.data.batch(indices, images)
-        flips = torch.from_numpy(mirrored).bool().view(-1, 1, 1, 1)
-        batch = {name: torch.where(flips, value.flip(-1), value) for name, value in batch.items()}
+        arrays = self.data.arrays(indices, images, composites=self.recolor < 1)
         if self.recolor and images:
-            batch |= self._recoloured(step, **batch)
+            self._recolor(step, indices, arrays)
+        for array in arrays.values():  # as bytes: a quarter of the work that it is on floats
+            array[mirrored == 1] = array[mirrored == 1, :, ::-1]
+        batch = to_tensors(arrays)
         return windows(batch, corners * self.grid, self.crop) if self.crop else batch
 
-    def _recoloured(self, step: int, composite, real, mask) -> dict[str, torch.Tensor]:
+    def _recolor(self, step: int, indices, arrays: dict[str, np.ndarray]) -> None:
+        """Replace composites (and what they are made of) by new ones, in place."""
         draw = rng(self.seed, "recolor", step)
-        anew, whole = (torch.from_numpy(draw.random(len(mask)) < s) for s in (self.recolor, self.restyle))
-        whole, anew = (torch.nonzero(rows).flatten() for rows in (anew & whole, anew))
-        if len(whole):
-            rngs = [np.random.default_rng(n) for n in draw.integers(2**62, size=len(whole))]
-            styled = restyle(real[whole].to(self.device) / 2 + 0.5, rngs) * 2 - 1
-            real = real.index_copy(0, whole, styled.cpu())
-        if len(anew):
-            images, masks = real[anew].to(self.device), mask[anew].to(self.device)
-            made = recolor_batch(images, masks, generator(self.seed, "recolor", step))
-            composite = composite.index_copy(0, anew, made.cpu())
-        return {"real": real, "composite": composite}
+        partner = draw.permutation(len(indices))
+        originals = list(zip(arrays["real"].copy(), arrays["mask"].copy(), strict=True))
+        for row, index in enumerate(indices):
+            own = np.random.default_rng(draw.integers(2**62))
+            anew, restyled, jittered = own.random(3) < (self.recolor, self.restyle, self.jitter)
+            if not anew or not arrays["mask"][row].any():  # an object too small for this size
+                continue
+            if restyled:
+                arrays["real"][row] = restyle(arrays["real"][row], own, self.recipes)
+            if jittered:
+                arrays["mask"][row] = jitter(arrays["mask"][row], own)
+            real, mask = arrays["real"][row], arrays["mask"][row]
+            subset = self.data.triples[index].subset
+            recipe = subset if subset in RECIPES else list(RECIPES)[own.integers(len(RECIPES))]
+            reference = originals[partner[row]]
+            composite = recolor(recipe, real, mask, own, reference, self.recipes)
+            if jittered:
+                composite = soften(composite, real, mask, own.uniform(0.4, 1.5))
+            arrays["composite"][row] = composite
 
 
 def windows(batch: dict[str, torch.Tensor], corners, side: int) -> dict[str, torch.Tensor]:
@@ -166,19 +209,18 @@ class LatentBatches:
 
     task "harmonize": target real, condition composite; "inverse": the other way (Sec. 4.1). Batches hold "target",
     "condition" (Bx3xSxS), "mask", "moments" and "condition_moments" (Bx2Cxhxw). Windows lie on the latent grid.
-    Moments are cached for all images and their mirror images; with `recolor` they are made in every step.
+    Moments are cached for all images and their mirror images; with `recolor` (one of the options `anew`, which are
+    those of `PixelBatches`) they are made in every step.
     pixels=False leaves the images out (the UNet needs none).
     """
 
-    def __init__(
-        self, data: TripleSet, vae, task: str, batch_size: int, seed, device, crop=0, recolor=0.0, pixels=True
-    ):
+    def __init__(self, data: TripleSet, vae, task: str, batch_size: int, seed, device, crop=0, pixels=True, **anew):
         if task not in TASKS:
             raise HarmonyError(f"task {task!r} is unknown; use {' or '.join(TASKS)}")
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.batches = PixelBatches(data, batch_size, seed, crop, recolor, grid=factor, device=device)
+        self.batches = PixelBatches(data, batch_size, seed, crop, grid=factor, **anew)
         self.task, self.pixels, self.vae, self.device, self.window = task, pixels, vae, device, crop // factor
-        if not recolor:
+        if not self.batches.recolor:
             self.moments = {"composite": cache.moments(vae, data.composites, device)}
             self.moments["real"] = cache.moments(vae, data.reals, device)
 

@@ -8,6 +8,7 @@ processes share each step's batch (`torchrun --nproc-per-node 8 -m harmonylib.cl
 import contextlib
 import hashlib
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -57,13 +58,14 @@ class TrainSettings:
     def of(cls, run, name: str, task: str = "harmonize") -> "TrainSettings":
         """The training fields of section `name` of the run's settings; the section's other keys are the stage's own.
 
-        Of the two tasks "harmonize" takes `steps` and "inverse" `inverse_steps`.
+        Of the two tasks "harmonize" takes `steps` and `learning_rate`, "inverse" the keys with that name before them.
         """
         section = getattr(run, name)
+        prefix = {"harmonize": "", "inverse": "inverse_"}[task]
         names = [field.name for field in fields(cls)]
         values = {name: getattr(section, name) for name in names if hasattr(section, name)}
-        values |= {"precision": run.precision, "compile": run.compile}
-        return cls(**values | ({"steps": section.inverse_steps} if task == "inverse" else {}))
+        values |= {name: getattr(section, prefix + name) for name in ("steps", "learning_rate")}
+        return cls(**values | {"precision": run.precision, "compile": run.compile})
 
     def __post_init__(self):
         if self.steps < 0 or self.batch_size < 1:
@@ -295,6 +297,9 @@ def _loop(run: _Run, make_batch, name: str, seed: int, observe, observations: in
     settings, on_cpu = run.settings, run.device.type == "cpu"
     state = {"step": 0, "history": [], "sums": {}}
     saved = store.load() if store else None
+    if store and not saved and run.rank == 0:
+        for line in store.stopped_otherwise():
+            print(line, file=sys.stderr)
     if saved:
         run.restore(saved)
         state = {key: saved[key] for key in state}
@@ -307,6 +312,7 @@ def _loop(run: _Run, make_batch, name: str, seed: int, observe, observations: in
     window = max(1, settings.steps // 50)
     first_bad = torch.full((), float("inf"), device=run.device)
     last_save, save_seconds = time.monotonic(), 0.0
+    began = state["step"], last_save
     bar = progress(total=settings.steps, desc=name, unit="step")
     bar.update(state["step"])
     batches = _prefetched(make_batch, range(state["step"], settings.steps), run.device.type == "cuda")
@@ -330,7 +336,8 @@ def _loop(run: _Run, make_batch, name: str, seed: int, observe, observations: in
                         entry |= observe(run.model)
                     run.model.train()
                 state["history"].append(entry)
-                bar.set_postfix(loss=f"{entry['loss']:.4f}")
+                rate = (done - began[0]) * settings.batch_size / (time.monotonic() - began[1])
+                bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:.3g} images/s")
             # A large state takes its time to save: with the default, at most a sixtieth of the whole.
             due = time.monotonic() - last_save > settings.checkpoint_seconds * max(1.0, save_seconds)
             if store and run.rank == 0 and not last and (caught or (due and (on_cpu or done % CHECK == 0))):

@@ -10,11 +10,13 @@ from harmonylib.datasets import (
     TripleSet,
     inpainting_masks,
     load_pairs,
+    to_tensors,
 )
 from harmonylib.errors import HarmonyError
 from harmonylib.images import write_image
 from harmonylib.layout import read_triples, write_composite, write_list, write_pair
 from harmonylib.manifest import photo_pairs
+from harmonylib.recipes import RecipeSettings
 
 
 @pytest.fixture
@@ -103,6 +105,48 @@ def test_latent_batches_of_composites_made_on_the_fly(data, tiny_vae, task):
     assert torch.equal(batch[real], fixed[real]) and not torch.equal(batch[made], fixed[made])
     bare = LatentBatches(TripleSet(data, 32), tiny_vae, task, **options, pixels=False)(0)
     assert set(bare) == {"mask", "moments", "condition_moments"} and torch.equal(bare["moments"], batch["moments"])
+
+
+def test_arrays_become_tensors():
+    image = np.array([0, 255, 51], np.uint8).reshape(1, 1, 1, 3).repeat(2, 2)
+    tensors = to_tensors({"real": image, "mask": np.array([[[True, False]]])})
+    assert tensors["mask"].tolist() == [[[[1, 0]]]]
+    torch.testing.assert_close(tensors["real"], torch.tensor([-1, 1, -0.6]).view(1, 3, 1, 1).expand(1, 3, 1, 2))
+
+
+def test_composites_are_decoded_only_where_they_are_used(data, monkeypatch):
+    triples = TripleSet(data, 32)
+    key = triples.key
+    batch = PixelBatches(triples, 4, "test", recolor=1.0)(0)
+    assert "composites" not in vars(triples) and not torch.equal(batch["composite"], batch["real"])
+    assert np.array_equal(*(triples.arrays([1], composites=False)[name] for name in ("real", "composite")))
+    PixelBatches(triples, 4, "test", recolor=0.5)
+    assert "composites" in vars(triples) and triples.key != key
+
+
+def test_a_share_is_recoloured_by_the_subsets_recipe_and_the_settings(data, monkeypatch):
+    calls = []
+
+    def recolor(recipe, real, mask, rng, reference, settings):
+        calls.append((recipe, settings))
+        return real
+
+    monkeypatch.setattr("harmonylib.datasets.recolor", recolor)
+    settings = RecipeSettings(transfers=["xiao-ma"])
+    batches = PixelBatches(TripleSet(data, 32), 8, "test", recolor=0.5, recipes=settings)
+    for step in range(8):
+        batch = batches(step)
+    assert set(calls) == {("HFlickr", settings)} and 16 < len(calls) < 48
+    assert batch["composite"].shape == batch["real"].shape
+
+
+def test_jittered_masks_move_and_edges_are_soft(data):
+    plain, jittered = (PixelBatches(TripleSet(data, 32), 8, "test", recolor=1.0, jitter=j)(0) for j in (0.0, 1.0))
+    sizes = jittered["mask"].sum((1, 2, 3)) - plain["mask"].sum((1, 2, 3))
+    assert (sizes > 0).any() and (sizes < 0).any() and torch.equal(plain["real"], jittered["real"])
+    assert set(jittered["mask"].unique().tolist()) == {0, 1}
+    outside = (jittered["mask"] == 0).expand_as(jittered["real"])
+    assert torch.equal(jittered["composite"][outside], jittered["real"][outside])
 
 
 def test_restyled_photos_keep_composite_and_background_together(data):
