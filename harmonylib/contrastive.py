@@ -142,6 +142,21 @@ def foreground_l1(output: torch.Tensor, real: torch.Tensor, mask: torch.Tensor) 
     return (error / area.clamp_min(1)).sum() / (area > 0).sum().clamp_min(1)
 
 
+def foreground_error(output, real, mask, kind: str = "l1") -> torch.Tensor:
+    """The foreground's error of each image, averaged over images: shapes and empty masks as in `foreground_l1`.
+
+    "l1" is the paper's L_pixel. "rmse" (the root of the mean square, three times for the same scale) and "log" (the
+    logarithm of the mean square, so that a weak change counts as much as a strong one) are ours.
+    """
+    if kind == "l1":
+        return foreground_l1(output, real, mask)
+    _check_shapes(output, real, mask)
+    area = mask.float().sum((1, 2, 3))
+    square = ((output.float() - real.float()).square() * mask.float()).sum((1, 2, 3)) / (3 * area.clamp_min(1))
+    error = 3 * (square + 1e-4).sqrt() if kind == "rmse" else (square + 3e-4).log()
+    return (error * (area > 0)).sum() / (area > 0).sum().clamp_min(1)
+
+
 def harmonization_loss(
     output: torch.Tensor,
     real: torch.Tensor,
@@ -150,13 +165,14 @@ def harmonization_loss(
     composite: torch.Tensor | None = None,
     weights: tuple[float, float, float] = (0.4, 0.5, 0.1),
     generator: torch.Generator | None = None,
+    kind: str = "l1",
 ) -> dict[str, torch.Tensor]:
-    """Eq. 13: w1 L1 + w2 L_pixel + w3 L_HCL, images in [-1, 1].
+    """Eq. 13: w1 L1 + w2 L_pixel + w3 L_HCL, images in [-1, 1]; kind: of `foreground_error`, for L_pixel.
 
-    Returns the unweighted "l1", "foreground_l1" and, with `contrastive`, "contrastive", and their weighted sum "loss".
-    Without `contrastive` the third weight is not used.
+    Returns the unweighted "l1", "foreground" and, with `contrastive`, "contrastive", and their weighted sum "loss".
+    Without `contrastive` the third weight is not used. The first term is about the whole output, background included.
     """
-    terms = {"l1": F.l1_loss(output.float(), real.float()), "foreground_l1": foreground_l1(output, real, mask)}
+    terms = {"l1": F.l1_loss(output.float(), real.float()), "foreground": foreground_error(output, real, mask, kind)}
     if contrastive is not None:
         terms["contrastive"] = contrastive(output, real, mask, composite, generator)
     return {**terms, "loss": sum(weight * term for weight, term in zip(weights, terms.values(), strict=False))}

@@ -11,6 +11,7 @@ from .datasets import LatentBatches, PixelBatches, TripleSet
 from .devices import pick_device
 from .diffusion import denoising_loss, latent_mask, scale_latents, training_scheduler
 from .errors import HarmonyError
+from .recipes import DEFAULTS, RecipeSettings
 from .refinement import RefinementUNet, refinement_loss
 from .resunet import ContrastiveResUNet
 from .seeds import rng
@@ -25,10 +26,13 @@ def harmony_vae(
     settings: TrainSettings,
     *,
     seed: int,
+    start: HarmonyVAE | None = None,
     loss: str = "l2",
     decoder: bool = True,
     crop=0,
     recolor: float = 0.0,
+    jitter: float = 0.0,
+    recipes: RecipeSettings = DEFAULTS,
     mask_init: str = "zero",
     skip_init: str = "zero",
     device="auto",
@@ -36,15 +40,17 @@ def harmony_vae(
 ) -> tuple[HarmonyVAE, list[dict]]:
     """Train a Harmony-VAE around `vae` (DiffHarmony++ Sec. 3.2, 5.2).
 
-    task: "harmonize" (target real, condition composite) or "inverse". decoder=False trains the conditional encoder only
-    (Table 5). crop and recolor as in `datasets.PixelBatches`. The history carries `skip_norms`, the norms of the zero
+    task: "harmonize" (target real, condition composite) or "inverse". start: one to go on from, trained in place.
+    decoder=False trains the conditional encoder only (Table 5). crop, recolor, jitter and recipes as in
+    `datasets.PixelBatches`. The history carries `skip_norms`, the norms of the zero
     convolutions' weights, ordered as `skip_convs`.
     """
     device = pick_device(device)
     torch.manual_seed(seed)
-    model = HarmonyVAE.from_vae(vae, mask_init=mask_init, skip_init=skip_init).to(device)
+    model = (start or HarmonyVAE.from_vae(vae, mask_init=mask_init, skip_init=skip_init)).to(device)
     model.set_trainable(decoder)
-    batches = LatentBatches(data, model, task, settings.batch_size, (seed, "harmony_vae", task), device, crop, recolor)
+    words, anew = (seed, "harmony_vae", task), {"recolor": recolor, "jitter": jitter, "recipes": recipes}
+    batches = LatentBatches(data, model, task, settings.batch_size, words, device, crop, **anew)
 
     history = train(
         model,
@@ -56,7 +62,7 @@ def harmony_vae(
         device=device,
         observe=lambda vae: {"skip_norms": [conv.weight.norm().item() for conv in vae.skip_convs()]},
         checkpoints=checkpoints,
-        key=[data.key, loss, decoder, crop, recolor],
+        key=[data.key, loss, decoder, crop, repr(anew)],
     )
     return model.requires_grad_(True), history
 
@@ -72,13 +78,15 @@ def diffharmony(
     mask_start: str = "base",
     crop=0,
     recolor: float = 0.0,
+    jitter: float = 0.0,
+    recipes: RecipeSettings = DEFAULTS,
     device="auto",
     checkpoints=None,
 ):
     """Fine-tune a base's inpainting UNet to harmonize, or to do the inverse (DiffHarmony++ Eq. 1, Sec. 4.1).
 
     base: a DiffHarmonyPipeline whose autoencoder stays frozen; its UNet is trained in place. foreground: the published
-    foreground-weighted loss (True) or the plain one. crop and recolor as in `datasets.PixelBatches`.
+    foreground-weighted loss (True) or the plain one. crop, recolor, jitter and recipes as in `datasets.PixelBatches`.
     mask_start: "base" keeps the base's weights for the mask channel (as published); "zero" (ours) sets them to zero, so
     that training starts from copying the composite instead of from filling a hole, which small bases need.
     Returns (unet, history). Raises HarmonyError for an unknown mask_start.
@@ -92,7 +100,8 @@ def diffharmony(
         base.unet.conv_in.weight.data[:, vae.config.latent_channels] = 0.0
     words = (seed, "diffharmony", task)
     noise = settings_of(base.scheduler.config)
-    batches = LatentBatches(data, vae, task, settings.batch_size, words, device, crop, recolor, pixels=False)
+    anew = {"recolor": recolor, "jitter": jitter, "recipes": recipes}
+    batches = LatentBatches(data, vae, task, settings.batch_size, words, device, crop, pixels=False, **anew)
 
     def loss(unet, batch, generator):
         target, condition = (
@@ -110,7 +119,7 @@ def diffharmony(
         seed=seed,
         device=device,
         checkpoints=checkpoints,
-        key=[data.key, foreground, crop, recolor, weights_digest(vae), weights_digest(base.prompt), noise],
+        key=[data.key, foreground, crop, repr(anew), weights_digest(vae), weights_digest(base.prompt), noise],
     )
     return base.unet, history
 
@@ -158,38 +167,50 @@ def contrastive_resunet(
     settings: TrainSettings,
     *,
     seed: int,
+    start: ContrastiveResUNet | None = None,
     base_channels: int = 32,
     depth: int = 5,
     residual_convs: int = 3,
     style: str = "style-fusion",
+    head: str = "residual",
+    encoder: str | None = None,
+    view: int = 96,
     weights=(0.4, 0.5, 0.1),
+    error: str = "l1",
     reading: str = "B",
     patches: int = 256,
     crop=0,
     recolor: float = 0.0,
     restyle: float = 0.0,
+    jitter: float = 0.0,
+    recipes: RecipeSettings = DEFAULTS,
     device="auto",
     observe=None,
     checkpoints=None,
 ):
-    """Train the ResUNet with L1, foreground L1 and the region-wise contrastive term (contrastive paper, Eq. 13).
+    """Train the ResUNet with L1, foreground error and the region-wise contrastive term (contrastive paper, Eq. 13).
 
-    crop, recolor and restyle as in `datasets.PixelBatches`. A weight of 0 switches its term off (Table VI).
+    start: a network to go on from, trained in place; None builds one of the given architecture, a pre-trained encoder
+    with its ImageNet weights. crop, recolor, restyle, jitter and recipes as in `datasets.PixelBatches`; error as in
+    `contrastive.foreground_error`. A weight of 0 switches its term off (Table VI).
     observe(model) -> dict of numbers goes into the history, ten times in a run (Figures 8, 9).
     Returns (model, history).
     """
     device = pick_device(device)
     torch.manual_seed(seed)
-    size = data.composites.shape[1]
-    model = ContrastiveResUNet(base_channels, depth, residual_convs, style, sample_size=size)
+    model = start or ContrastiveResUNet(
+        base_channels, depth, residual_convs, style, sample_size=data.size, head=head, encoder=encoder, view=view
+    )
+    if encoder and start is None:
+        model.pretrained.load_imagenet_weights()
     contrast = RegionContrastiveLoss(reading, patches) if weights[2] else None
-    batches = PixelBatches(data, settings.batch_size, (seed, "resunet"), crop, recolor, restyle, device=device)
+    words = (seed, "resunet")
+    batches = PixelBatches(data, settings.batch_size, words, crop, recolor, restyle, jitter, recipes)
 
     def loss(net, batch, generator):
-        output = net(batch["composite"], batch["mask"])
-        return harmonization_loss(
-            output, batch["real"], batch["mask"], contrast, batch["composite"], weights, generator
-        )
+        composite, real, mask = batch["composite"], batch["real"], batch["mask"]
+        output = net(composite, mask, generator)
+        return harmonization_loss(output, real, mask, contrast, composite, weights, generator, error)
 
     history = train(
         model,
@@ -202,6 +223,6 @@ def contrastive_resunet(
         extra_modules=(contrast,) if contrast else (),
         observe=observe,
         checkpoints=checkpoints,
-        key=[data.key, style, weights, reading, patches, crop, recolor, restyle],
+        key=[data.key, style, weights, error, reading, patches, crop, recolor, restyle, jitter, repr(recipes)],
     )
     return model, history

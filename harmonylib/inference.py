@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .colour_map import apply_map
 from .devices import autocast, pick_device
 from .errors import HarmonyError
 from .files import stamp
-from .images import fit, resize_mask, to_rgb, to_tensor, to_uint8
+from .images import fit, paste, resize_mask, to_rgb, to_tensor, to_uint8
 from .picture import open_picture, picture, read_region
 from .pipeline import DiffHarmonyPipeline
 from .resunet import ContrastiveResUNet
@@ -22,6 +23,7 @@ from .weights import load_strict
 
 SHIPPED = Path(__file__).resolve().parent.parent / "pretrained"
 MODELS = ("contrastive-resunet", "diffharmony++", "diffharmony")
+BLOCK = 1_000_000  # pixels that are recoloured at a time
 SMALL_FOREGROUND = 0.01  # share of the picture below which a model is shown a window instead of everything
 
 
@@ -32,8 +34,9 @@ def harmonize(
 
     image: path, PIL or HxWx3 uint8; mask: likewise, foreground above 127 (`fit_mask` resizes one of another size).
     model: "contrastive-resunet", "diffharmony++", "diffharmony" or a folder (`load_model`). The model runs at its
-    own working size; what it changed is carried to full size (`carry_over`), so that no detail is lost, and
-    multiplied by `strength` (0 to 1), which falls to 0 over the outermost `feather` pixels of the foreground.
+    own working size; its colour map, or the one that fits its output best (`carry_over`), is multiplied by `strength`
+    (0 to 1) and applied at full size, so that no detail is lost. The change falls to 0 over the outermost `feather`
+    pixels of the foreground.
     Background and fully transparent pixels keep their values. EXIF rotation is applied. draws: of a diffusion
     model, each of whose outputs is one of many that it thinks likely, the mean of so many is taken, which is nearer
     the real photo on average.
@@ -56,9 +59,13 @@ def harmonize(
     small, small_region = fit(view[window], region[window], size)
     if not small_region.any():
         raise HarmonyError("the foreground is too thin for the model's working size; thicken the mask")
-    changed = run_model(loaded, small, small_region, seed, draws)
-    colours = carry_over(bands[window][..., :3], region[window], small, changed, small_region)
-    bands[window][..., :3] = blend(bands[window][..., :3], colours, region[window], strength, feather)
+    pixels = bands[window][..., :3]
+    if maps_colours(loaded):
+        change, rest = predicted_map(loaded, small, small_region), None
+    else:
+        change, rest = carry_over(small, run_model(loaded, small, small_region, seed, draws), small_region)
+    colours = recolored(pixels, region[window], change, rest, strength)
+    bands[window][..., :3] = blend(pixels, colours, region[window], feather)
     result = Image.fromarray(bands)
     result.info = before.info
     return result
@@ -181,20 +188,56 @@ def run_model(model, pixels: np.ndarray, region: np.ndarray, seed: int, draws: i
         return to_uint8(model(image.to(model.device), mask.to(model.device)))[0]
 
 
-def blend(pixels, colours, region, strength: float = 1.0, feather: float = 0.0) -> np.ndarray:
-    """`pixels` with the foreground moved towards `colours` by `strength`, less in its outermost `feather` pixels.
+def maps_colours(model) -> bool:
+    """Whether a model predicts a colour map, which applies at any size, and not a picture."""
+    return isinstance(model, ContrastiveResUNet) and model.config.head == "colour"
+
+
+@torch.inference_mode()
+def predicted_map(model: ContrastiveResUNet, pixels: np.ndarray, region: np.ndarray):
+    """The change that the model's colour map makes: a function from Nx3 float32 colours in [0, 1] to Nx3.
+
+    pixels HxWx3 uint8 and region HxW bool at the model's working size.
+    """
+    image, mask = to_tensor(pixels)[None].to(model.device), to_tensor(region)[None].to(model.device)
+    found = model.colour_map(image, mask).cpu()
+
+    @torch.inference_mode()
+    def change(colours: np.ndarray) -> np.ndarray:
+        before = torch.from_numpy(colours).T[None] * 2 - 1
+        return ((apply_map(found, before) - before) / 2)[0].T.numpy()
+
+    return change
+
+
+def recolored(pixels: np.ndarray, region: np.ndarray, change, rest: np.ndarray | None, strength: float) -> np.ndarray:
+    """HxWx3 uint8: `pixels` with the foreground's colours moved by `strength` times change(colours) + rest.
+
+    change: a function from Nx3 float32 colours in [0, 1] to their change; rest: more of it by place, at a lower
+    resolution (hxwx3), or None. At any size, in blocks that bound the memory of large photos.
+    """
+    colours = pixels[region].astype(np.float32) / 255
+    if rest is not None:
+        rest = cv2.resize(rest, region.shape[::-1], interpolation=cv2.INTER_LINEAR)[region]
+    for start in range(0, len(colours), BLOCK):
+        block = slice(start, start + BLOCK)
+        colours[block] += strength * (change(colours[block]) + (0 if rest is None else rest[block]))
+    result = pixels.copy()
+    result[region] = np.rint(np.clip(colours, 0, 1) * 255)
+    return result
+
+
+def blend(pixels: np.ndarray, colours: np.ndarray, region: np.ndarray, feather: float = 0.0) -> np.ndarray:
+    """`colours` in the foreground, `pixels` elsewhere, and in the foreground's outermost `feather` pixels a mixture.
 
     Arrays HxWx3 uint8 and HxW bool. Feathering goes inward from the mask's edge, in a straight line from 0 just outside
-    to `strength` at depth `feather`; the picture's own border is no edge. Outside the region nothing changes.
+    to 1 at depth `feather`; the picture's own border is no edge. Outside the region nothing changes.
     """
-    if feather:
-        depth = cv2.distanceTransform(np.pad(region, 1, mode="edge").astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
-        weight = strength * np.clip(depth[region, None] / feather, 0, 1)
-    else:
-        weight = np.float32(strength)
-    before = pixels[region].astype(np.float32)
-    result = pixels.copy()
-    result[region] = np.rint(before + weight * (colours[region] - before))
+    if not feather:
+        return paste(colours, pixels, region)
+    depth = cv2.distanceTransform(np.pad(region, 1, mode="edge").astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
+    before, result = pixels[region].astype(np.float32), pixels.copy()
+    result[region] = np.rint(before + np.clip(depth[region, None] / feather, 0, 1) * (colours[region] - before))
     return result
 
 
@@ -223,22 +266,15 @@ def smooth(values: np.ndarray, region: np.ndarray, sigma: float) -> np.ndarray:
     return blur(values * weight[..., None]) / np.maximum(blur(weight), 1e-6)[..., None]
 
 
-def carry_over(pixels, region, small, changed, small_region, fit_sigma: float = 1.0, rest_sigma: float = 3.0):
-    """HxWx3 uint8: `pixels` with the change from `small` to `changed` applied to the foreground at full size.
+def carry_over(small, changed, small_region, fit_sigma: float = 1.0, rest_sigma: float = 3.0):
+    """(change, rest) for `recolored`: what takes `small` to `changed` at any other size.
 
-    pixels HxWx3 uint8 and region HxW bool at full size; small, changed and small_region at working size. Most of the
-    change is one colour map, fitted on colours averaged over `fit_sigma` pixels, which the model's own blur and noise
-    mislead less; what it leaves (light that varies across the foreground) is averaged over `rest_sigma` pixels and
-    added as it is. `benchmarks/carry_over.py` compares this with other ways.
+    HxWx3 uint8 twice and HxW bool, at working size. Most of the change is one colour map, fitted on colours averaged
+    over `fit_sigma` pixels, which the model's own blur and noise mislead less; what it leaves (light that varies across
+    the foreground) is averaged over `rest_sigma` pixels and added as it is. `benchmarks/carry_over.py` compares this
+    with other ways.
     """
     small, changed = (array.astype(np.float32) / 255 for array in (small, changed))
     change = colour_map(*(smooth(array, small_region, fit_sigma)[small_region] for array in (small, changed)))
     rest = changed - small - change(small.reshape(-1, 3)).reshape(small.shape)
-    rest = cv2.resize(smooth(rest, small_region, rest_sigma), region.shape[::-1], interpolation=cv2.INTER_LINEAR)
-    colours, rest = pixels[region].astype(np.float32) / 255, rest[region]
-    for start in range(0, len(colours), 1_000_000):  # bounds the memory of large photos
-        block = slice(start, start + 1_000_000)
-        colours[block] += change(colours[block]) + rest[block]
-    result = pixels.copy()
-    result[region] = np.rint(np.clip(colours, 0, 1) * 255)
-    return result
+    return change, smooth(rest, small_region, rest_sigma)

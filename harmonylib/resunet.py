@@ -12,8 +12,14 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 from torch.nn import functional as F
 
+from .colour_head import ColourHead
+from .colour_map import apply_inside
+from .encoder import PretrainedEncoder
 from .errors import HarmonyError
 
+HEADS = ("residual", "colour")
+COARSE_LEVEL = 2  # of the levels' strides 1, 2, 4, ...: where the decoder of a colour head ends
+DEEPEST_STRIDE = 32  # of a pre-trained encoder
 SIGMA_FLOOR = 1e-2  # a channel that is dead in the reference region would otherwise blow the other region up
 
 
@@ -174,9 +180,9 @@ class ConvBlock(nn.Module):
 class UpBlock(nn.Module):
     """2x2 transposed convolution, skip, S2AM on the 2C channels, ConvBlock 2C -> C, style module."""
 
-    def __init__(self, channels: int, residual_convs: int, style: str, shared_affine: bool):
+    def __init__(self, below: int, channels: int, residual_convs: int, style: str, shared_affine: bool):
         super().__init__()
-        self.up = nn.Sequential(nn.ConvTranspose2d(2 * channels, channels, 2, stride=2), nn.BatchNorm2d(channels))
+        self.up = nn.Sequential(nn.ConvTranspose2d(below, channels, 2, stride=2), nn.BatchNorm2d(channels))
         self.attention = SpatialSeparatedAttention(2 * channels)
         self.block = ConvBlock(2 * channels, channels, residual_convs)
         self.style = STYLES[style](channels, shared_affine)
@@ -191,8 +197,15 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
 
     base_channels double at each of `depth` levels; `residual_convs` follow the first convolution of every block;
     style is "style-fusion", "adain", "rain" or "none", at the end of every decoder block; sample_size is the training
-    size in pixels. The paper does not say what the head predicts. Here it predicts the change, output = image +
-    head(features), from a head initialised to zero: training starts at the composite, and the output is not squashed.
+    size in pixels.
+
+    head "residual": the paper does not say what the head predicts; here it is the change, output = image +
+    head(features), initialised to zero: training starts at the composite, and the output is not squashed.
+    head "colour" (ours): the network sees a `view` of that many pixels and decodes only to a quarter of it; region
+    statistics of what it decodes, and the mask's edge at the image's own size, give one colour map of the foreground
+    (`colour_head`), which `colour_map` returns for use at any size. head_width, head_layers and strips are its sizes;
+    with view 0 it is alone and the rest of the network is left out.
+    encoder: None, the paper's own, or a timm name (`encoder.PretrainedEncoder`; only with the head "colour").
     Raises HarmonyError for settings out of range.
     """
 
@@ -205,42 +218,107 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
         style: str = "style-fusion",
         shared_affine: bool = False,
         sample_size: int = 256,
+        head: str = "residual",
+        encoder: str | None = None,
+        view: int = 96,
+        head_width: int = 96,
+        head_layers: int = 2,
+        strips: int = 128,
     ):
         super().__init__()
-        if style not in STYLES:
-            raise HarmonyError(f"style {style!r} is unknown; use one of {', '.join(STYLES)}")
+        for what, name, known in (("style", style, STYLES), ("head", head, HEADS)):
+            if name not in known:
+                raise HarmonyError(f"{what} {name!r} is unknown; use one of {', '.join(known)}")
         if base_channels < 1 or depth < 2 or residual_convs < 0:
             raise HarmonyError(
                 f"base_channels {base_channels}, depth {depth}, residual_convs {residual_convs} cannot be built; "
                 "use at least 1, 2 and 0"
             )
-        widths = [base_channels << level for level in range(depth)]
-        inputs = [4, *widths[:-1]]
-        self.down = nn.ModuleList(ConvBlock(i, o, residual_convs) for i, o in zip(inputs, widths, strict=True))
-        self.up = nn.ModuleList(UpBlock(w, residual_convs, style, shared_affine) for w in reversed(widths[:-1]))
-        self.head = nn.Conv2d(base_channels, 3, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        if encoder and (head != "colour" or not view):
+            raise HarmonyError(f"encoder {encoder!r} goes with head: colour and a view; set these, or encoder: null")
+        if head == "colour" and view == 0:
+            widths = []
+        elif encoder:
+            self.pretrained = PretrainedEncoder(encoder)
+            widths = self.pretrained.channels
+        else:
+            widths = [base_channels << level for level in range(depth)]
+            inputs = [4, *widths[:-1]]
+            self.down = nn.ModuleList(ConvBlock(i, o, residual_convs) for i, o in zip(inputs, widths, strict=True))
+            if head == "colour":
+                widths = widths[COARSE_LEVEL:]
+        levels = reversed(list(zip(widths[1:], widths[:-1], strict=True)))
+        self.up = nn.ModuleList(UpBlock(below, w, residual_convs, style, shared_affine) for below, w in levels)
+        if head == "colour":
+            self.colour_head = ColourHead([4 * width for width in reversed(widths)], head_width, head_layers, strips)
+        else:
+            self.residual_head = nn.Conv2d(base_channels, 3, 1)
+            nn.init.zeros_(self.residual_head.weight)
+            nn.init.zeros_(self.residual_head.bias)
 
-    def forward(self, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: torch.Tensor, mask: torch.Tensor, generator=None) -> torch.Tensor:
         """Composite Bx3xHxW in [-1, 1] and mask Bx1xHxW in {0, 1} -> harmonized Bx3xHxW, about [-1, 1], not clamped.
 
-        Any H and W: borders are replicated up to a multiple of 2^(depth-1), and at least two of those, then cropped.
-        The background is the network's too; paste the composite's where it must stay. Raises HarmonyError on shapes.
+        With the head "residual" the background is the network's too (paste the composite's where it must stay), with
+        "colour" it is the composite's. generator: for training with "colour", draws the pixels that it looks at.
+        Raises HarmonyError on shapes.
         """
-        if image.ndim != 4 or image.shape[1] != 3 or mask.shape != (image.shape[0], 1, *image.shape[2:]):
-            raise HarmonyError(
-                f"image {tuple(image.shape)} and mask {tuple(mask.shape)} do not fit; pass Bx3xHxW and Bx1xHxW"
-            )
+        if self.config.head == "colour":
+            return apply_inside(self.colour_map(image, mask, generator), image, mask)
+        features = self._decoded(image, mask)[-1]
+        return image + self.residual_head(features)[:, :, : image.shape[2], : image.shape[3]]
+
+    def colour_map(self, image: torch.Tensor, mask: torch.Tensor, generator=None) -> torch.Tensor:
+        """The foreground's colour map, Bx10x3 (`colour_map.apply_map`), of arguments as `forward` takes them."""
+        _check_pair(image, mask)
+        context = self._context(image, mask.to(image.dtype)) if self.config.view else []
+        return self.colour_head(image, mask, context, generator)
+
+    def _context(self, image: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        """Statistics of both regions in what is decoded from the view, from coarse to fine: a list of Bx4C."""
+        size, context = (self.config.view, self.config.view), []
+        area = F.interpolate(mask, size=size, mode="area")
+        for x in self._decoded(F.interpolate(image, size=size, mode="bilinear", antialias=True), area):
+            inside = F.interpolate(area, size=x.shape[2:], mode="area")
+            context.append(torch.cat([y for m in (inside, 1 - inside) for y in soft_statistics(x, m)], dim=1))
+        return context
+
+    def _decoded(self, image: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        """The deepest features and those of every decoder block, from coarse to fine.
+
+        Any H and W: borders are replicated up to a multiple of the deepest stride, and at least two of those.
+        """
+        _check_pair(image, mask)
         height, width = image.shape[2:]
-        unit = 2 ** (len(self.down) - 1)
+        unit = 2 ** (len(self.down) - 1) if self.config.encoder is None else DEEPEST_STRIDE
         padding = (0, max(-width % unit, 2 * unit - width), 0, max(-height % unit, 2 * unit - height))
         x = F.pad(torch.cat([image, mask.to(image.dtype)], dim=1), padding, mode="replicate")
-        padded_mask = x[:, 3:]
-        skips = []
-        for level, block in enumerate(self.down):
-            x = block(F.max_pool2d(x, 2) if level else x)
-            skips.append(x)
+        padded_mask = (x[:, 3:] > 0.5).to(x.dtype)
+        if self.config.encoder is None:
+            skips = []
+            for level, block in enumerate(self.down):
+                x = block(F.max_pool2d(x, 2) if level else x)
+                skips.append(x)
+            skips, finest = (skips[COARSE_LEVEL:], COARSE_LEVEL) if self.config.head == "colour" else (skips, 0)
+        else:
+            skips, finest = self.pretrained(x[:, :3], x[:, 3:]), COARSE_LEVEL
+        decoded = [skips[-1]]
         for level, block in zip(reversed(range(len(self.up))), self.up, strict=True):
-            x = block(x, skips[level], pool_mask(padded_mask, 2**level))
-        return image + self.head(x)[:, :, :height, :width]
+            decoded.append(block(decoded[-1], skips[level], pool_mask(padded_mask, 2 ** (level + finest))))
+        return decoded
+
+
+def soft_statistics(features: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation (BxC each, float32) of BxCxHxW features by weights Bx1xHxW in [0, 1]; 0 where all are 0."""
+    features, weight = features.float(), weight.float()
+    total = weight.sum((2, 3), keepdim=True).clamp_min(1e-3)
+    mean = (features * weight).sum((2, 3), keepdim=True) / total
+    variance = ((features - mean).square() * weight).sum((2, 3)) / total[..., 0, 0]
+    return mean[..., 0, 0], (variance + 1e-4).sqrt()
+
+
+def _check_pair(image: torch.Tensor, mask: torch.Tensor) -> None:
+    if image.ndim != 4 or image.shape[1] != 3 or mask.shape != (image.shape[0], 1, *image.shape[2:]):
+        raise HarmonyError(
+            f"image {tuple(image.shape)} and mask {tuple(mask.shape)} do not fit; pass Bx3xHxW and Bx1xHxW"
+        )

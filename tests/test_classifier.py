@@ -9,10 +9,10 @@ from harmonylib.classifier import (
     HarmonyClassifier,
     evaluate_classifier,
     labelled_images,
-    packaged_weights,
     round_trip_codec,
     undo_color_change,
 )
+from harmonylib.encoder import packaged_weights
 from harmonylib.errors import HarmonyError
 from harmonylib.images import to_tensor, write_image
 from harmonylib.layout import read_triples, write_composite, write_list, write_pair

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from harmonylib import HarmonyError, RegionContrastiveLoss
-from harmonylib.contrastive import crop_patches, foreground_l1, harmonization_loss, sample_cells
+from harmonylib.contrastive import crop_patches, foreground_error, foreground_l1, harmonization_loss, sample_cells
 
 
 def batch(count=2, height=32, width=40, seed=0):
@@ -190,15 +190,34 @@ def test_foreground_l1_sums_channels_over_the_masks_area():
     assert foreground_l1(output.bfloat16(), real.bfloat16(), mask).dtype == torch.float32
 
 
+def test_kinds_of_foreground_error_by_hand():
+    real, mask = torch.zeros(3, 3, 4, 4), torch.zeros(3, 1, 4, 4)
+    mask[:2, :, :2] = 1
+    output = torch.full_like(real, 9.0)  # counts where the mask is not set: nowhere
+    output[0, :, :2], output[1, :, :2] = 0.5, torch.tensor([0.1, 0.2, 0.3])[:, None, None]
+    squares = [0.25, 0.14 / 3]
+    assert foreground_error(output, real, mask).item() == pytest.approx((1.5 + 0.6) / 2)
+    root = sum(3 * math.sqrt(square + 1e-4) for square in squares) / 2
+    assert foreground_error(output, real, mask, "rmse").item() == pytest.approx(root)
+    log = sum(math.log(square + 3e-4) for square in squares) / 2
+    assert foreground_error(output, real, mask, "log").item() == pytest.approx(log)
+    for kind in ("l1", "rmse", "log"):
+        same = real.clone().requires_grad_()
+        foreground_error(same, real, mask, kind).backward()
+        assert same.grad.isfinite().all() and foreground_error(output, real, mask * 0, kind) == 0
+
+
 def test_harmonization_loss_is_the_weighted_sum():
     output, real, mask, composite = batch()
     contrastive = loss_of("C")
     terms = harmonization_loss(output, real, mask, contrastive, composite, generator=seeded())
-    assert list(terms) == ["l1", "foreground_l1", "contrastive", "loss"]
+    assert list(terms) == ["l1", "foreground", "contrastive", "loss"]
     torch.testing.assert_close(terms["l1"], (output - real).abs().mean())
     torch.testing.assert_close(terms["contrastive"], contrastive(output, real, mask, composite, seeded()))
-    expected = 0.4 * terms["l1"] + 0.5 * terms["foreground_l1"] + 0.1 * terms["contrastive"]
+    expected = 0.4 * terms["l1"] + 0.5 * terms["foreground"] + 0.1 * terms["contrastive"]
     torch.testing.assert_close(terms["loss"], expected)
+    other = harmonization_loss(output, real, mask, kind="log")["foreground"]
+    assert torch.equal(terms["foreground"], foreground_l1(output, real, mask)) and other != terms["foreground"]
     terms = harmonization_loss(output, real, mask, weights=(1.0, 0.0, 0.0))
     assert "contrastive" not in terms and torch.equal(terms["loss"], terms["l1"])
 

@@ -3,14 +3,23 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import save_resunet
+from conftest import COLOUR, save_resunet
 from PIL import Image
 
 import harmonylib as hl
 from harmonylib.devices import autocast
 from harmonylib.errors import HarmonyError
-from harmonylib.images import to_tensor
-from harmonylib.inference import blend, carry_over, load_model, model_window, run_model, working_size
+from harmonylib.images import fit, to_tensor
+from harmonylib.inference import (
+    blend,
+    carry_over,
+    load_model,
+    model_window,
+    predicted_map,
+    recolored,
+    run_model,
+    working_size,
+)
 from harmonylib.resunet import ContrastiveResUNet
 from harmonylib.seeds import generator
 
@@ -50,7 +59,8 @@ def test_strength_feather_and_mask_size(resunet, composite):
 
     full, half, none = run(), run(strength=0.5), run(strength=0)
     assert np.array_equal(none, image)
-    assert np.abs(half - (image + full) / 2).max() <= 0.5 and np.abs(full - image).max() > 2
+    inner = (full > 0) & (full < 255)  # the change is halved before it is clipped
+    assert np.abs(half - (image + full) / 2)[inner].max() <= 0.5 and np.abs(full - image).max() > 2
     soft = run(feather=8)
     assert np.array_equal(soft[~mask], image[~mask])
     change, whole = np.abs(soft - image)[..., 0].astype(float), np.abs(full - image)[..., 0]
@@ -73,11 +83,47 @@ def test_the_mean_of_draws(tiny_pipeline, composite):
     assert np.abs(mean - one).max() > 1
 
 
+def test_a_colour_map_is_applied_at_full_size_as_strongly_as_asked(tmp_path, composite):
+    folder = save_resunet(tmp_path / "net", **COLOUR, map_std=2.0)
+    image, mask = composite[0] // 2 + 60, composite[1]
+    image[20, 30:40] = image[20, 30]  # one colour: one colour after, at any size and without blur
+
+    def run(**options):
+        return np.asarray(hl.harmonize(image, mask, model=folder, device="cpu", **options))
+
+    model = load_model(str(folder), "cpu")
+    change = predicted_map(model, *fit(image, mask, working_size(model)))
+    for strength in (0.0, 0.3, 1.0):
+        colours = image[mask].astype(np.float32) / 255
+        expected = image.copy()
+        expected[mask] = np.rint(255 * (colours + strength * change(colours)).clip(0, 1))
+        result = run(strength=strength)
+        assert np.array_equal(result, expected) and (result[20, 30:40] == result[20, 30]).all()
+    full = run()
+    assert np.abs(full[mask].astype(int) - image[mask]).mean() > 5 and np.array_equal(full, run(seed=3))
+    soft = run(feather=8)
+    assert np.array_equal(soft[20:30, 30:60], full[20:30, 30:60]) and not np.array_equal(soft[10], full[10])
+
+
+def test_recolored_adds_change_and_rest_by_strength(monkeypatch):
+    monkeypatch.setattr("harmonylib.inference.BLOCK", 7)  # many blocks
+    pixels = np.full((6, 8, 3), 100, np.uint8)
+    region = np.zeros((6, 8), bool)
+    region[1:5, 1:] = True
+    rest = np.zeros((3, 4, 3), np.float32)
+    rest[..., 2] = 51 / 255
+    result = recolored(pixels, region, lambda colours: colours * [0.5, -0.5, 0], rest, 0.4)
+    assert (result[region] == [120, 80, 120]).all() and (result[~region] == 100).all() and (pixels == 100).all()
+    assert (recolored(pixels, region, lambda colours: colours * 9, None, 1.0)[region] == 255).all()
+
+
 def test_blend_is_linear_in_depth():
     region = np.ones((9, 9), bool)
     region[:, 0] = False
-    result = blend(np.zeros((9, 9, 3), np.uint8), np.full((9, 9, 3), 200, np.uint8), region, 0.5, 4)
-    assert result[4, :, 0].tolist() == [0, 25, 50, 75, 100, 100, 100, 100, 100]
+    pixels, colours = np.zeros((9, 9, 3), np.uint8), np.full((9, 9, 3), 200, np.uint8)
+    result = blend(pixels, colours, region, 4)
+    assert result[4, :, 0].tolist() == [0, 50, 100, 150, 200, 200, 200, 200, 200]
+    assert blend(pixels, colours, region)[4, :, 0].tolist() == [0] + [200] * 8
 
 
 def test_transparency_and_metadata(resunet, composite):
@@ -112,7 +158,7 @@ def test_carry_over_repeats_a_known_colour_change(composite):
     for gain, bound in ((0.9, 2), (light, 4)):
         changed = np.clip(image * gain + np.array([8, 0, -6]), 0, 255).round().astype(np.uint8)
         small, small_changed, small_mask = image[::2, ::2], changed[::2, ::2], mask[::2, ::2]
-        result = carry_over(image, mask, small, small_changed, small_mask)
+        result = recolored(image, mask, *carry_over(small, small_changed, small_mask), 1.0)
         assert np.abs(result[mask].astype(int) - changed[mask]).max() <= bound
         assert np.array_equal(result[~mask], image[~mask])
 

@@ -1,8 +1,12 @@
 import pytest
+import timm
 import torch
+from conftest import COLOUR
 
 from harmonylib import ContrastiveResUNet, HarmonyError
+from harmonylib.colour_map import apply_map
 from harmonylib.contrastive import RegionContrastiveLoss, harmonization_loss
+from harmonylib.encoder import PACKAGED, PretrainedEncoder, packaged_weights
 from harmonylib.resunet import STYLES, SpatialSeparatedAttention, pool_mask, region_statistics, soften
 
 
@@ -19,7 +23,12 @@ def square_mask(batch=2, size=8):
 def tiny(**settings):
     torch.manual_seed(0)
     model = ContrastiveResUNet(**{"base_channels": 4, "depth": 3, "residual_convs": 1, **settings})
-    torch.nn.init.normal_(model.head.weight, std=0.1)  # the zero head would hide everything before it
+    if model.config.head == "residual":
+        torch.nn.init.normal_(model.residual_head.weight, std=0.1)  # the zero head would hide everything before it
+    else:
+        for parameter in model.colour_head.parameters():
+            if not parameter.any():  # what starts at zero hides what comes before it
+                torch.nn.init.normal_(parameter, std=0.1)
     return model
 
 
@@ -190,9 +199,9 @@ def masks(kind, batch, height, width):
 
 @pytest.mark.parametrize("size", [(32, 32), (1, 1), (37, 50), (5, 90)])
 @pytest.mark.parametrize("kind", ["none", "all", "one pixel", "all but one pixel"])
-@pytest.mark.parametrize("style", list(STYLES))
-def test_awkward_inputs_are_finite_forward_and_backward(style, kind, size):
-    model, mask = tiny(style=style), masks(kind, 1, *size)
+@pytest.mark.parametrize("settings", [*({"style": s} for s in STYLES), COLOUR], ids=[*STYLES, "colour"])
+def test_awkward_inputs_are_finite_forward_and_backward(settings, kind, size):
+    model, mask = tiny(**settings), masks(kind, 1, *size)
     for image in (torch.rand(1, 3, *size) * 2 - 1, torch.full((1, 3, *size), 0.3)):
         output = model(image, mask)
         assert output.shape == image.shape and output.isfinite().all()
@@ -242,15 +251,20 @@ def test_the_result_for_an_image_does_not_depend_on_its_batch():
         torch.testing.assert_close(model(image, mask)[1:2], model(image[1:2], mask[1:2]), atol=1e-5, rtol=1e-4)
 
 
-def test_save_and_load(tmp_path):
-    model = tiny(style="rain", shared_affine=True).eval()
+@pytest.mark.parametrize(
+    "settings",
+    [{"style": "rain", "shared_affine": True}, COLOUR, COLOUR | {"view": 0}, COLOUR | {"encoder": PACKAGED}],
+    ids=["residual", "colour", "head alone", "encoder"],
+)
+def test_save_and_load(tmp_path, settings):
+    model = tiny(**settings).eval()
     model.save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
     loaded = ContrastiveResUNet.from_pretrained(tmp_path)
-    assert loaded.config.style == "rain" and loaded.config.shared_affine and loaded.config.depth == 3
+    assert all(loaded.config[name] == value for name, value in settings.items())
     image, mask = torch.rand(1, 3, 20, 20) * 2 - 1, square_mask(1, 20)
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(image, mask), model(image, mask))
+        torch.testing.assert_close(loaded.eval()(image, mask), model(image, mask), atol=1e-6, rtol=0)
 
 
 def test_bad_settings_and_shapes_are_named():
@@ -258,8 +272,61 @@ def test_bad_settings_and_shapes_are_named():
         ContrastiveResUNet(style="wct")
     with pytest.raises(HarmonyError, match="depth 1"):
         ContrastiveResUNet(depth=1)
+    with pytest.raises(HarmonyError, match="head 'picture' is unknown.*residual, colour"):
+        ContrastiveResUNet(head="picture")
+    for settings in ({}, COLOUR | {"view": 0}):
+        with pytest.raises(HarmonyError, match=f"encoder '{PACKAGED}' goes with head: colour"):
+            ContrastiveResUNet(**settings, encoder=PACKAGED)
+    with pytest.raises(HarmonyError, match="resnet9000"):
+        ContrastiveResUNet(**COLOUR, encoder="resnet9000")
     with pytest.raises(HarmonyError, match="do not fit"):
         tiny()(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 9))
+    with pytest.raises(HarmonyError, match="do not fit"):
+        tiny(**COLOUR)(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 9))
+
+
+# ---- the colour head ----
+
+
+def test_a_mask_without_edge_gives_the_identity():
+    model, image = tiny(**COLOUR).eval(), torch.rand(3, 3, 40, 50) * 2 - 1
+    mask = torch.cat([masks("all", 1, 40, 50), masks("none", 1, 40, 50), masks("one pixel", 1, 40, 50)])
+    with torch.no_grad():
+        output = model(image, mask)
+    assert torch.equal(output[:2], image[:2]) and not torch.equal(output[2], image[2])
+
+
+def test_the_output_is_one_colour_map_that_every_part_of_the_network_has_a_say_in():
+    model, mask = tiny(**COLOUR), square_mask(2, 48)
+    mask[..., 20:30, 20:30] = 1
+    image = torch.rand(2, 3, 48, 48) * 2 - 1
+    model(image, mask).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert (model.down[0].first[0].weight.grad.abs().sum((0, 2, 3)) > 0).all()
+    model.eval()
+    with torch.no_grad():
+        mapped = apply_map(model.colour_map(image, mask), image)
+        torch.testing.assert_close(model(image, mask), torch.where(mask > 0, mapped, image))
+        one = model.colour_map(image[1:], mask[1:])
+        torch.testing.assert_close(model.colour_map(image, mask)[1:], one, atol=1e-4, rtol=1e-3)
+        draws = [model.colour_map(image, mask, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_the_pretrained_encoder_starts_from_the_pictures_imagenet_features():
+    """Whatever the mask, in training mode too: batch statistics stay ImageNet's."""
+    plain = timm.create_model(PACKAGED, features_only=True).eval()
+    known = packaged_weights(timm.create_model(PACKAGED, num_classes=0))
+    plain.load_state_dict({name: known[name] for name in plain.state_dict()})
+    encoder = PretrainedEncoder().load_imagenet_weights().train()
+    image, mask = torch.rand(2, 3, 64, 64) * 2 - 1, square_mask(2, 64)
+    with torch.no_grad():
+        expected = plain((image / 2 + 0.5 - encoder.mean) / encoder.std)[1:]
+        found, other = encoder(image, mask), encoder(image, 1 - mask)
+    assert [x.shape[-1] for x in found] == [16, 8, 4, 2] and [x.shape[1] for x in found] == encoder.channels
+    for features, same, wanted in zip(found, other, expected, strict=True):
+        assert torch.equal(features, same) and wanted.abs().sum() > 0
+        torch.testing.assert_close(features, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_four_images_are_overfitted_beyond_40_db():
