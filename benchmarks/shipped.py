@@ -1,12 +1,13 @@
-"""`python -m benchmarks.shipped DATA [MODEL[:DRAWS] ...]`: what `hl.harmonize` does to a test list, for model cards.
+"""`python -m benchmarks.shipped DATA [DATA ...] [--models MODEL[:DRAWS],...]`: what `hl.harmonize` does, for the cards.
 
-DATA: a set in iHarmony4's layout. MODEL:4 is the mean of four draws of a diffusion model. Every test composite is
-harmonized as a user would do it, at the file's own size, and scored against the real photo (protocol "standard"); so
-are the classical transfers to the photo's own background. Also harmonized is each real photo with its mask, where
-nothing should change. The results go to pretrained/scores.json.
+DATA: sets in iHarmony4's layout, each judged by its test list; the folder's name is the set's. MODEL:4 is the mean of
+four draws of a diffusion model. Every composite is harmonized as a user would do it, at the file's own size, and scored
+against the real photo (protocol "standard"), beside the classical transfers to the photo's own background. Each real
+photo is harmonized with its own mask, too: nothing should change. All goes to pretrained/scores.json, from which
+`python -m benchmarks.cards` writes the figures of the model cards.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +18,27 @@ from harmonylib.evaluate import CLASSICAL
 from harmonylib.inference import MODELS, harmonize
 from harmonylib.jsonio import write_json
 from harmonylib.layout import read_triples
-from harmonylib.metrics import buckets, compare, score, summarise
+from harmonylib.metrics import compare, score, summarise
 from harmonylib.progress import progress
+from harmonylib.stats import reduction
 
 SCORES = Path(__file__).parents[1] / "pretrained/scores.json"
+STRENGTHS = (0, 260, 500, 1000, 2000, np.inf)  # fMSE of the composite; below 260 lies a tenth of the genuine ones
+SHARES = (0, 0.05, 0.15, 1)  # foreground's share of the picture (DiffHarmony++, Table 3)
 
 
-def measure(data, models) -> dict:
-    """Averages and intervals by model for all, each subset and each foreground size, and of untouched real photos."""
+def measure(data, models: dict[str, tuple[str, int]]) -> dict:
+    """Averages, gains and error reductions by model for all and by subset, strength and foreground share.
+
+    models: {name: (model, draws)} of `hl.harmonize`. Intervals are over photos.
+    """
     triples, rows, kept = read_triples(data, "test"), [], []
     seen = set()
 
     def harmonized(image, mask) -> dict[str, np.ndarray]:
-        parts = {name: name.partition(":") for name in models}
-        return {name: np.asarray(harmonize(image, mask, m, draws=int(n or 1))) for name, (m, _, n) in parts.items()}
+        return {name: np.asarray(harmonize(image, mask, m, draws=n)) for name, (m, n) in models.items()}
 
-    for triple in progress(triples, desc="test composites", unit="image"):
+    for triple in progress(triples, desc=Path(data).name, unit="image"):
         composite, mask, real = triple.load()
         about = {"subset": triple.subset, "name": triple.name, "photo": triple.photo, "foreground_ratio": mask.mean()}
         outputs = {"composite": composite}
@@ -45,43 +51,53 @@ def measure(data, models) -> dict:
             again = harmonized(real, mask).items()
             kept += [about | {"model": name} | score(image, real, mask, "standard") for name, image in again]
     table = pd.DataFrame(rows)
-    found = {"protocol": "standard, composite background pasted", "n": len(triples), "photos": len(seen)}
-    return found | {
+    before = table[table["model"] == "composite"].set_index(["subset", "name"])["fmse"]
+    strength = table.set_index(["subset", "name"]).index.map(before)
+    groups = {
+        "subset": table["subset"],
+        "strength": pd.cut(strength, STRENGTHS, right=False).astype(str),
+        "share": pd.cut(table["foreground_ratio"], SHARES, include_lowest=True).astype(str),
+    }
+    return {
+        "n": len(triples),
+        "photos": len(seen),
         "models": summarise(table),
-        "buckets": buckets(table),
-        "gains": {name: compare(table, name, "composite") for name in models},
+        "against_composite": {name: _gains(table, groups, name) for name in (*CLASSICAL, *models)},
         "real_photos": {name: parts["all"] for name, parts in summarise(pd.DataFrame(kept)).items()},
     }
 
 
-def table(found: dict) -> str:
-    """The figures of a model card in Markdown: PSNR and fMSE with intervals, PSNR by recipe, PSNR / fMSE by size."""
-    models, sizes = found["models"], found["buckets"]
-    subsets = [name for name in models["composite"] if name != "all"]
-    columns = [f"{size} (n = {part['n']})" for size, part in sizes["composite"].items() if size != "all"]
-    lines = [["", "PSNR ↑", "MSE ↓", "fMSE ↓", *subsets, *columns], ["---"] * (4 + len(subsets) + len(columns))]
-    for name, parts in models.items():
-        whole = parts["all"]
-        psnr, fmse = (" – ".join(f"{end:.{d}f}" for end in whole["interval"][m]) for m, d in (("psnr", 2), ("fmse", 0)))
-        lines.append([name, f"{whole['psnr']:.2f} ({psnr})", f"{whole['mse']:.0f}", f"{whole['fmse']:.0f} ({fmse})"])
-        lines[-1] += [f"{parts[subset]['psnr']:.2f}" for subset in subsets]
-        lines[-1] += [f"{p['psnr']:.2f} / {p['fmse']:.0f}" for size, p in sizes[name].items() if size != "all"]
-    lines = ["| " + " | ".join(line) + " |" for line in lines] + [""]
-    for name, gain in found["gains"].items():
-        difference, low, high = gain["psnr"]
-        lines.append(f"{name} over the composite: {difference:+.2f} dB ({low:+.2f} to {high:+.2f})")
-        whole = found["real_photos"][name]
-        low, high = whole["interval"]["psnr"]
-        lines.append(f"{name} on a real photo: {whole['psnr']:.1f} dB ({low:.1f} to {high:.1f})")
-    return "\n".join(lines)
+def _gains(table: pd.DataFrame, groups: dict, model: str) -> dict:
+    """{"all" | "subset" | "strength" | "share": ...} of {"n", "photos", "psnr": gain, "reduction": of fMSE}."""
+
+    def part(rows):
+        found = compare(rows, model, "composite")
+        after, before = (rows[rows["model"] == name].set_index(["subset", "name"]) for name in (model, "composite"))
+        errors = after["fmse"], before["fmse"].loc[after.index], after["photo"]
+        return {"n": found["n"], "photos": found["photos"], "psnr": found["psnr"], "reduction": reduction(*errors)}
+
+    ordered = {name: sorted(set(labels), key=lambda t: float(t.strip("[(").split(",")[0]) if "," in t else 0)
+               for name, labels in groups.items()}  # fmt: skip
+    found = {name: {label: part(table[groups[name] == label]) for label in ordered[name]} for name in groups}
+    return {"all": part(table)} | found
 
 
 def main() -> None:
-    if len(sys.argv) < 2:
-        sys.exit("error: name the data set's folder (see `harmonylib make-data`)")
-    found = measure(sys.argv[1], sys.argv[2:] or MODELS)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", nargs="+")
+    parser.add_argument("--models", default=",".join(MODELS))
+    arguments = parser.parse_args()
+    models = {name: (name.partition(":")[0], int(name.partition(":")[2] or 1)) for name in arguments.models.split(",")}
+    found = {"protocol": "standard, composite background pasted", "sets": {}}
+    for data in arguments.data:
+        found["sets"][Path(data).name] = result = measure(data, models)
+        for name in models:
+            gain = result["against_composite"][name]["all"]
+            (d, low, high), (r, least, most) = gain["psnr"], gain["reduction"]
+            print(f"{Path(data).name}, n = {gain['n']} ({gain['photos']} photos), {name}: {d:+.2f} dB ({low:+.2f} to "
+                  f"{high:+.2f}), fMSE {-r:+.1%} ({-least:+.1%} to {-most:+.1%}), real photos "
+                  f"{result['real_photos'][name]['psnr']:.1f} dB")  # fmt: skip
     write_json(SCORES, found)
-    print(table(found))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from .published import load
 from .stats import paired_difference, verdict
 from .training import TrainingDiverged, TrainSettings
 
+PAPERS = {"start": None, "head": "residual", "encoder": None, "error": "l1", "weights": (0.4, 0.5, 0.1), "jitter": 0.0}
 HIGHER_IS_BETTER = ("psnr", "ssim", "fssim")
 IMAGE = ["subset", "name", "photo"]
 
@@ -117,13 +118,15 @@ def run_variants(variants: dict[str, Callable[[int], pd.DataFrame]], seeds: Iter
 
 
 def train_resunet(run, data: TripleSet, seed: int, observe=None, **changes):
-    """(model, history) of notebook 8's ResUNet, trained for the ablations' steps with some of its settings changed.
+    """(model, history) of the paper's ResUNet, trained from nothing for the ablations' steps, some settings changed.
 
-    run: the settings of params.yaml; changes: options of `fit.contrastive_resunet`, the rest are those of run.resunet.
+    run: the settings of params.yaml; changes: options of `fit.contrastive_resunet`, the rest are those of run.resunet,
+    but for its head, encoder and losses, which are the paper's.
     """
     settings = replace(TrainSettings.of(run, "resunet"), steps=run.ablations.resunet_steps)
     known = fit.contrastive_resunet.__kwdefaults__
-    options = {name: value for name, value in vars(run.resunet).items() if name in known} | changes
+    options = {name: value for name, value in vars(run.resunet).items() if name in known}
+    options |= PAPERS | changes
     return fit.contrastive_resunet(
         data, settings, seed=seed, device=run.device, observe=observe, checkpoints="artifacts/checkpoints", **options
     )

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from .errors import HarmonyError
 
 SCHEMA_PROFILE = "mini"  # its keys and types are those of every profile and of params.yaml
+MAY_BE_NULL = {"harmony_vae.start", "diffharmony.start", "resunet.start", "resunet.encoder"}
 
 
 class Settings(SimpleNamespace):
@@ -106,7 +107,7 @@ def _check(values, schema: dict, source) -> None:
     for name, example in known.items():
         if name not in flat:
             raise HarmonyError(f"{source}: missing key {name}; profiles/{SCHEMA_PROFILE}.yaml shows it")
-        if not same_type(flat[name], example):
+        if not same_type(flat[name], example) and not (flat[name] is None and name in MAY_BE_NULL):
             found = f"{flat[name]!r} ({type_name(flat[name])})"
             raise HarmonyError(f"{source}: {name} must be {type_name(example)}, not {found}")
 

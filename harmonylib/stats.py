@@ -77,6 +77,23 @@ def paired_difference(a, b, photos, repeats=2000, level=0.95, seed=0):
         return bootstrap_mean(a - b, photos, repeats, level, seed)
 
 
+def reduction(after, before, photos, repeats=2000, level=0.95, seed=0):
+    """1 - mean(after) / mean(before) of a squared error with its interval over photos: (value, lo, hi).
+
+    after, before: N values on the same images. Raises HarmonyError as `bootstrap_mean`.
+    """
+    table, photos = np.stack([after, before], axis=1).astype(np.float64), np.asarray(photos)
+    value = 1 - table[:, 0].mean() / table[:, 1].mean()
+    clusters, cluster = np.unique(photos, return_inverse=True)
+    sums = np.zeros((len(clusters), 2))
+    np.add.at(sums, cluster, table)
+    if len(clusters) < 2:
+        return float(value), float("nan"), float("nan")
+    draws = _resample(sums, np.ones_like(sums), repeats, seed)
+    lo, hi = np.quantile(1 - draws[:, 0] / draws[:, 1], [(1 - level) / 2, (1 + level) / 2])
+    return float(value), float(lo), float(hi)
+
+
 def verdict(difference, lo, hi, n_photos, minimum_photos=20) -> str:
     """What a measured effect says about a claim; never a verdict without a number.
 

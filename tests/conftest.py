@@ -37,10 +37,18 @@ def tiny_pipeline(tiny_vae):
     return pipeline
 
 
-def save_resunet(folder):
-    """A random ResUNet that changes pictures and works at 32 px, saved; returns the folder."""
-    model = ContrastiveResUNet(base_channels=16, depth=2, residual_convs=0, sample_size=32)
-    torch.nn.init.normal_(model.head.weight, std=0.1)
+COLOUR = {"head": "colour", "depth": 4, "view": 32, "head_width": 24, "head_layers": 1, "strips": 16}
+
+
+def save_resunet(folder, map_std=0.0, **settings):
+    """A random ResUNet that changes pictures and works at 32 px, saved; returns the folder. map_std: of a colour map's
+    coefficients."""
+    options = {"base_channels": 16, "depth": 2, "residual_convs": 0, "sample_size": 32}
+    model = ContrastiveResUNet(**options | settings)
+    if model.config.head == "residual":
+        torch.nn.init.normal_(model.residual_head.weight, std=0.1)
+    else:
+        torch.nn.init.normal_(model.colour_head.rounds[0].prior.bias, std=map_std)
     model.save_pretrained(folder)
     return folder
 

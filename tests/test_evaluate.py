@@ -52,7 +52,7 @@ def pipeline():
 def resunet():
     torch.manual_seed(0)
     model = ContrastiveResUNet(4, 3, 0)
-    torch.nn.init.normal_(model.head.weight, std=0.05)
+    torch.nn.init.normal_(model.residual_head.weight, std=0.05)
     return evaluate.put_on(model, "cpu")
 
 

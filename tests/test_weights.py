@@ -15,7 +15,7 @@ from harmonylib.weights import at_revision, ship
 
 def test_shipped_weights_are_halves_that_load(tmp_path):
     model = ContrastiveResUNet(4, 2, 0, sample_size=32).eval()
-    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.residual_head.weight)
     model.save_pretrained(tmp_path / "trained")
     (tmp_path / "trained/training.json").write_text("[]")
     (tmp_path / "shipped").mkdir()

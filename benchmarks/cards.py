@@ -1,0 +1,68 @@
+"""`python -m benchmarks.cards`: writes the figures of pretrained/scores.json into the model cards and README.
+
+What stands between `<!-- figures -->` and `<!-- end of figures -->` is replaced; the text around it is by hand.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from harmonylib.files import atomic_path
+
+from .shipped import SCORES
+
+ROOT = Path(__file__).parents[1]
+MARKS = re.compile(r"(?s)(<!-- figures -->\n).*?(<!-- end of figures -->)")
+TITLES = {"subset": "by recipe", "strength": "by the composite's fMSE", "share": "by the foreground's share"}
+
+
+def _row(name: str, part: dict) -> str:
+    (gain, low, high), (less, least, most) = part["psnr"], part["reduction"]
+    figures = f"{gain:+.2f} ({low:+.2f} to {high:+.2f}) | {-less:+.0%} ({-most:+.0%} to {-least:+.0%})"
+    return f"| {name} | {part['n']} | {part['photos']} | {figures} |"
+
+
+def card(found: dict, model: str) -> str:
+    """The figures of one model in Markdown: gains over the composite on every set, then by group on the first."""
+    head = ["| | composites | photos | PSNR, dB | fMSE |", "|---|---|---|---|---|"]
+    sets = {name: result for name, result in found["sets"].items() if model in result["against_composite"]}
+    lines = ["Gain over the composite, mean and 95 % interval over photos:", "", *head]
+    lines += [_row(name, result["against_composite"][model]["all"]) for name, result in sets.items()]
+    for group, title in TITLES.items():
+        name, result = next(iter(sets.items()))
+        lines += ["", f"On `{name}` {title}:", "", *head]
+        lines += [_row(label, part) for label, part in result["against_composite"][model][group].items()]
+    lines += ["", "A real photo given with its own mask comes back at: " + ", ".join(
+        f"{r['real_photos'][model]['psnr']:.1f} dB (fMSE {r['real_photos'][model]['fmse']:.1f}) on `{n}`"
+        for n, r in sets.items()) + "."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def overview(found: dict) -> str:
+    """README's table: every model, every set."""
+    names = list(found["sets"])
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for model in next(iter(found["sets"].values()))["real_photos"]:
+        cells = []
+        for result in found["sets"].values():
+            part = result["against_composite"][model]["all"]
+            cells.append(f"{part['psnr'][0]:+.1f} dB, fMSE {-part['reduction'][0]:+.0%}")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    found = json.loads(SCORES.read_text(encoding="utf-8"))
+    models = {"contrastive-resunet": "contrastive-resunet", "diffharmony++": "diffharmony++"}
+    models |= {name.partition(":")[0]: name for name in next(iter(found["sets"].values()))["real_photos"]}
+    texts = {ROOT / "README.md": overview(found)}
+    texts |= {ROOT / "pretrained" / name / "README.md": card(found, key) for name, key in models.items()
+              if name != "diffharmony"}  # fmt: skip
+    for path, text in texts.items():
+        before = path.read_text(encoding="utf-8")
+        with atomic_path(path) as temporary:
+            temporary.write_text(MARKS.sub(lambda mark, text=text: mark[1] + text + mark[2], before), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
