@@ -53,8 +53,7 @@ def overview(found: dict) -> str:
 
 def main() -> None:
     found = json.loads(SCORES.read_text(encoding="utf-8"))
-    models = {"contrastive-resunet": "contrastive-resunet", "diffharmony++": "diffharmony++"}
-    models |= {name.partition(":")[0]: name for name in next(iter(found["sets"].values()))["real_photos"]}
+    models = {name.partition(":")[0]: name for name in next(iter(found["sets"].values()))["real_photos"]}
     texts = {ROOT / "README.md": overview(found)}
     texts |= {ROOT / "pretrained" / name / "README.md": card(found, key) for name, key in models.items()
               if name != "diffharmony"}  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from harmonylib.images import fit
-from harmonylib.inference import carry_over, colour_map, smooth
+from harmonylib.inference import carry_over, colour_map, recolored, smooth
 from harmonylib.photos import load_photos
 from harmonylib.recipes import make_composite
 from harmonylib.seeds import rng
@@ -33,6 +33,11 @@ def one_map(pixels, region, small, changed, small_region):
     """One quadratic colour map for the whole foreground."""
     change = colour_map(small[small_region] / 255, changed[small_region] / 255)
     return _finish(pixels, region, change(pixels.reshape(-1, 3).astype(np.float32) / 255).reshape(pixels.shape))
+
+
+def ours(pixels, region, small, changed, small_region, **sigmas):
+    """One colour map, and what it leaves."""
+    return recolored(pixels, region, *carry_over(small, changed, small_region, **sigmas), strength=1.0)
 
 
 def difference(pixels, region, small, changed, small_region):
@@ -69,8 +74,8 @@ METHODS = {
     "enlarged difference": difference,
     "guided filter": guided,
     "one colour map": one_map,
-    "map and rest, fit unsmoothed": lambda *given: carry_over(*given, fit_sigma=0.01),
-    "map and rest (ours)": carry_over,
+    "map and rest, fit unsmoothed": lambda *given: ours(*given, fit_sigma=0.01),
+    "map and rest (ours)": ours,
 }
 
 

@@ -11,7 +11,7 @@ from . import cache, transforms
 from .errors import HarmonyError
 from .images import fit, read_image, read_mask, to_tensor
 from .progress import progress
-from .recipes import DEFAULTS, RECIPES, RecipeSettings, jitter, recolor, restyle, soften
+from .recipes import DEFAULTS, RECIPES, RecipeSettings, jitter, recolor, restyle, soften, widened
 from .seeds import rng
 from .training import batch_indices
 
@@ -130,7 +130,7 @@ class PixelBatches:
     crop: side of the random windows (0: the whole square), whose corners lie on a grid of `grid` pixels. recolor: share
     of the composites that are made anew from their real image by their subset's recipe, so that a network never sees
     one twice; restyle: share of these whose real image is restyled as a whole first, for sets of few photos; jitter:
-    share of these whose mask is dilated or eroded and whose edge is softened first, as masks drawn by hand are. A
+    share of these whose mask is dilated or eroded first, as masks drawn by hand are, and whose edge is softened. A
     transfer takes its colours from another image of the batch.
     """
 
@@ -192,10 +192,11 @@ class PixelBatches:
             subset = self.data.triples[index].subset
             recipe = subset if subset in RECIPES else list(RECIPES)[own.integers(len(RECIPES))]
             reference = originals[partner[row]]
-            composite = recolor(recipe, real, mask, own, reference, self.recipes)
-            if jittered:
-                composite = soften(composite, real, mask, own.uniform(0.4, 1.5))
-            arrays["composite"][row] = composite
+            region = widened(mask) if jittered else mask
+            # a tenth is far weaker than genuine ones, so that what fits already is left as it is
+            fmse = 200 * own.random() ** 2 if own.random() < 0.1 else None
+            composite = recolor(recipe, real, region, own, reference, self.recipes, fmse)
+            arrays["composite"][row] = soften(composite, real, mask, own.uniform(0.4, 1.0)) if jittered else composite
 
 
 def windows(batch: dict[str, torch.Tensor], corners, side: int) -> dict[str, torch.Tensor]:

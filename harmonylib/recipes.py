@@ -17,7 +17,6 @@ from skimage.color import rgb2lab
 from .color import TRANSFERS
 from .errors import HarmonyError
 from .genuine import GENUINE, draw
-from .images import paste
 from .seeds import rng as seeded_rng
 
 LUMA = np.float32((0.299, 0.587, 0.114))
@@ -228,14 +227,18 @@ def jitter(mask: np.ndarray, rng: np.random.Generator, pixels: int = 3) -> np.nd
     return out if out.any() and not out.all() else mask
 
 
-def soften(composite: np.ndarray, real: np.ndarray, mask: np.ndarray, sigma: float) -> np.ndarray:
-    """The composite with the change fading in over the outermost pixels of the foreground, as by a feathered brush.
+def widened(mask: np.ndarray, pixels: int = 2) -> np.ndarray:
+    """An HxW bool mask and so many pixels around it."""
+    return cv2.dilate(mask.astype(np.uint8), np.ones((2 * pixels + 1,) * 2, np.uint8)) > 0
 
-    HxWx3 uint8 twice and HxW bool; sigma in pixels. The background stays untouched.
+
+def soften(changed: np.ndarray, real: np.ndarray, mask: np.ndarray, sigma: float) -> np.ndarray:
+    """A composite whose edge is as in a picture that was made smaller: pixels there belong to both sides in part.
+
+    changed: `real` recoloured inside the `widened` mask; HxWx3 uint8 twice and HxW bool; sigma in pixels, up to 1.
     """
-    weight = (2 * cv2.GaussianBlur(mask.astype(np.float32), (0, 0), sigma) - 1).clip(0, 1)[..., None]
-    faded = np.rint(real + weight * (composite.astype(np.float32) - real)).astype(np.uint8)
-    return paste(faded, real, mask)
+    weight = cv2.GaussianBlur(mask.astype(np.float32), (5, 5), sigma)[..., None]
+    return np.rint(real + weight * (changed.astype(np.float32) - real)).astype(np.uint8)
 
 
 # ---- the filter ----

@@ -29,7 +29,8 @@ def test_a_map_applies_at_any_size_and_zero_is_the_identity():
 
 def test_a_known_map_is_recovered_whatever_the_prior():
     known, before = 0.3 * draws(2, TERMS, 3), draws(2, 3, 200, seed=1)
-    found = fit_map(before, apply_map(known, before), torch.ones(2, 200), draws(2, TERMS, 3, seed=2), torch.tensor(1e-4))
+    prior, ridge = draws(2, TERMS, 3, seed=2), torch.tensor(1e-4)
+    found = fit_map(before, apply_map(known, before), torch.ones(2, 200), prior, ridge)
     torch.testing.assert_close(found, known, atol=1e-3, rtol=0)
 
 

@@ -62,6 +62,18 @@ def test_a_folder_of_photos_is_split_by_photo_and_named_safely(folder):
     np.testing.assert_array_equal(photos[0].masks["foreground"], picture(0)[1])
 
 
+def test_photos_without_any_masks_get_superpixels(folder, capsys):
+    for mask in folder.rglob("masks/*.png"):
+        mask.unlink()
+    for masks in list(folder.rglob("masks")):
+        masks.rmdir()
+    photos = sources.folder_photos(folder, seed=0)
+    assert len(photos) == 6 and "no masks; pieces of the pictures" in capsys.readouterr().err
+    masks = [photo.masks["foreground"] for photo in photos]
+    assert all(0 < mask.mean() < 1 for mask in masks)
+    np.testing.assert_array_equal(masks[0], sources.folder_photos(folder, seed=1)[0].masks["foreground"])
+
+
 def test_photos_become_a_benchmark(folder, tmp_path):
     manifest = sources.prepare(data("photos", folder), tmp_path / "benchmark", seed=0)
     assert manifest.groupby(["subset", "split"]).size().to_dict() == {

@@ -55,8 +55,18 @@ def trained(trainer: str, root, steps: int = 5, checkpoints=None) -> dict[str, t
         model, _ = fit.diffharmony(inverse_pipeline(), data, "inverse", settings, **loop)
     elif trainer == "contrastive_resunet":
         model, _ = fit.contrastive_resunet(
-            data, settings, base_channels=8, depth=4, residual_convs=1, head="colour", view=32, patches=8,
-            recolor=0.5, restyle=0.5, jitter=0.5, **loop
+            data,
+            settings,
+            base_channels=8,
+            depth=4,
+            residual_convs=1,
+            head="colour",
+            view=32,
+            patches=8,
+            recolor=0.5,
+            restyle=0.5,
+            jitter=0.5,
+            **loop,
         )
     elif trainer == "refinement":
         latents = refinement.sample_latents(inverse_pipeline(), data, 0, steps=1)
