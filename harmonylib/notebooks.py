@@ -24,10 +24,10 @@ from pathlib import Path
 import typer
 
 from .checkpoints import discard_finished
-from .cli import run as run_application
 from .errors import HarmonyError
 from .params import did_you_mean, find_root, parse_yaml, same_type, type_name
 from .progress import PROGRESS_FILE, Appender, relay
+from .terminal import run as run_application
 
 EXECUTED = Path("reports/notebooks")
 RESUME_POINTS = "artifacts/checkpoints"
