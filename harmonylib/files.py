@@ -77,7 +77,7 @@ def stem_of(path) -> str:
 
 def as_written(path: Path) -> Path:
     """`path`, or the file beside it whose name differs only in how é is written."""
-    if path.exists() or not path.parent.is_dir():
+    if path.name.isascii() or path.exists() or not path.parent.is_dir():
         return path
     return next((p for p in path.parent.iterdir() if composed(p.name) == composed(path.name)), path)
 

@@ -119,10 +119,11 @@ def triple_of(root, line: str) -> Triple:
     """The triple of a line like `HFlickr/composite_images/f55_1_1.jpg`. Raises HarmonyError for a missing partner."""
     path = Path(line)
     parts = path.parts[-3:]
-    composite = as_written(Path(root, *parts))
+    composite = Path(root, *parts)
     inside = parts[:1] not in (("..",), (path.anchor,)) and all(len(part.encode()) < 256 for part in parts)
     if not inside or len(parts) != 3 or parts[1] != COMPOSITES or path.stem.count("_") < 2:
         raise HarmonyError(f"{line!r} is not SUBSET/{COMPOSITES}/PHOTO_MASK_VARIANT.jpg; mend the list")
+    composite = as_written(composite)
     if not composite.is_file():
         raise HarmonyError(f"{composite}: listed but missing; add the file or remove the line from the list")
     mask_stem = composite.stem.rsplit("_", 1)[0]

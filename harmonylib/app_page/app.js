@@ -62,13 +62,13 @@ async function setMask(file) {
   context.imageSmoothingEnabled = false;
   context.drawImage(image, 0, 0, layer.width, layer.height);
   const pixels = context.getImageData(0, 0, layer.width, layer.height);
+  const data = pixels.data;
   const alphas = new Set(); // which of them is the mask is decided as on the server, which refuses what is ambiguous
-  for (let i = 3; i < pixels.data.length; i += 4) alphas.add(pixels.data[i] > 127);
+  for (let i = 3; i < data.length; i += 4) alphas.add(data[i] > 127);
   const from = $("mask-from").value === "auto" && alphas.size > 1 ? "alpha" : $("mask-from").value;
-  for (let i = 0; i < pixels.data.length; i += 4) {
-    const [red, green, blue, alpha] = pixels.data.slice(i, i + 4);
-    const level = from === "alpha" ? alpha : 0.299 * red + 0.587 * green + 0.114 * blue;
-    pixels.data.set([255, 47, 176, level > 127 ? 255 : 0], i);
+  for (let i = 0; i < data.length; i += 4) {
+    const level = from === "alpha" ? data[i + 3] : 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2];
+    data.set([255, 47, 176, level > 127 ? 255 : 0], i);
   }
   context.putImageData(pixels, 0, 0);
   URL.revokeObjectURL(image.src);
