@@ -3,28 +3,37 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help .venv repro test lint smoke lab pretrained ablations ablations-all bench fuzz clean
+.PHONY: help checkout .venv repro test test-long lint smoke lab pretrained ablations ablations-all bench fuzz clean
+.NOTPARALLEL:
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 .venv: .venv/installed  ## the environment, made anew when pyproject.toml changes
 
+checkout:
+	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "error: this folder is no git checkout (a ZIP has none), and DVC" \
+	  "needs one; clone the repository, or run: git init && git add -A && git commit -m 'Start'" >&2; exit 1; }
+
 .venv/installed: pyproject.toml
 	@command -v "$(PYTHON)" >/dev/null || \
 	  { echo "error: no '$(PYTHON)' found; install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $$("$(PYTHON)" --version) is too old; Python 3.11 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import platform as p; exit((p.system(), p.machine()) == ("Darwin", "x86_64"))' || \
+	  { echo "error: there is no torch 2.13 for Intel Macs (x86_64), nor for the Python of one on an Apple chip;" \
+	    "use another machine, or an arm64 Python: make PYTHON=/opt/homebrew/bin/python3" >&2; exit 1; }
 	@echo "Installing harmonylib and what it needs into .venv (some minutes and GB the first time)"
 	@"$(PYTHON)" -m venv .venv || \
 	  { echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	.venv/bin/python -m pip install --disable-pip-version-check -e ".[dev]"
+	.venv/bin/python -m pip install --disable-pip-version-check -e ".[dev]" || { echo "error: the installation failed (see" \
+	  "above); if no torch was found, there is none for $$("$(PYTHON)" -VV | tr '\n' ' ')on $$(uname -sm)" >&2; exit 1; }
 	@touch $@
 
-repro: .venv  ## run the chain: `dvc repro` with the settings of params.yaml
+repro: checkout .venv  ## run the chain: `dvc repro` with the settings of params.yaml
 	.venv/bin/dvc repro
 
-test: lint  ## lint, unit tests, then the whole chain under the smoke profile in a temporary clone
+test: checkout lint  ## lint, unit tests, then the whole chain under the smoke profile in a temporary clone
 	.venv/bin/python -m pytest
 	.ci/smoke
 
@@ -32,7 +41,7 @@ lint: .venv  ## ruff check and ruff format --check
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-smoke: .venv  ## the whole chain under the smoke profile in a temporary clone
+smoke: checkout .venv  ## the whole chain under the smoke profile in a temporary clone
 	.ci/smoke
 
 lab: .venv  ## JupyterLab, to run and change the notebooks by hand
@@ -64,6 +73,9 @@ bench: .venv  ## ours against the plain implementation, timed in one run: a tabl
 
 fuzz: .venv  ## 10,000 generated inputs for everything that reads files and settings
 	FUZZ_INPUTS=10000 .venv/bin/python -m pytest -q tests/test_fuzz.py
+
+test-long: test fuzz  ## what takes long, too: 10,000 generated inputs, 1,000 odd uploads to the app
+	ODD_UPLOADS=1000 .venv/bin/python -m pytest -q tests/test_app.py -k odd
 
 clean:  ## remove .venv and tool caches; data, models and reports stay
 	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info

@@ -9,10 +9,12 @@ import errno
 import functools
 import io
 import json
+import re
 import threading
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import typer
@@ -25,7 +27,7 @@ from .devices import pick_device
 from .errors import HarmonyError
 from .inference import MODELS, harmonize, load_model, model_folder
 from .photos import load_photos
-from .picture import open_picture, write_picture
+from .picture import check_kind, open_picture, read_region, write_picture
 from .pipeline import DiffHarmonyPipeline
 from .recipes import make_composite
 
@@ -44,7 +46,10 @@ HEADERS = {
 
 
 class _Handler(web.RequestHandler):
-    """Answers only pages of this server: a foreign Host (DNS rebinding) or Origin (another site's script) gets 403."""
+    """Answers only pages of this server: a foreign Host (DNS rebinding) or Origin (another site's script) gets 403.
+
+    Origins that the user names (`serve`) are this server's too, as seen through a proxy.
+    """
 
     def set_default_headers(self):
         for name, value in HEADERS.items():
@@ -53,7 +58,9 @@ class _Handler(web.RequestHandler):
     def prepare(self):
         hosts, origin = self.settings["hosts"], self.request.headers.get("Origin")
         foreign = bool(hosts) and self.request.host_name not in hosts
-        if foreign or (origin is not None and origin != f"http://{self.request.host}"):
+        origins = self.settings["origins"]
+        own = origin in (None, *origins) or (origin == f"http://{self.request.host}" and bool(hosts or not origins))
+        if foreign or not own:
             raise web.HTTPError(403)
 
     def write_error(self, status_code, **details):
@@ -106,7 +113,7 @@ class _Cancelled(Exception):
 
 
 class _Harmonize(_Handler):
-    """POST picture, mask, model, seed, strength, feather, fit_mask, kind -> lines of JSON, then the file's bytes.
+    """POST picture, mask, mask_from, model, seed, strength, feather, fit_mask, kind -> lines of JSON, then the file.
 
     Lines: {"stage", "step", "steps"} as work goes on, then {"error"} or {"name", "type", "bytes"}.
     """
@@ -138,15 +145,17 @@ class _Harmonize(_Handler):
                     await self._line(state)
                 try:
                     name, kind, data = job.result()
-                except HarmonyError as error:
-                    await self._line({"error": str(error)})
+                except _Cancelled:
+                    raise
+                except Exception as error:  # whatever a picture raises, the page gets a line and the next its turn
+                    text = str(error) if isinstance(error, HarmonyError) else f"{type(error).__name__}: {error}"
+                    await self._line({"error": " ".join(text.split())})
                     return
                 await self._line({"name": name, "type": kind, "bytes": len(data)})
                 await self.finish(data)
         finally:
             self.gone.set()
-            with contextlib.suppress(_Cancelled, HarmonyError):
-                await job
+            await asyncio.wait([job])
             waiting.discard(self)
 
     async def _line(self, state: dict) -> None:
@@ -168,9 +177,8 @@ class _Harmonize(_Handler):
         if kind not in KINDS:
             raise HarmonyError(f"kind {kind!r} is unknown; use {', '.join(KINDS)}")
         picture = open_picture(*files["picture"], MAX_PIXELS)
-        if picture.mode == "RGBA" and kind == "jpg":
-            raise HarmonyError("JPEG cannot hold the picture's transparency; choose PNG")
-        mask = open_picture(*files["mask"], MAX_PIXELS)
+        check_kind(picture, KINDS[kind][0], files["picture"][1])
+        mask = read_region(*files["mask"], self.get_body_argument("mask_from", "auto"), MAX_PIXELS)
         report("loading the model")
         folder, device = self.settings["models"][name], self.settings["device"]
         model = load_model(str(folder), str(pick_device(device)))
@@ -179,7 +187,7 @@ class _Harmonize(_Handler):
             result = harmonize(picture, mask, model=folder, device=device, **options)
         report("saving")
         data = io.BytesIO()
-        write_picture(result, data, KINDS[kind][0])
+        write_picture(result, data, KINDS[kind][0], files["picture"][1])
         return f"{Path(files['picture'][1]).stem}-harmonized.{kind}", KINDS[kind][1], data.getvalue()
 
     def _options(self) -> dict:
@@ -211,12 +219,21 @@ def _reported(model, report):
         handle.remove()
 
 
-def application(host: str, models, device) -> web.Application:
-    """The app's routes. models: folders to offer beside the shipped ones. Raises HarmonyError where there are none."""
+def application(host: str, models, device, origins=()) -> web.Application:
+    """The app's routes. models: folders to offer beside the shipped ones; origins as in `serve`.
+
+    Raises HarmonyError where there are no models, and for an origin that is none.
+    """
+    origins = {origin.rstrip("/").lower() for origin in origins}
+    for origin in origins:
+        if not re.fullmatch(r"https?://[^/?#@\s]+", origin):
+            raise HarmonyError(f"--origin {origin}: must be as a browser's address line begins: https://HOST[:PORT]")
+    proxied = {urlsplit(origin).hostname for origin in origins}
     offered = {Path(name).resolve().name: str(model_folder(name)) for name in models}
     offered |= {name: name for name in MODELS if model_folder(name)}
     settings = {
-        "hosts": None if host in ("0.0.0.0", "::", "") else {"127.0.0.1", "localhost", "[::1]", host},
+        "hosts": None if host in ("0.0.0.0", "::", "") else {"127.0.0.1", "localhost", "[::1]", host, *proxied},
+        "origins": origins,
         "models": offered,
         "device": str(pick_device(device)),
         "pool": ThreadPoolExecutor(1),
@@ -231,10 +248,14 @@ def application(host: str, models, device) -> web.Application:
     return web.Application(routes, **settings)
 
 
-def serve(port: int = 7860, host: str = "127.0.0.1", models=(), device="auto", browser: bool = True) -> None:
-    """Serve the app until Ctrl-C. Port 0 takes a free one. Raises HarmonyError for a port in use."""
+def serve(port: int = 7860, host: str = "127.0.0.1", models=(), device="auto", browser: bool = True, origins=()):
+    """Serve the app until Ctrl-C. Port 0 takes a free one.
+
+    origins: addresses (https://HOST[:PORT]) at which a proxy shows the page to others than this computer.
+    Raises HarmonyError for a port in use.
+    """
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(port, host, application(host, models, device), browser))
+        asyncio.run(_serve(port, host, application(host, models, device, origins), browser))
 
 
 async def _serve(port: int, host: str, routes: web.Application, browser: bool) -> None:

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from .decoding import IMAGE_SUFFIXES, KINDS, pictures_in
 from .devices import pick_device
 from .distributed import rank_and_world
 from .errors import HarmonyError
-from .images import IMAGE_SUFFIXES
+from .files import stem_of
 from .inference import MODELS, harmonize, load_model
-from .picture import check_output, open_picture, save_picture
+from .picture import check_kind, check_output, open_picture, save_picture
 from .progress import progress
 
 
@@ -22,12 +23,14 @@ class Job(NamedTuple):
     composite: Path
     mask: Path
     output: Path
+    unread: HarmonyError | None = None  # why there is nothing to do
 
 
 def plan(composite, mask, output, force: bool = False, kind: str = "png") -> list[Job]:
     """The jobs of a picture and its mask, or of two folders paired by stem; a folder's outputs are `<stem>.<kind>`.
 
     A composite without a mask of its own takes the one named after its stem less the last "_" part, as in iHarmony4.
+    A file of no type that is read is a job, too, which fails (`Job.unread`).
     Under torchrun these are the process's share of a folder, which may be none.
     Raises HarmonyError, before any work, for a picture without a mask, two pictures of one stem, an output that exists
     (without `force`) or cannot be written.
@@ -52,43 +55,45 @@ def plan(composite, mask, output, force: bool = False, kind: str = "png") -> lis
 
 
 def _pairs(composites: Path, masks: Path, output: Path, kind: str) -> list[Job]:
-    pictures = _pictures(composites)
-    by_stem = {path.stem: path for path in _pictures(masks)}
+    pictures, unread = pictures_in(composites)
+    by_stem = {stem_of(path): path for path in pictures_in(masks)[0]}
     if not pictures:
         raise HarmonyError(f"{composites}: no pictures ({' '.join(IMAGE_SUFFIXES)})")
     jobs, stems = [], {}
     for path in pictures:
-        mask = by_stem.get(path.stem) or by_stem.get(path.stem.rsplit("_", 1)[0])
+        mask = by_stem.get(stem_of(path)) or by_stem.get(stem_of(path).rsplit("_", 1)[0])
         if mask is None:
             raise HarmonyError(f"{path}: no mask named {path.stem}.* in {masks}; add it")
-        if path.stem in stems:
-            raise HarmonyError(f"{path}: {stems[path.stem].name} would have the same output; rename one")
-        stems[path.stem] = path
+        if stem_of(path) in stems:
+            raise HarmonyError(f"{path}: {stems[stem_of(path)].name} would have the same output; rename one")
+        stems[stem_of(path)] = path
         jobs.append(Job(path, mask, output / f"{path.stem}.{kind}"))
-    return jobs
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return jobs + [Job(composites, masks, output / f"{number}.{kind}", error) for number, error in enumerate(unread)]
 
 
 def run(jobs: list[Job], device="auto", model=MODELS[0], **options) -> None:
     """Harmonize and save every job; `options` go to `inference.harmonize`.
 
-    One bad picture of several is named on stderr and the others go on. Raises HarmonyError at the end if any failed.
+    One bad picture of several, whatever it raises, is named on stderr and the others go on. Raises HarmonyError at the
+    end if any failed.
     """
     failed = 0
     if len(jobs) > 1:
         load_model(str(model), str(pick_device(device)))  # weights that are missing fail once, not for every picture
     for job in progress(jobs, desc="harmonizing", unit="picture") if len(jobs) > 1 else jobs:
         try:
+            if job.unread:
+                raise job.unread
             before = open_picture(job.composite)
-            check_output(job.output, transparent=before.mode == "RGBA", force=True)
+            check_kind(before, KINDS[job.output.suffix.lower()], job.output)
             save_picture(harmonize(before, job.mask, model=model, device=device, **options), job.output)
-        except HarmonyError as error:
-            if len(jobs) == 1:
+        except Exception as error:
+            if len(jobs) == 1 and isinstance(error, (HarmonyError, OSError)):
                 raise
+            text = error if isinstance(error, HarmonyError) else f"{job.composite}: {type(error).__name__}: {error}"
+            if len(jobs) == 1:
+                raise HarmonyError(text) from error
             failed += 1
-            tqdm.write(f"error: {error}", file=sys.stderr)
+            tqdm.write(f"error: {' '.join(str(text).splitlines())}", file=sys.stderr)
     if failed:
         raise HarmonyError(f"{failed} of {len(jobs)} pictures could not be harmonized; the others are written")

@@ -23,14 +23,9 @@ from safetensors.torch import save
 
 from .distributed import rank_and_world
 from .errors import HarmonyError
-from .files import atomic_path
+from .files import atomic_path, locked
 from .images import read_image, read_mask, to_square
 from .progress import progress
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 ROOT = Path("artifacts/cache")
 DEFAULT_GB = 50.0
@@ -70,7 +65,8 @@ def cached_array(key: dict, shape, dtype, fill) -> np.ndarray:
 def _make(key: dict, shape, dtype, fill, part_of: dict | None = None) -> None:
     """Write the entry of `key` unless it is there, or the entry `part_of`; waits where another process writes it."""
     path = _path(key)
-    with _lock(path.with_suffix(".lock")):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_suffix(".lock")):
         if not _whole(path) and not (part_of and _path(part_of).is_file()):
             for leftover in ROOT.glob(f".{path.stem}.*"):  # of a killed process, since the lock is ours
                 leftover.unlink()
@@ -113,16 +109,6 @@ def _whole(path: Path) -> bool:
             if path.with_suffix(".sum").read_text() == _checksum(path):
                 _checked.add(path)
     return path in _checked and path.is_file()
-
-
-@contextlib.contextmanager
-def _lock(path: Path):
-    """Hold the lock file `path`; a dead process lets go of its own. Without fcntl (Windows) nobody waits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def limit() -> float:
@@ -225,8 +211,9 @@ def clear() -> int:
     """Delete the cache, with what killed processes left in it; returns the bytes freed."""
     size = 0
     for path in list(ROOT.iterdir()) if ROOT.is_dir() else []:
-        size += path.stat().st_size
-        path.unlink()
+        if path.is_symlink() or not path.is_dir():  # a disk that is mounted here has its lost+found
+            size += path.stat().st_size
+            path.unlink()
     with contextlib.suppress(OSError):  # not there, a link to another disk, or in use again
         ROOT.rmdir()
     return size

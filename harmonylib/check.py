@@ -2,17 +2,28 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
+from .decoding import (
+    IMAGE_SUFFIXES,
+    MASK_THRESHOLD,
+    UNLISTED,
+    mask_levels,
+    open_image,
+    orientation,
+    to_rgb,
+    transparent,
+)
 from .errors import HarmonyError
-from .images import IMAGE_SUFFIXES, MASK_THRESHOLD, open_image, resize_image, to_rgb, turned
+from .files import is_hidden
+from .images import resize_image
 from .layout import SPLITS, all_lines, pictures_of
-from .manifest import UNLISTED, Example, Runs, detect, scan
+from .manifest import Example, Runs, detect, scan
 from .parallel import parallel_map
 
 # Published composites (train, test); iHarmony4's from its paper, Human Harmony's from DiffHarmony++ Sec. 5.1.2.
@@ -77,12 +88,13 @@ class Audit:
 MANIFEST = ["subset", "split", "name", "composite", "mask", "real", "width", "height", "foreground_ratio", "digest"]
 
 
-def audit(root, kind: str = "auto", workers: int | None = None) -> Audit:
+def audit(root, kind: str = "auto", workers: int | None = None, mask_from: str = "auto") -> Audit:
     """Read every file of a data set once, in `workers` processes (None: one a core), and report what is wrong.
 
-    root and kind as in `manifest.scan`. Finds unreadable files, missing partners, sizes that differ, pictures that are
-    not plain 8-bit RGB, empty, full, inverted, soft, coloured and faint masks, backgrounds that differ beyond JPEG
-    noise, composites equal to their real image, lines listed twice, and photos that stand in training and test.
+    root and kind as in `manifest.scan`, mask_from as in `decoding.mask_levels`. Finds unreadable files, missing
+    partners, sizes that differ, pictures that are not plain 8-bit RGB, empty, full, inverted, soft, coloured and faint
+    masks, backgrounds that differ beyond JPEG noise, composites equal to their real image, lines listed twice, and
+    photos that stand in training and test.
     digest: blake2b of the composite's (else the photo's) bytes. Raises HarmonyError where there is no data set at all.
     """
     root = Path(root)
@@ -95,7 +107,8 @@ def audit(root, kind: str = "auto", workers: int | None = None) -> Audit:
     for example in examples:
         groups.setdefault(example.real or example.composite, []).append(example)
     rows, prints = [], {}
-    for made, hashed, wrong in parallel_map(_inspect, groups.values(), "reading pictures", "photo", workers):
+    inspect = partial(_inspect, mask_from=mask_from)
+    for made, hashed, wrong in parallel_map(inspect, groups.values(), "reading pictures", "photo", workers):
         rows += made
         findings += wrong
         if hashed is not None:
@@ -108,7 +121,7 @@ def audit(root, kind: str = "auto", workers: int | None = None) -> Audit:
 # ---- one photo with all its masks and composites, in a worker process ----
 
 
-def _inspect(group: list[Example]) -> tuple[list[dict], np.ndarray | None, list[Finding]]:
+def _inspect(group: list[Example], mask_from: str) -> tuple[list[dict], np.ndarray | None, list[Finding]]:
     """(manifest rows, perceptual hash and mean colour of the photo, findings)."""
     findings: list[Finding] = []
     read = {}
@@ -126,7 +139,7 @@ def _inspect(group: list[Example]) -> tuple[list[dict], np.ndarray | None, list[
 
     rows = []
     for example in group:
-        real, mask = pixels(example.real, _picture), pixels(example.mask, _mask)
+        real, mask = pixels(example.real, _picture), pixels(example.mask, partial(_mask, mask_from=mask_from))
         composite = pixels(example.composite, _picture)
         read.pop(example.composite, None)  # the only one that no other example of the group needs
         parts = {example.real: real, example.mask: mask, example.composite: composite}
@@ -150,38 +163,29 @@ def _text(source) -> str:
 
 def _picture(path: Path) -> tuple[np.ndarray, list[Finding]]:
     image = open_image(path)
-    with Image.open(path) as header:
-        deep = ";16" in str(header.tile)  # what Pillow cuts down to 8 bits while decoding
     odd = {
         "CMYK colours, which readers convert differently": image.mode == "CMYK",
-        "more than 8 bits a channel": deep or image.mode.startswith(("I", "F")),
+        "more than 8 bits a channel": image.info["deep"] or image.mode.startswith(("I", "F")),
         "greyscale, so there is no colour to harmonize": image.mode in ("1", "L", "LA"),
-        "transparent pixels": _transparent(image),
-        "turned by its EXIF orientation, which many readers ignore": turned(image),
+        "transparent pixels": transparent(image),
+        "turned by its EXIF orientation, which many readers ignore": orientation(image) > 1,
     }
     wrong = [Finding("format", f"{path}: {what}; save it as upright 8-bit RGB") for what, is_so in odd.items() if is_so]
-    return np.asarray(to_rgb(image)), wrong
+    return np.asarray(to_rgb(image, path)), wrong
 
 
-def _transparent(image: Image.Image) -> bool:
-    if "A" in image.getbands():
-        return image.getchannel("A").getextrema()[0] < 255
-    return "transparency" in image.info
-
-
-def _mask(source: Path | Runs) -> tuple[np.ndarray, list[Finding]]:
+def _mask(source: Path | Runs, mask_from: str) -> tuple[np.ndarray, list[Finding]]:
     if isinstance(source, Runs):
         mask, wrong = source.decode(), []
     else:
         image = open_image(source)
-        values = np.asarray(to_rgb(image))
-        levels = np.asarray(to_rgb(image).convert("L"))
+        values, levels = np.asarray(to_rgb(image, source)), mask_levels(image, source, mask_from)
         mask, top = levels > MASK_THRESHOLD, int(levels.max(initial=0))
         grey = float(((levels >= GREY[0]) & (levels <= GREY[1])).mean())
         wrong = [
-            ("mask", "transparent pixels; save it without an alpha channel", _transparent(image)),
-            ("mask", "turned by its EXIF orientation; save it upright", turned(image)),
-            ("mask", "has colours; draw it in black and white", np.ptp(values.astype(np.int16), axis=-1).max() > 16),
+            ("mask", "transparent pixels; save it without an alpha channel", transparent(image)),
+            ("mask", "turned by its EXIF orientation; save it upright", orientation(image) > 1),
+            ("mask", "has colours; draw it in black and white", np.ptp(values, axis=-1).max() > 16),
             ("faint mask", f"its brightest value is {top}, white is above {MASK_THRESHOLD}; stretch it to 0 and 255",
              0 < top <= MASK_THRESHOLD),
             ("soft mask", f"{grey:.1%} of the pixels are grey; cut it at {MASK_THRESHOLD} and save it as PNG",
@@ -289,7 +293,7 @@ def _counts(manifest: pd.DataFrame, examples: list[Example]) -> pd.DataFrame:
 def _notes(root: Path, examples: list[Example]) -> list[str]:
     used = {source for e in examples for source in (e.composite, e.mask, e.real) if isinstance(source, Path)}
     files = {p for p in pictures_of(root).rglob("*") if p.is_file() and p.suffix.lower() not in UNLISTED}
-    files = {p for p in files if not p.name.startswith(".")} - used
+    files = {p for p in files if not is_hidden(p, pictures_of(root))} - used
     notes = []
     for text, chosen in (
         ("pictures belong to no example", {p for p in files if p.suffix.lower() in IMAGE_SUFFIXES}),

@@ -1,12 +1,12 @@
 """The `harmonylib` command. Each command imports what it needs itself, so that --help stays quick."""
 
-import errno
 import os
 import sys
 
 import typer
 
 from .errors import HarmonyError
+from .terminal import run
 
 app = typer.Typer(
     help="Image harmonization: make a pasted foreground match its background.",
@@ -35,6 +35,9 @@ _MODEL = typer.Option(
     "contrastive-resunet", "--model", help="contrastive-resunet, diffharmony++, diffharmony or a folder"
 )
 _DEVICE = typer.Option("auto", "--device", help="auto, cuda, mps or cpu")
+_MASK_FROM = typer.Option(
+    "auto", "--mask-from", help="what of a mask counts: alpha, luminance, or auto: alpha where it varies"
+)
 
 
 @app.command()
@@ -49,6 +52,7 @@ def harmonize(
     strength: float = typer.Option(1.0, help="0 (no change) to 1 (all of it)"),
     feather: float = typer.Option(0.0, help="pixels inside the mask's edge over which the change fades in"),
     resize_mask: bool = typer.Option(False, "--resize-mask", help="resize a mask that has another size"),
+    mask_from: str = _MASK_FROM,
     kind: str = typer.Option("png", "--format", help="of the files for a folder: png, jpg, webp, tif or bmp"),
     force: bool = typer.Option(False, "--force", help="overwrite files that exist"),
 ) -> None:
@@ -57,7 +61,7 @@ def harmonize(
 
     jobs = plan(composite, mask, output, force, kind)
     options = {"seed": seed, "draws": draws, "strength": strength, "feather": feather, "fit_mask": resize_mask}
-    run(jobs, device, model, **options)
+    run(jobs, device, model, mask_from=mask_from, **options)
     typer.echo(output if len(jobs) == 1 else f"{len(jobs)} pictures in {output}")
 
 
@@ -66,13 +70,16 @@ def browser_app(
     port: int = typer.Option(7860, help="0 takes a free one"),
     host: str = typer.Option("127.0.0.1", help="127.0.0.1 is this computer alone; 0.0.0.0 lets the network in"),
     model: list[str] = typer.Option([], "--model", help="the folder of a trained model to offer too; may be repeated"),
+    origin: list[str] = typer.Option(
+        [], "--origin", help="https://HOST at which a proxy (JupyterHub, Codespaces) shows the page; may be repeated"
+    ),
     device: str = _DEVICE,
     browser: bool = typer.Option(True, help="open the page in the browser"),
 ) -> None:
     """Harmonize in the browser, on this computer and offline, until Ctrl-C."""
     from .app import serve
 
-    serve(port, host, model, device, browser)
+    serve(port, host, model, device, browser, origin)
 
 
 @app.command()
@@ -86,11 +93,14 @@ def generate(
     size: int = typer.Option(None, help="longest side in pixels; default: as the photos are"),
     steps: int = typer.Option(5, help="denoising steps"),
     temperature: float = typer.Option(1.0, help="scale of the initial noise"),
+    mask_from: str = _MASK_FROM,
     suffix: str = typer.Option(".png", help=".png, or .jpg, which keeps the background only nearly as it is"),
     precision: str = typer.Option("auto", help="auto, fp32, bf16 or fp16"),
     device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
 ) -> None:
     """Draw candidate composites of real photos; `torchrun -m harmonylib.cli generate ...` shares out the work."""
+    from dataclasses import replace
+
     from .generate import MANIFEST, generate_candidates, pairs_of, visible_pairs
     from .layout import read_triples
     from .manifest import detect, photo_pairs
@@ -99,6 +109,7 @@ def generate(
 
     listed = detect(data) == "iharmony4"
     pairs = pairs_of(read_triples(data, split)) if listed else photo_pairs_of(photo_pairs(data))
+    pairs = [replace(pair, mask_from=mask_from) for pair in pairs]
     pipeline = DiffHarmonyPipeline.from_pretrained(model, device=device)
     kept = visible_pairs(pairs, size, pipeline.factor)
     if len(kept) < len(pairs):
@@ -251,13 +262,14 @@ def check_data(
     json: str = typer.Option(None, metavar="FILE", help="write counts, notes and all findings here"),
     manifest: str = typer.Option(None, metavar="FILE", help="write one CSV row per example here"),
     workers: int = typer.Option(None, min=1, help="processes; one a core unless given"),
+    mask_from: str = _MASK_FROM,
 ) -> None:
     """Read every file of a data set and report all that is wrong; exit code 1 if anything is."""
     from .check import audit
     from .files import atomic_path
     from .jsonio import write_json
 
-    report = audit(folder, kind, workers)
+    report = audit(folder, kind, workers, mask_from)
     if json:
         write_json(json, report.as_json())
     if manifest:
@@ -284,6 +296,7 @@ def make_data(
     seed: int = typer.Option(0),
     force: bool = typer.Option(False, help="replace OUT where it is a data set"),
     workers: int = typer.Option(None, min=1, help="processes; one a core unless given"),
+    mask_from: str = _MASK_FROM,
 ) -> None:
     """Make composites of photos by the four recipes; a tenth of the photos is for testing unless --index says which."""
     from .color import TRANSFERS
@@ -293,7 +306,7 @@ def make_data(
 
     transfers = [name for name in TRANSFERS if name not in (leave_out or [])]
     recipes = RecipeSettings(transfers=transfers, clipped=clipped)
-    rows = make(photos, out, index, pairs, variants, size, seed, recipes, jitter, force, workers)
+    rows = make(photos, out, index, pairs, variants, size, seed, recipes, jitter, force, workers, mask_from)
     typer.echo(rows.groupby(["subset", "split"], sort=False).size().to_string())
     typer.echo(f"{(~rows['plausible']).sum()} of {len(rows)} composites kept although no draw was plausible")
     typer.echo("Strength (fMSE) and size (share of the picture) of the foregrounds, beside iHarmony4's own:")
@@ -322,31 +335,6 @@ def cache_clear(
     enter_root()
     freed = clear() + (discard_all(RESUME_POINTS) if checkpoints else 0)
     typer.echo(f"{freed / 1e6:.1f} MB freed")
-
-
-def run(application: typer.Typer, name: str, arguments: list[str] | None = None) -> int:
-    """Run a typer application and return its exit code: 1 for bad input, 2 for bad usage, 130 for Ctrl-C.
-
-    HarmonyError, usage errors and errors of the operating system (no space left, no permission) become one line.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        code = application(arguments or ["--help"], prog_name=name, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except HarmonyError as error:
-        message, code = str(error), 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        mend = "; make room and run it again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        message, code = f"{where}{error.strerror or error}{mend}", 1
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # not a usage error of typer's: a defect, shown in full
-            raise
-        message, code = f"{error.format_message()} (see {name} --help)", 2
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return code
 
 
 def main() -> None:

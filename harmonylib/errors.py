@@ -1,4 +1,6 @@
-"""The one exception a user is meant to read."""
+"""What a user is meant to read: one kind of error, one kind of warning, each of one line."""
+
+import warnings
 
 
 class HarmonyError(ValueError):
@@ -6,3 +8,12 @@ class HarmonyError(ValueError):
 
     def __init__(self, message: str = ""):
         super().__init__(" ".join(str(message).splitlines()))
+
+
+class HarmonyWarning(UserWarning):
+    """Something was left out or done in another way, and the work goes on. One line; commands print it on stderr."""
+
+
+def note(message: str) -> None:
+    """Warn in one line."""
+    warnings.warn(HarmonyWarning(" ".join(str(message).splitlines())), stacklevel=2)

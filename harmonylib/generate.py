@@ -24,7 +24,7 @@ from .diffusion import latent_mask
 from .distributed import rank_and_world
 from .errors import HarmonyError
 from .files import inside, only_one
-from .images import read_image, read_mask, resize_image, resize_mask, to_tensor, to_uint8
+from .images import read_image, read_mask, read_pair, resize_image, resize_mask, to_tensor, to_uint8
 from .jsonio import read_json, write_json
 from .layout import Triple, write_composite
 from .pipeline import DiffHarmonyPipeline, pad_to_multiple
@@ -47,6 +47,7 @@ class Pair:
     photo: str
     real: Path
     mask: Path
+    mask_from: str = "auto"
 
     @property
     def key(self) -> tuple[str, str]:
@@ -54,9 +55,7 @@ class Pair:
 
     def load(self, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(real HxWx3 uint8, mask HxW bool), the longest side resized to `size` pixels (None: as it is)."""
-        real, mask = read_image(self.real), read_mask(self.mask)
-        if real.shape[:2] != mask.shape:
-            raise HarmonyError(f"{self.mask}: mask is {mask.shape[::-1]}, real {real.shape[1::-1]}; resize the mask")
+        real, mask = read_pair(self.real, self.mask, self.mask_from)
         shape = scaled(mask.shape, size)
         return resize_image(real, shape), resize_mask(mask, shape)
 
@@ -103,7 +102,7 @@ def has_latent_foreground(mask: np.ndarray, factor: int) -> bool:
 
 def visible_pairs(pairs: list[Pair], size: int | None, factor: int) -> list[Pair]:
     """The pairs of whose foreground something is left on the latent grid at `size` (see `has_latent_foreground`)."""
-    masks = ((pair, read_mask(pair.mask)) for pair in progress(pairs, desc="reading masks", unit="mask"))
+    masks = ((p, read_mask(p.mask, p.mask_from)) for p in progress(pairs, desc="reading masks", unit="mask"))
     return [p for p, mask in masks if has_latent_foreground(resize_mask(mask, scaled(mask.shape, size)), factor)]
 
 
@@ -223,7 +222,8 @@ def _read_record(path: Path) -> dict | None:
 
 
 def _inputs(pair: Pair) -> list[str]:
-    return [file_digest(pair.real), file_digest(pair.mask)]
+    other = [] if pair.mask_from == "auto" else [pair.mask_from]
+    return [file_digest(pair.real), file_digest(pair.mask), *other]
 
 
 def _record(root: Path, pair: Pair, settings: dict) -> dict | None:
@@ -331,7 +331,7 @@ def candidate_diversity(pairs: list[Pair], candidates: list[Candidate]) -> dict:
         if key not in known:
             raise HarmonyError(f"candidates of {'/'.join(key)} but no such pair; give the pairs they were made from")
         images = [read_image(candidate.path) for candidate in group]
-        value = pairwise_delta_e(images, resize_mask(read_mask(known[key].mask), images[0].shape[:2]))
+        value = pairwise_delta_e(images, resize_mask(known[key].load()[1], images[0].shape[:2]))
         rows.append({"subset": key[0], "pair": key[1], "n": len(group), "delta_e": value})
     values = [row["delta_e"] for row in rows if row["n"] > 1] or [float("nan")]
     statistics = {"mean": np.mean(values), "median": np.median(values), "min": np.min(values)}

@@ -3,78 +3,42 @@
 Arrays are HxWx3 uint8 RGB and HxW bool (True = foreground). Tensors are 3xHxW in [-1, 1] and 1xHxW in {0, 1}.
 """
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
+from .decoding import KINDS, MASK_THRESHOLD, mask_levels, open_image, orientation, to_rgb, turn_along
 from .errors import HarmonyError
 from .files import atomic_path
-
-MASK_THRESHOLD = 127
-MAX_PIXELS = 100_000_000
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-
-
-def open_image(source, name=None, limit: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image, a path or a binary file that messages call `name`, completely.
-
-    Raises HarmonyError in one line when it is missing, broken or of `limit` pixels or more.
-    """
-    name = name or source
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is stricter
-            image = Image.open(source)
-        if image.width * image.height >= limit:
-            size = f"{image.width}x{image.height}"
-            raise HarmonyError(f"{name}: {size} is {limit // 10**6} megapixels or more; make it smaller")
-        image.load()
-    except FileNotFoundError:
-        raise HarmonyError(f"{name}: no such file") from None
-    except HarmonyError:
-        raise
-    except Image.DecompressionBombError:
-        raise HarmonyError(f"{name}: is over {limit // 10**6} megapixels; make it smaller") from None
-    except Exception as error:  # Pillow raises many kinds on damaged files
-        raise HarmonyError(f"{name}: not a readable image ({error}); replace the file") from None
-    return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright 8-bit RGB copy: EXIF rotation applied, 16-bit scaled, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
-        values = values / 257.0 if values.max(initial=0) > 255 else values
-        image = Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def turned(image: Image.Image) -> bool:
-    """Whether an EXIF orientation says that the stored pixels are to be turned or mirrored (`to_rgb` does it)."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 def read_image(path) -> np.ndarray:
     """HxWx3 uint8 RGB."""
-    return np.asarray(to_rgb(open_image(path)))
+    return np.asarray(to_rgb(open_image(path), path))
 
 
-def read_mask(path) -> np.ndarray:
-    """HxW bool, True where the grey value is above 127. Never dithered: PIL's mode "1" conversion is not used."""
-    return np.asarray(to_rgb(open_image(path)).convert("L")) > MASK_THRESHOLD
+def read_mask(path, source: str = "auto") -> np.ndarray:
+    """HxW bool, True where the level is above 127; source as in `decoding.mask_levels`."""
+    return mask_levels(open_image(path), path, source) > MASK_THRESHOLD
+
+
+def read_pair(path, mask_path, source: str = "auto") -> tuple[np.ndarray, np.ndarray]:
+    """(HxWx3 uint8, HxW bool) of a photo and its mask, which is turned with the photo where it was drawn on its raw
+    pixels. Raises HarmonyError where the sizes differ."""
+    photo = open_image(path)
+    image = np.asarray(to_rgb(photo, path))
+    mask = turn_along(read_mask(mask_path, source), image.shape, orientation(photo))
+    if image.shape[:2] != mask.shape:
+        raise HarmonyError(f"{mask_path}: mask is {mask.shape[::-1]} but its photo is {image.shape[1::-1]}; resize it")
+    return image, mask
 
 
 def write_image(path, array: np.ndarray) -> None:
     """Write HxWx3 uint8 or an HxW bool mask, atomically. JPEG is written at quality 95 without chroma subsampling."""
     array = array.astype(np.uint8) * 255 if array.dtype == bool else array
-    options = {"quality": 95, "subsampling": 0} if Path(path).suffix.lower() in (".jpg", ".jpeg") else {}
+    options = {"quality": 95, "subsampling": 0} if KINDS.get(Path(path).suffix.lower()) == "JPEG" else {}
     with atomic_path(path) as temporary:
         Image.fromarray(array).save(temporary, **options)
 

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from .colour_map import apply_map
+from .decoding import alike, to_rgb, turn_along
 from .devices import autocast, pick_device
 from .errors import HarmonyError
 from .files import stamp
-from .images import fit, paste, resize_mask, to_rgb, to_tensor, to_uint8
+from .images import fit, paste, resize_mask, to_tensor, to_uint8
 from .picture import open_picture, picture, read_region
 from .pipeline import DiffHarmonyPipeline
 from .resunet import ContrastiveResUNet
@@ -28,11 +29,13 @@ SMALL_FOREGROUND = 0.01  # share of the picture below which a model is shown a w
 
 
 def harmonize(
-    image, mask, model=MODELS[0], seed: int = 0, device=None, strength=1.0, feather=0.0, fit_mask=False, draws: int = 1
-) -> Image.Image:
+    image, mask, model=MODELS[0], seed: int = 0, device=None, strength=1.0, feather=0.0, fit_mask=False, draws: int = 1,
+    mask_from: str = "auto",
+) -> Image.Image:  # fmt: skip
     """Harmonize one composite; the output has the input's size, transparency, EXIF and colour profile (in `.info`).
 
-    image: path, PIL or HxWx3 uint8; mask: likewise, foreground above 127 (`fit_mask` resizes one of another size).
+    image: path, PIL or HxWx3 uint8; mask: likewise, foreground above 127 (`fit_mask` resizes one of another size;
+    mask_from: "alpha" or "luminance" where both could be meant, see `decoding.mask_levels`).
     model: "contrastive-resunet", "diffharmony++", "diffharmony" or a folder (`load_model`). The model runs at its
     own working size; its colour map, or the one that fits its output best (`carry_over`), is multiplied by `strength`
     (0 to 1) and applied at full size, so that no detail is lost. The change falls to 0 over the outermost `feather`
@@ -51,7 +54,7 @@ def harmonize(
         raise HarmonyError(f"draws is {draws}; use 1 or more")
     before = _picture(image)
     bands = np.array(before)
-    region = _region(mask, bands, fit_mask)
+    region = _region(mask, before, bands, fit_mask, mask_from)
     loaded = load_model(str(model), str(pick_device(device)))
     view = bands if bands.shape[2] == 3 else np.asarray(to_rgb(before))
     size = working_size(loaded)
@@ -67,7 +70,7 @@ def harmonize(
     colours = recolored(pixels, region[window], change, rest, strength)
     bands[window][..., :3] = blend(pixels, colours, region[window], feather)
     result = Image.fromarray(bands)
-    result.info = before.info
+    result.info = {key: value for key, value in before.info.items() if key != "turned"}
     return result
 
 
@@ -82,16 +85,16 @@ def _picture(image) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _region(mask, bands: np.ndarray, fit_mask: bool) -> np.ndarray:
-    """The HxW bool foreground for HxWx3 or HxWx4 `bands`, less what is fully transparent."""
+def _region(mask, before: Image.Image, bands: np.ndarray, fit_mask: bool, mask_from: str) -> np.ndarray:
+    """The HxW bool foreground for HxWx3 or HxWx4 `bands` of the picture `before`, less what is fully transparent."""
     name = mask if isinstance(mask, (str, Path)) else "the mask"
-    region = read_region(mask)
+    region = turn_along(read_region(mask, mask_from=mask_from), bands.shape, before.info.get("turned", 1))
     if region.shape != bands.shape[:2]:
+        sizes = " but the picture is ".join(f"{width}x{height}" for height, width in (region.shape, bands.shape[:2]))
+        if not alike(region.shape, bands.shape) and alike(region.shape[::-1], bands.shape):
+            raise HarmonyError(f"{name}: is {sizes}; one of them is turned, so turn it upright")
         if not fit_mask:
-            sizes = [f"{width}x{height}" for height, width in (region.shape, bands.shape[:2])]
-            raise HarmonyError(
-                f"{name}: is {sizes[0]} but the picture is {sizes[1]}; give one of that size or add --resize-mask"
-            )
+            raise HarmonyError(f"{name}: is {sizes}; give one of that size or add --resize-mask")
         region = resize_mask(region, bands.shape[:2])
     visible = bands[..., 3] > 0 if bands.shape[2] == 4 else True
     if not (region & visible).any():

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .decoding import IMAGE_SUFFIXES, pictures_in
 from .errors import HarmonyError
-from .files import atomic_path
-from .images import IMAGE_SUFFIXES, read_image, read_mask, write_image
+from .files import as_written, atomic_path, composed, stem_of
+from .images import read_image, read_mask, write_image
 
 SUBSETS = ("HCOCO", "HAdobe5k", "HFlickr", "Hday2night")
 SPLITS = ("train", "test")
@@ -48,13 +49,18 @@ class Triple:
         return composite, mask, real
 
 
-def all_lines(path) -> list[str]:
-    """The lines of a list file, stripped, with "/" for every backslash. Raises HarmonyError where it is not UTF-8."""
+def read_text(path) -> str:
+    """A text file in UTF-8, or in UTF-16 with the mark that Windows begins it with. Raises HarmonyError for others."""
+    data = Path(path).read_bytes()
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         raise HarmonyError(f"{path}: not a UTF-8 text file; save it as one") from None
-    return [line.strip().replace("\\", "/") for line in text.splitlines()]
+
+
+def all_lines(path) -> list[str]:
+    """The lines of a list file, stripped, with "/" for every backslash. Raises HarmonyError as `read_text`."""
+    return [line.strip().replace("\\", "/") for line in read_text(path).splitlines()]
 
 
 def read_lines(path) -> list[str]:
@@ -97,6 +103,8 @@ def plain_name(text: str) -> str:
 def _partner(folder: Path, stem: str, composite: Path) -> Path:
     found = [folder / (stem + suffix) for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))]
     found = [path for path in found if path.is_file()]
+    if not found and folder.is_dir() and not stem.isascii():
+        found = [path for path in pictures_in(folder)[0] if stem_of(path) == composed(stem)]
     if not found:
         raise HarmonyError(
             f"{composite}: no {folder.name}/{stem}.* for it; add the file or remove the line from the list"
@@ -115,6 +123,7 @@ def triple_of(root, line: str) -> Triple:
     inside = parts[:1] not in (("..",), (path.anchor,)) and all(len(part.encode()) < 256 for part in parts)
     if not inside or len(parts) != 3 or parts[1] != COMPOSITES or path.stem.count("_") < 2:
         raise HarmonyError(f"{line!r} is not SUBSET/{COMPOSITES}/PHOTO_MASK_VARIANT.jpg; mend the list")
+    composite = as_written(composite)
     if not composite.is_file():
         raise HarmonyError(f"{composite}: listed but missing; add the file or remove the line from the list")
     mask_stem = composite.stem.rsplit("_", 1)[0]

@@ -10,6 +10,7 @@
 """
 
 import glob
+import io
 import itertools
 import os
 import re
@@ -21,13 +22,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .decoding import IMAGE_SUFFIXES, MAX_PIXELS, open_image, orientation, pictures_in
 from .errors import HarmonyError
-from .files import inside
-from .images import IMAGE_SUFFIXES, MAX_PIXELS, open_image, read_mask, turned, write_image
-from .layout import SPLITS, list_lines, pictures_of, read_lines, triple_of
+from .files import as_written, inside, stem_of
+from .images import read_mask, write_image
+from .layout import SPLITS, list_lines, pictures_of, read_lines, read_text, triple_of
 from .parallel import parallel_map
-
-UNLISTED = (".txt", ".csv", ".json", ".md", "")  # suffixes of files that are no pictures and need no reader
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def detect(root) -> str:
         return "iharmony4"
     if (root / "train.csv").is_file():
         return "imaterialist"
-    if any(any(folder.glob("*_composite.*")) for folder in _folders(root)):
+    if any(any(folder.glob("[!.]*_composite.*")) for folder in _folders(root)):
         return "realhm"
     return "photos"
 
@@ -85,7 +85,8 @@ def detect(root) -> str:
 def scan(root, kind: str = "auto", index=None) -> Iterator[Example | HarmonyError]:
     """Every example of a data set, and in place of each broken one the HarmonyError that names file and mend.
 
-    index: for photos, a CSV with columns image, mask (relative to root) and split. Raises HarmonyError for a missing
+    index: for photos, a CSV with columns image, mask (relative to root) and split, also with semicolons or tabs, in
+    UTF-16 and with backslashes, as spreadsheets and Windows write it. Raises HarmonyError for a missing
     folder, an unknown kind or a data set without any file of its kind.
     """
     kind = detect(root) if kind == "auto" else kind
@@ -133,12 +134,12 @@ def _iharmony4(root: Path) -> Iterator[Example | HarmonyError]:
 
 
 def _folders(root: Path) -> list[Path]:
-    """`root` and all folders below it; symbolic links are followed, and each folder comes once."""
+    """`root` and all folders below it but hidden ones; symbolic links are followed, and each folder comes once."""
     found = {}
     for folder, below, _ in os.walk(root, followlinks=True):
         if found.setdefault(os.path.realpath(folder), Path(folder)) != Path(folder):
             below.clear()
-        below.sort()
+        below[:] = sorted(name for name in below if name[0] != ".")
     return list(found.values())
 
 
@@ -148,53 +149,59 @@ def _side_by_side(root: Path, part: str, subset: str | None = None) -> Iterator[
     if not folders:
         raise HarmonyError(f"{root}: no images/ folder beside a masks/ folder; put photos and masks there")
     for folder in folders:
-        images, masks = (
-            [p for p in sorted(f.iterdir()) if p.name[0] != "." and p.suffix.lower() not in UNLISTED]
-            for f in (folder, folder.parent / "masks")
-        )
-        masks = {mask: mask.stem for mask in masks if mask.suffix.lower() in IMAGE_SUFFIXES}
-        for paths in (images, list(masks)):
-            for one, other in itertools.pairwise(sorted(paths, key=lambda path: (path.stem, path.suffix))):
-                if one.stem == other.stem:
+        images, unread = pictures_in(folder)
+        masks, odd = pictures_in(folder.parent / "masks")
+        for paths in (images, masks):
+            for one, other in itertools.pairwise(sorted(paths, key=lambda path: (stem_of(path), path.suffix))):
+                if stem_of(one) == stem_of(other):
                     yield HarmonyError(f"{other}: a second file beside {one.name}; keep the right one")
-        masks = {stem: mask for mask, stem in masks.items()}
+        masks = {stem_of(mask): mask for mask in masks}
         for image in images:
-            if image.suffix.lower() not in IMAGE_SUFFIXES:
-                yield HarmonyError(f"{image}: {image.suffix} is no type that is read; convert or remove it")
-            elif image.stem in masks:
+            if stem_of(image) in masks:
                 name = subset or folder.parent.name
-                yield Example(name, "", image.stem, masks[image.stem], **{part: image})
+                yield Example(name, "", image.stem, masks[stem_of(image)], **{part: image})
             else:
                 yield HarmonyError(f"{image}: no mask named {image.stem}.* in {folder.parent / 'masks'}; add it")
-        for stem in sorted(masks.keys() - {image.stem for image in images}):
+        yield from unread + odd
+        for stem in sorted(masks.keys() - {stem_of(image) for image in images}):
             yield HarmonyError(f"{masks[stem]}: no picture named {stem}.* in {folder}; add it or remove the mask")
 
 
 def _indexed(root: Path, index) -> Iterator[Example | HarmonyError]:
     try:
-        table = pd.read_csv(index, dtype=str, keep_default_na=False)
+        text = re.sub(r"^sep=.*\s+", "", read_text(index))  # Excel's own first line
+        head = (text.splitlines() or [""])[0]
+        options = {"sep": max(",;\t", key=head.count), "skipinitialspace": True, "index_col": False, "dtype": str}
+        table = pd.read_csv(io.StringIO(text), keep_default_na=False, **options)
+    except HarmonyError:
+        raise
     except (OSError, ValueError) as error:
         raise HarmonyError(f"{index}: {error}; give a CSV with columns image, mask and split") from None
+    table.columns = [str(name).strip().lower() for name in table.columns]
     missing = {"image", "mask", "split"} - set(table.columns)
     if missing:
         raise HarmonyError(f"{index}: no column {', '.join(sorted(missing))}; an index has image, mask and split")
     for number, row in enumerate(table[["image", "mask", "split"]].itertuples(index=False), start=2):
+        split = row.split.strip().lower()
+        if not "".join(row).strip():
+            continue  # as spreadsheets end a table
+        paths = (text.strip().replace("\\", "/") for text in (row.image, row.mask))
         try:
-            image, mask = inside(root, row.image), inside(root, row.mask)
+            image, mask = (as_written(inside(root, path)) for path in paths)
         except HarmonyError as error:
             yield HarmonyError(f"{index}, line {number}: {error}")
             continue
         lost = [str(path) for path in (image, mask) if not path.is_file()]
-        if row.split not in SPLITS:
+        if split not in SPLITS:
             yield HarmonyError(f"{index}, line {number}: split {row.split!r} is unknown; use train or test")
         elif lost:
             yield HarmonyError(f"{index}, line {number}: {lost[0]}: no such file; mend the index")
         else:
-            yield Example(image.parent.parent.name, row.split, image.stem, mask, real=image)
+            yield Example(image.parent.parent.name, split, image.stem, mask, real=image)
 
 
 def _realhm(root: Path) -> Iterator[Example | HarmonyError]:
-    composites = sorted(p for folder in _folders(root) for p in folder.glob("*_composite.*"))
+    composites = sorted(p for folder in _folders(root) for p in folder.glob("[!.]*_composite.*"))
     composites = [p for p in composites if p.suffix.lower() in IMAGE_SUFFIXES]
     for composite in composites:
         stem = composite.stem.removesuffix("_composite")
@@ -258,7 +265,7 @@ def imaterialist_pairs(root, out, workers: int | None = None) -> list[tuple[Path
 def _write_union(out: Path, example: Example) -> Path:
     mask, image = example.read_mask(), open_image(example.real)
     size = image.size
-    if turned(image):
+    if orientation(image) > 1:
         raise HarmonyError(f"{example.real}: turned by its EXIF orientation, its mask is not; save it upright")
     if size != mask.shape[::-1]:
         found = "{}x{}".format(*size)

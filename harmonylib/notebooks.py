@@ -10,6 +10,7 @@ progress bars, no warnings (stderr goes to the terminal). It appears only when e
 
 import ast
 import contextlib
+import importlib.util
 import logging
 import os
 import re
@@ -24,10 +25,10 @@ from pathlib import Path
 import typer
 
 from .checkpoints import discard_finished
-from .cli import run as run_application
 from .errors import HarmonyError
 from .params import did_you_mean, find_root, parse_yaml, same_type, type_name
 from .progress import PROGRESS_FILE, Appender, relay
+from .terminal import run as run_application
 
 EXECUTED = Path("reports/notebooks")
 RESUME_POINTS = "artifacts/checkpoints"
@@ -233,6 +234,8 @@ def _execute(notebook, partial: Path, parameters: dict, root: Path):
             "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
             "PYTHONHASHSEED": "0",
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            "MATPLOTLIBRC": str(_package("matplotlib") / "mpl-data/matplotlibrc"),  # the user's changes no figure,
+            "IPYTHONDIR": str(partial.parent / "ipython"),  # nor does the user's kernel
             "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not one of the same name in the home folder
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
             "NO_ALBUMENTATIONS_UPDATE": "1",
@@ -258,6 +261,11 @@ def _execute(notebook, partial: Path, parameters: dict, root: Path):
                 ) from None
             except DeadKernelError:
                 raise _Failure(f"cell In [{_last_cell(partial)}]: the kernel died; most often memory ran out") from None
+
+
+def _package(name: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    return Path(importlib.util.find_spec(name).origin).parent
 
 
 def _last_cell(partial: Path) -> int:

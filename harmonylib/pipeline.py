@@ -18,10 +18,11 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from .decoding import MASK_THRESHOLD, mask_levels, to_rgb
 from .devices import pick_device
 from .diffusion import latent_mask, sampling_scheduler, scale_latents, unscale_latents
 from .errors import HarmonyError
-from .images import MASK_THRESHOLD, to_rgb, to_tensor, to_uint8
+from .images import to_tensor, to_uint8
 from .vae import HarmonyVAE
 from .weights import at_revision, first_line, load_autoencoder, load_strict
 
@@ -57,7 +58,7 @@ def _mask_batch(mask) -> torch.Tensor:
     if isinstance(mask, torch.Tensor):
         return (_checked(mask if mask.ndim == 4 else mask[None], 1) >= 0.5).float()
     masks = mask if isinstance(mask, (list, tuple)) else [mask]
-    arrays = [np.asarray(to_rgb(m).convert("L")) if isinstance(m, Image.Image) else np.asarray(m) for m in masks]
+    arrays = [mask_levels(m) if isinstance(m, Image.Image) else np.asarray(m) for m in masks]
     return _stack([a if a.dtype == bool else a > MASK_THRESHOLD for a in arrays], 2)
 
 

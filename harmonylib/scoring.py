@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .decoding import IMAGE_SUFFIXES, open_image, to_rgb
 from .errors import HarmonyError
-from .files import stamp
-from .images import IMAGE_SUFFIXES, open_image, read_image, read_mask, to_rgb
+from .files import composed, is_hidden, stamp
+from .images import read_image, read_mask
 from .layout import Triple, read_triples
 from .metrics import PROTOCOLS, score
 from .parallel import parallel_map
@@ -49,11 +50,12 @@ def find_predictions(folder, triples: list[Triple]) -> list[Path]:
     folder, files = Path(folder), {}
     if not folder.is_dir():
         raise HarmonyError(f"{folder}: no such folder of predictions")
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in (*IMAGE_SUFFIXES, ".npy")):
-        other = files.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in (*IMAGE_SUFFIXES, ".npy"))
+    for path in sorted(p for p in found if not is_hidden(p, folder)):
+        other = files.setdefault(composed(path.relative_to(folder).with_suffix("").as_posix()), path)
         if other is not path:
             raise HarmonyError(f"{path}: a second prediction beside {other.name}; keep one of them")
-    found = [files.get(f"{t.subset}/{t.name}", files.get(t.name)) for t in triples]
+    found = [files.get(composed(f"{t.subset}/{t.name}"), files.get(composed(t.name))) for t in triples]
     missing = [f"{t.subset}/{t.name}" for t, path in zip(triples, found, strict=True) if path is None]
     if missing:
         few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")

@@ -13,7 +13,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from .benchmark import BenchmarkSettings, make_benchmark
 from .errors import HarmonyError
 from .files import atomic_path, stamp
-from .images import IMAGE_SUFFIXES, read_image, read_mask, resize_image
+from .images import IMAGE_SUFFIXES, read_image, read_pair, resize_image
 from .layout import SPLITS, Triple, plain_name, read_triples, write_list
 from .manifest import Example, read_examples
 from .parallel import parallel_map
@@ -33,6 +33,7 @@ class PhotoFile:
     split: str
     image_file: Path
     mask_file: Path | None
+    mask_from: str = "auto"
 
     @property
     def image(self) -> np.ndarray:
@@ -49,31 +50,29 @@ class PhotoFile:
 
     def _decoded(self) -> tuple[np.ndarray, np.ndarray]:
         files = (self.image_file, self.mask_file) if self.mask_file else (self.image_file,)
-        return _decode(self.image_file, self.mask_file, *map(stamp, files))
+        return _decode(self.image_file, self.mask_file, self.mask_from, *map(stamp, files))
 
 
 @lru_cache(maxsize=8)
-def _decode(image_file: Path, mask_file: Path, *stamps) -> tuple[np.ndarray, np.ndarray]:
-    image = read_image(image_file)
+def _decode(image_file: Path, mask_file: Path | None, mask_from: str, *stamps) -> tuple[np.ndarray, np.ndarray]:
     if mask_file is None:
+        image = read_image(image_file)
         everything = np.ones(image.shape[:2], dtype=bool)
         return image, foreground_of_share(image, everything, 1 / 3, seed_for("photo without a mask", image_file.name))
-    mask = read_mask(mask_file)
-    if image.shape[:2] != mask.shape:
-        raise HarmonyError(f"{mask_file}: mask is {mask.shape[::-1]} but its photo is {image.shape[1::-1]}; resize it")
+    image, mask = read_pair(image_file, mask_file, mask_from)
     if mask.all() or not mask.any():
         kind = "no background" if mask.all() else "no foreground"
         raise HarmonyError(f"{mask_file}: the mask has {kind} (white is foreground); mend it or remove the photo")
     return image, mask
 
 
-def folder_photos(path, seed: int, index=None) -> list[PhotoFile]:
+def folder_photos(path, seed: int, index=None, mask_from: str = "auto") -> list[PhotoFile]:
     """The photos of `images/` + `masks/` below path, a seeded tenth (at least two) of them for the test split.
 
     index: a CSV with columns image, mask and split that names the photos and decides the split instead. Names are made
-    plain (`layout.plain_name`) and unique. Where there is no folder `masks` at all, superpixels stand in for objects,
-    and a line says so. Raises HarmonyError when there is no such folder, a photo has no mask, or there are fewer than
-    four photos.
+    plain (`layout.plain_name`) and unique. mask_from as in `decoding.mask_levels`. Where there is no folder `masks` at all,
+    superpixels stand in for objects, and a line says so. Raises HarmonyError when there is no such folder, a photo has
+    no mask, or there are fewer than four photos.
     """
     found = [] if index else _without_masks(Path(path))
     if found:
@@ -84,7 +83,7 @@ def folder_photos(path, seed: int, index=None) -> list[PhotoFile]:
     tests = rng(seed, "test photos").permutation(len(found))[: max(2, round(TEST_SHARE * len(found)))]
     drawn = np.where(np.isin(np.arange(len(found)), tests), "test", "train").tolist()
     rows = zip(_labels(example.name for example in found), drawn, found, strict=True)
-    return [PhotoFile(label, example.split or split, example.real, example.mask) for label, split, example in rows]
+    return [PhotoFile(label, e.split or split, e.real, e.mask, mask_from) for label, split, e in rows]
 
 
 def _without_masks(folder: Path) -> list[Example]:
@@ -107,13 +106,13 @@ def _labels(stems) -> list[str]:
 
 
 def make_data(photos, out, index=None, pairs: int | None = None, variants: int = 1, size: int = 256, seed: int = 0,
-              recipes: RecipeSettings = DEFAULTS, jitter: int = 0, force: bool = False,
-              workers: int | None = None):  # fmt: skip
+              recipes: RecipeSettings = DEFAULTS, jitter: int = 0, force: bool = False, workers: int | None = None,
+              mask_from: str = "auto"):  # fmt: skip
     """An iHarmony4-layout set at `out` made of whole photos with masks; rows as `benchmark.make_benchmark`.
 
-    index as in `folder_photos`. pairs: photos per subset and split (None: all of them); variants: composites of each;
-    size: long side in pixels; jitter as in `benchmark.BenchmarkSettings`. Raises HarmonyError where `out` exists (with
-    force: where it is no data set) or holds the photos.
+    index and mask_from as in `folder_photos`. pairs: photos per subset and split (None: all of them); variants:
+    composites of each; size: long side in pixels; jitter as in `benchmark.BenchmarkSettings`. Raises HarmonyError where
+    `out` exists (with force: where it is no data set) or holds the photos.
     """
     photos, out = Path(photos).resolve(), Path(out)
     if out.resolve() in (photos, *photos.parents):
@@ -121,7 +120,7 @@ def make_data(photos, out, index=None, pairs: int | None = None, variants: int =
     if out.exists() and not (force and (out / "IHD_train.txt").is_file()):
         mend = "is no data set; choose another folder" if force else "exists; choose another folder or add --force"
         raise HarmonyError(f"{out}: {mend}")
-    files = folder_photos(photos, seed, index)
+    files = folder_photos(photos, seed, index, mask_from)
     counts = [sum(file.split == split for file in files) for split in SPLITS]
     counts = counts if pairs is None else [min(pairs, count) for count in counts]
     amounts = BenchmarkSettings(*counts, variants, variants, size, min_crop=1.0, jitter=jitter)

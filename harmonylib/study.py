@@ -13,9 +13,10 @@ import pandas as pd
 from PIL import Image
 from skimage.color import rgb2lab
 
+from .decoding import pictures_in
 from .errors import HarmonyError
-from .files import atomic_path
-from .images import IMAGE_SUFFIXES, paste, read_image, resize_image, resize_mask
+from .files import atomic_path, stem_of
+from .images import paste, read_image, resize_image, resize_mask
 from .jsonio import read_json
 from .manifest import detect, read_examples
 from .photos import load_photos
@@ -79,7 +80,7 @@ def read_folders(folders: dict[str, str]) -> dict[str, dict[str, np.ndarray]]:
     for method, folder in folders.items():
         if not Path(folder).is_dir():
             raise HarmonyError(f"{folder}: no such folder of {method}'s pictures")
-        files[method] = {p.stem: p for p in sorted(Path(folder).iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES}
+        files[method] = {stem_of(path): path for path in pictures_in(folder)[0]}
     first, *others = files
     for method in others:
         odd = sorted(files[method].keys() ^ files[first].keys())

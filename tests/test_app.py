@@ -1,5 +1,6 @@
 """The browser app: its answers to a plain client, and the page itself in headless Chromium, from upload to download."""
 
+import asyncio
 import io
 import json
 import os
@@ -11,11 +12,15 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import odd
 import pytest
 from conftest import save_resunet
 from PIL import Image
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
 
 from harmonylib import app
+from harmonylib.errors import HarmonyError
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -105,6 +110,85 @@ def test_bad_uploads_are_one_line(address, folder):
     assert "50 megapixels" in lines[-1]["error"]
 
 
+def odd_files(folder, number):
+    """`number` pairs of an odd picture, or of one cut off or empty, and an odd mask."""
+    masks = [odd.region(24, 24), odd.region(24, 24) & False, odd.region(24, 24) | True]
+    masks = [odd.layers(colour, mask) for mask in masks for colour in ((0, 0, 0), (255, 255, 255), (200, 9, 9))]
+    for seed in range(number):
+        name, data = odd.odd_picture(seed)
+        data = [data, data, data, data[: len(data) // 2], data[:9], b""][seed % 6]
+        mask = odd.encoded(masks[seed % len(masks)])[: 50 if seed % 11 == 10 else None]
+        for path, part in ((folder / name, data), (folder / "odd mask.png", mask)):
+            path.write_bytes(part)
+        yield {"picture": folder / name, "mask": folder / "odd mask.png"}
+
+
+def test_odd_uploads_leave_it_serving(address, folder, tmp_path):
+    """Each gets a picture or one line, and the queue is as free as before. ODD_UPLOADS: how many (50)."""
+    made = 0
+    for files in odd_files(tmp_path, int(os.environ.get("ODD_UPLOADS", 50))):
+        status, lines, data = post(address, files, model="toy", strength=1)
+        assert status == 200 and ("\n" not in lines[-1].get("error", "") if "error" in lines[-1] else data)
+        made += bool(data)
+    assert made > 3
+    _, lines, data = post(address, {"picture": folder / "photo.png", "mask": folder / "mask.png"}, model="toy")
+    assert lines[-1]["bytes"] == len(data)
+
+
+def test_what_is_no_error_of_ours_frees_the_queue(folder, monkeypatch):
+    def broken(*words, **options):
+        raise SystemError("two\nlines")
+
+    async def ask():
+        monkeypatch.setattr(app, "harmonize", broken)
+        routes = app.application("127.0.0.1", [folder / "toy"], "cpu")
+        sockets = bind_sockets(0, "127.0.0.1")
+        HTTPServer(routes).add_sockets(sockets)
+        address, files = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/", ("photo.png", "mask.png")
+        files = dict(zip(("picture", "mask"), (folder / name for name in files), strict=True))
+        for _ in range(app.MAX_WAITING + 1):
+            answer = await asyncio.to_thread(post, address, files, model="toy")
+            assert answer[1][-1] == {"error": "SystemError: two lines"} and not routes.settings["waiting"]
+
+    asyncio.run(ask())
+
+
+def test_a_cut_out_is_a_mask(address, folder, tmp_path):
+    region = np.asarray(Image.open(folder / "mask.png")) > 127
+    odd.layers((9, 9, 9), region).save(tmp_path / "cut.png")
+    _, lines, data = post(
+        address, {"picture": folder / "photo.png", "mask": tmp_path / "cut.png"}, model="toy", strength=1
+    )
+    changed = (np.asarray(Image.open(io.BytesIO(data))) != np.asarray(Image.open(folder / "photo.png"))).any(-1)
+    assert changed[region].any() and not changed[~region].any()
+
+
+@pytest.mark.parametrize(
+    ("host", "origins", "asked", "status"),
+    [
+        ("127.0.0.1", [], {"Host": "a.example", "Origin": "https://a.example"}, 403),
+        ("127.0.0.1", ["https://A.example/"], {"Host": "a.example", "Origin": "https://a.example"}, 200),
+        ("127.0.0.1", ["https://a.example"], {"Origin": "https://a.example"}, 200),
+        ("127.0.0.1", ["https://a.example"], {"Host": "a.example", "Origin": "https://evil.example"}, 403),
+        ("127.0.0.1", ["https://a.example"], {"Host": "evil.example", "Origin": "https://a.example"}, 403),
+        ("0.0.0.0", ["https://a.example"], {"Host": "evil.example", "Origin": "http://evil.example"}, 403),
+        ("0.0.0.0", [], {"Host": "10.0.0.5", "Origin": "http://10.0.0.5"}, 200),
+    ],
+)
+def test_origins_behind_a_proxy(folder, host, origins, asked, status):
+    async def ask():
+        sockets = bind_sockets(0, "127.0.0.1")
+        HTTPServer(app.application(host, [folder / "toy"], "cpu", origins)).add_sockets(sockets)
+        return await asyncio.to_thread(fetch, f"http://127.0.0.1:{sockets[0].getsockname()[1]}/setup", **asked)
+
+    assert asyncio.run(ask())[0] == status
+
+
+def test_an_origin_that_is_none(folder):
+    with pytest.raises(HarmonyError, match="--origin a.example: must be .* https://HOST"):
+        app.application("127.0.0.1", [folder / "toy"], "cpu", ["a.example"])
+
+
 def test_only_its_own_page_may_ask(address):
     assert fetch(address)[0] == fetch(address, Origin=address[:-1])[0] == 200
     assert fetch(address, Host="evil.example")[0] == 403
@@ -143,6 +227,17 @@ def downloaded(page, path):
         page.click("#download")
     download.value.save_as(path)
     return download.value.suggested_filename, np.asarray(Image.open(path))
+
+
+def test_page_with_odd_files_and_then_a_good_one(page, folder, tmp_path):
+    for files in odd_files(tmp_path, 50):
+        for part, path in (("#picture", files["picture"]), ("#mask-file", files["mask"])):
+            page.set_input_files(part, path)
+            page.wait_for_timeout(20)
+        if page.is_enabled("#go"):
+            page.click("#go")
+            page.wait_for_selector("#compare:visible, #error:visible")
+    test_page_with_files(page, folder, tmp_path)
 
 
 def test_page_with_files(page, folder, tmp_path):

@@ -115,7 +115,9 @@ def test_two_pictures_of_one_stem(folder):
 
 
 def test_transparent_picture_to_jpeg(folder):
-    Image.open(folder / "pictures/a.png").convert("RGBA").save(folder / "pictures/a.png")
+    layer = Image.open(folder / "pictures/a.png").convert("RGBA")
+    layer.putpixel((0, 0), (0, 0, 0, 254))
+    layer.save(folder / "pictures/a.png")
     Image.new("L", (32, 24)).save(folder / "masks/a.png")
     jobs = batch.plan(folder / "pictures/a.png", folder / "masks/a.png", folder / "out.jpg")
     with pytest.raises(HarmonyError, match="transparency"):
@@ -137,3 +139,37 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     ran = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert float(ran.stdout) < 4, f"{ran.stdout} GiB"
+
+
+def test_whatever_is_raised_costs_one_picture(folder, capsys, monkeypatch):
+    save = Image.Image.save
+
+    def broken(self, target, *words, **options):
+        if "b_2" in str(target):
+            raise RuntimeError("two\nlines")
+        return save(self, target, *words, **options)
+
+    monkeypatch.setattr(Image.Image, "save", broken)
+    (folder / "pictures/c.heic").write_bytes(b"x")
+    assert harmonize(folder, "pictures", "masks", "out") == 1
+    lines = re.findall(r"error: [^\r\n]*", capsys.readouterr().err)
+    assert "b_2.jpg: RuntimeError: two lines" in lines[0] and "c.heic: .heic is no type that is read" in lines[1]
+    assert "2 of 3 pictures could not be" in lines[2] and [p.name for p in (folder / "out").iterdir()] == ["a.png"]
+    assert harmonize(folder, "pictures/b_2.jpg", "masks/b.png", "b_2.png") == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_names_as_people_have_them(folder, capsys):
+    """Hidden files are passed over; other names of JPEG, Unicode of both forms, long and broken names are not."""
+    picture, mask = folder / "pictures/a.png", folder / "masks/a.png"
+    names = {"caf\u00e9.png": "cafe\u0301.png", "é" + "a" * 249 + ".png": None, "b.jfif": "b.png", "x\udce9.png": None}
+    for part in ("pictures", "masks"):
+        (folder / part / ".ipynb_checkpoints").mkdir()
+        for hidden in ("._a.png", ".DS_Store", ".ipynb_checkpoints/a-checkpoint.png", "Thumbs.db"):
+            (folder / part / hidden).write_bytes(b"x")
+    for name, other in names.items():
+        Image.open(picture).convert("RGB").save(folder / "pictures" / name, "JPEG" if "jfif" in name else "PNG")
+        (folder / "masks" / (other or name)).write_bytes(mask.read_bytes())
+    assert harmonize(folder, "pictures", "masks", "out") == 0, capsys.readouterr().err
+    stems = {"a", "b_2", *(name.rsplit(".", 1)[0] for name in names)}
+    assert {path.name for path in (folder / "out").iterdir()} == {f"{stem}.png" for stem in stems}

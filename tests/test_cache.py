@@ -84,7 +84,6 @@ def _worker(root, queue):
     queue.put(int(cache.cached_array({"n": 1}, (100,), np.uint8, fill).sum()))
 
 
-@pytest.mark.skipif(cache.fcntl is None, reason="no file locks")
 def test_of_several_processes_one_makes_the_entry(folder):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()

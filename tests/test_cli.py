@@ -1,5 +1,6 @@
 """The command line: exit codes, and one line on stderr for each mistake."""
 
+import io
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import typer
 
 from harmonylib import cli
-from harmonylib.errors import HarmonyError
+from harmonylib.errors import HarmonyError, note
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -95,3 +96,25 @@ def test_installed_command(tmp_path):
 def test_help(capsys, command):
     assert run(*command, "--help") == 0
     assert "Usage: harmonylib" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp932", "utf-8"])
+def test_terminals_that_lack_characters(monkeypatch, encoding):
+    """What cannot be printed is escaped: the work is done, and the exit code says so."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in "12"]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+
+    def work():
+        print("\u51fa\u529b \u00e9 \u2013 \udce9")
+        note("\u51fa\u529b.png: left out")
+        raise HarmonyError("\u51fa\u529b \u00e9 \udce9: no such file")
+
+    app = typer.Typer()
+    app.command()(work)
+    assert cli.run(app, "x", ["--"]) == 1
+    for stream in streams:
+        stream.flush()
+    out, err = (stream.buffer.getvalue().decode(encoding).splitlines() for stream in streams)
+    assert len(out) == 1 and len(err) == 2 and err[0].startswith("warning: ") and err[1].startswith("error: ")
+    assert "\\udce9" in out[0] and ("\u51fa" in err[0]) == (encoding in ("cp932", "utf-8"))

@@ -1,7 +1,10 @@
 """pyproject.toml is the one list of versions: environment.yml points to it, and the code imports nothing else."""
 
 import ast
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions, version
@@ -57,3 +60,46 @@ def test_imports_are_declared():
                 if not owners & declared:
                     missing.add(f"{path.name}: {module}")
     assert not missing
+
+
+STUB = """#!/bin/sh
+echo "$@" >> "{log}"
+case "$*" in *platform*) exec "{python}" -c "import platform
+platform.system, platform.machine = lambda: '{system}', lambda: '{machine}'
+$2";; *install*) exit 1;; esac
+"""  # a Python of a certain machine that installs nothing
+
+
+@pytest.mark.parametrize(
+    ("git", "machine", "line"),
+    [
+        (False, ("Linux", "x86_64"), "git init"),
+        (True, ("Darwin", "x86_64"), "no torch 2.13 for Intel Macs"),
+        (True, ("Linux", "x86_64"), "the installation failed"),
+    ],
+)
+def test_make_says_what_is_missing(tmp_path, git, machine, line):
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    stub, log = tmp_path / "python-stub", tmp_path / "log"
+    stub.write_text(STUB.format(log=log, python=sys.executable, system=machine[0], machine=machine[1]))
+    stub.chmod(0o755)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to(stub)
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    if git:
+        subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    words = ["make", "repro", f"PYTHON={stub}"]
+    ran = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    errors = [text for text in ran.stderr.splitlines() if text.startswith("error: ")]
+    assert ran.returncode and len(errors) == 1 and line in errors[0], ran.stderr
+    called = log.read_text() if log.exists() else ""
+    assert ("install" in called) == (line == "the installation failed")
+
+
+def test_line_ends_stay_as_they_are():
+    names = ["Makefile", ".ci/run", ".ci/smoke", "dvc.lock", "harmonylib/cli.py"]
+    ran = subprocess.run(["git", "check-attr", "eol", *names], cwd=ROOT, capture_output=True, text=True)
+    if ran.returncode:
+        pytest.skip("no git checkout")
+    assert ran.stdout.splitlines() == [f"{name}: eol: lf" for name in names]

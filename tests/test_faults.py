@@ -429,10 +429,10 @@ def test_two_generators(set_root):
 def test_read_only_cache(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache, "ROOT", tmp_path / "cache")
 
-    def refuse(dir, **options):
-        raise PermissionError(13, "Permission denied", str(dir))
+    def refuse(size):
+        raise PermissionError(13, "Permission denied", str(cache.ROOT))
 
-    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)  # permission bits do not stop root
+    monkeypatch.setattr(files.secrets, "token_hex", refuse)  # permission bits do not stop root
     app = typer.Typer()
     app.command()(lambda: cache.cached_array({"a": 1}, (2,), "f4", lambda array: None))
     assert cli.run(app, "x", ["--"]) == 1

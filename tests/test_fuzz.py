@@ -12,12 +12,14 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import odd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nbformat import v4
 from PIL import Image
 
+from harmonylib.decoding import MASK_SOURCES, mask_levels
 from harmonylib.errors import HarmonyError
 from harmonylib.generate import read_candidates, read_manifest
 from harmonylib.images import read_image, read_mask
@@ -28,6 +30,7 @@ from harmonylib.metrics import METRICS, PROTOCOLS, score
 from harmonylib.mixing import mix_count
 from harmonylib.notebooks import check_parameters, parse_parameters, read_notebook
 from harmonylib.params import load_params, parse_yaml
+from harmonylib.picture import open_picture, write_picture
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", 500))
 TARGETS, COUNT = [], []
@@ -97,6 +100,40 @@ def reads_a_picture(data, as_mask):
     Path("picture").write_bytes(data)
     array = (read_mask if as_mask else read_image)("picture")
     assert (array.ndim, array.dtype) == ((2, bool) if as_mask else (3, np.uint8)) and array.size
+
+
+@target(st.integers(0, 10**9), st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF", "BMP"]))
+def keeps_a_picture_with_odd_metadata(seed, kind):
+    """EXIF, profiles, segments, chunks and tags: the picture comes back from every kind of file."""
+    name, data = odd.odd_picture(seed)
+    picture, file = open_picture(io.BytesIO(data), name), io.BytesIO()
+    assert picture.size == (24, 24)
+    write_picture(picture, file, kind, name)
+    again = open_picture(file, name)
+    assert again.size == picture.size
+    assert kind == "JPEG" or np.array_equal(np.asarray(again), np.asarray(picture.convert(again.mode)))
+
+
+LAYERS = st.sampled_from(["white", "black", "photo", "region", "other", "void", "noise"])
+
+
+@target(st.sampled_from([*KINDS["TIFF"], "P", "1", "LA", "PA", "I;16"]), LAYERS, LAYERS, st.sampled_from(MASK_SOURCES))
+def reads_a_mask_of_any_mode(mode, colours, alpha, source):
+    region, noise = odd.region(), np.random.default_rng(0).integers(0, 256, (24, 32), np.uint8)
+    layers = {"white": region | True, "black": region & False, "region": region, "other": region[::-1]}
+    layers = {name: layer.astype(np.uint8) * 255 for name, layer in layers.items()} | {"noise": noise}
+    layers |= {
+        "photo": np.asarray(odd.photo().convert("L")),
+        "void": np.where(region[::-1], 255, region).astype(np.uint8),
+    }
+    image = Image.merge("LA", [Image.fromarray(layers[colours]), Image.fromarray(layers[alpha])]).convert("RGBA")
+    if mode in ("I", "I;16", "F", "P"):
+        image = image.convert("L").convert(mode)
+    image = image if mode == "RGBA" else Image.merge("LAB", image.split()[:3]) if mode == "LAB" else image.convert(mode)
+    levels = mask_levels(image, "mask", source)
+    assert levels.shape == (24, 32) and levels.dtype == np.uint8
+    if colours == "region" and alpha == "white" and mode in ("RGBA", "LA", "L", "RGB", "I", "1") and source == "auto":
+        assert np.array_equal(levels > 127, region)
 
 
 # ---- lists, JSON ----
@@ -275,7 +312,7 @@ def reads_a_notebook(data):
     read_notebook("n.ipynb")
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged pictures
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's and ours, of odd pictures
 @pytest.mark.parametrize(("function", "strategy"), TARGETS, ids=[function.__name__ for function, _ in TARGETS])
 def test_nothing_but_clear_errors(function, strategy):
     @settings(

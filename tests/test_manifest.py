@@ -194,3 +194,42 @@ def test_run_lengths_are_checked():
             Runs((text,), (4, 3), "here").decode()
     assert Runs(("1 12",), (4, 3), "here").decode().all()
     np.testing.assert_array_equal(Runs(("5 2", "6 1"), (4, 3), "").decode()[:, 1], [True, True, False, False])
+
+
+ROWS = ["image,mask,split", *(f"a/images/{n}.png,a/masks/{n}.png,{s}" for n, s in (("one", "train"), ("two", "test")))]
+CSV = "\n".join(ROWS) + "\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        CSV.replace(",", ";").encode(),
+        b"\xef\xbb\xbf" + CSV.replace(",", ";").replace("\n", "\r\n").encode(),
+        b"sep=;\r\n" + CSV.replace(",", ";").encode() + b";;\n",
+        CSV.replace(",", "\t").encode(),
+        CSV.replace(",", "\t").replace("\n", "\r\n").encode("utf-16"),
+        CSV.replace("image,mask,split", "Image, Mask ,SPLIT").encode(),
+        CSV.replace(",", ", ").replace("test", "Test ").encode(),
+        CSV.replace("/", "\\").encode(),
+    ],
+)
+def test_indexes_as_spreadsheets_write_them(tmp_path, data):
+    for name in ("one", "two"):
+        photo(tmp_path / "a", name)
+    (tmp_path / "index.csv").write_bytes(data)
+    found = read_examples(tmp_path, "photos", tmp_path / "index.csv")
+    assert [(e.real, e.split) for e in found] == [
+        (tmp_path / "a/images/one.png", "train"),
+        (tmp_path / "a/images/two.png", "test"),
+    ]
+
+
+def test_unicode_of_both_forms_is_one_name(tmp_path):
+    photo(tmp_path, "caf\u00e9")
+    (tmp_path / "masks/caf\u00e9.png").rename(tmp_path / "masks/cafe\u0301.png")
+    (tmp_path / ".ipynb_checkpoints/images").mkdir(parents=True)
+    (tmp_path / ".ipynb_checkpoints/masks").mkdir()
+    (tmp_path / ".ipynb_checkpoints/images/a.png").touch()
+    assert len(read_examples(tmp_path, "photos")) == 1
+    (tmp_path / "index.csv").write_text("image,mask,split\nimages/cafe\u0301.png,masks/caf\u00e9.png,test\n", "utf-8")
+    assert len(photo_pairs(tmp_path, tmp_path / "index.csv", "test")) == 1

@@ -83,6 +83,21 @@ def test_run_is_stable_typed_and_quiet(root, monkeypatch, capfd):
     assert set(book.metadata) == {"kernelspec", "language_info"}
 
 
+def test_a_users_settings_change_nothing(root, monkeypatch):
+    for name, text in (
+        (".ipython/profile_default/ipython_kernel_config.py", "get_config().InlineBackend.figure_formats = {'svg'}\n"),
+        (".config/matplotlib/matplotlibrc", "axes.facecolor: red\n"),
+    ):
+        (root / "home" / name).parent.mkdir(parents=True)
+        (root / "home" / name).write_text(text)
+    for name in ("IPYTHONDIR", "MPLCONFIGDIR", "MATPLOTLIBRC", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(root / "home"))
+    write("a.ipynb", "import matplotlib.pyplot as plt\nprint(plt.rcParams['axes.facecolor'])\nplt.plot([1, 2]);")
+    text = notebooks.run_notebook("a.ipynb").read_text()
+    assert "image/png" in text and "svg" not in text and "white" in text and "red" not in text
+
+
 def test_a_failing_cell(root, capfd):
     write(root / "notebooks/a.ipynb", "x = 1", "print('before')", "raise ValueError('the reason\\nand more')", "x")
     good = root / "reports/notebooks/a.ipynb"

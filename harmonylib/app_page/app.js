@@ -59,14 +59,16 @@ async function setMask(file) {
   const image = await decode(file);
   const layer = new OffscreenCanvas(canvas.width, canvas.height);
   const context = layer.getContext("2d");
-  context.fillStyle = "#fff"; // transparency counts as white, as on the server
-  context.fillRect(0, 0, layer.width, layer.height);
   context.imageSmoothingEnabled = false;
   context.drawImage(image, 0, 0, layer.width, layer.height);
   const pixels = context.getImageData(0, 0, layer.width, layer.height);
-  for (let i = 0; i < pixels.data.length; i += 4) {
-    const grey = 0.299 * pixels.data[i] + 0.587 * pixels.data[i + 1] + 0.114 * pixels.data[i + 2];
-    pixels.data.set([255, 47, 176, grey > 127 ? 255 : 0], i);
+  const data = pixels.data;
+  const alphas = new Set(); // which of them is the mask is decided as on the server, which refuses what is ambiguous
+  for (let i = 3; i < data.length; i += 4) alphas.add(data[i] > 127);
+  const from = $("mask-from").value === "auto" && alphas.size > 1 ? "alpha" : $("mask-from").value;
+  for (let i = 0; i < data.length; i += 4) {
+    const level = from === "alpha" ? data[i + 3] : 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2];
+    data.set([255, 47, 176, level > 127 ? 255 : 0], i);
   }
   context.putImageData(pixels, 0, 0);
   URL.revokeObjectURL(image.src);
@@ -209,6 +211,7 @@ const guarded = (work) => async (...given) => {
 };
 $("picture").addEventListener("change", guarded(async () => $("picture").files[0] && (await setPicture($("picture").files[0]))));
 $("mask-file").addEventListener("change", guarded(async () => $("mask-file").files[0] && (await setMask($("mask-file").files[0]))));
+$("mask-from").addEventListener("change", guarded(async () => maskFile && (await setMask(maskFile))));
 document.addEventListener("dragover", (event) => {
   event.preventDefault();
   stage.classList.add("over");
@@ -294,6 +297,7 @@ $("form").addEventListener("submit", guarded(async (event) => {
   body.append("mask", mask, "the mask");
   body.append("strength", $("strength").value / 100);
   body.append("fit_mask", mask === maskFile ? $("fit-mask").checked : true);
+  body.append("mask_from", mask === maskFile ? $("mask-from").value : "luminance");
   for (const id of ["model", "seed", "feather", "kind"]) body.append(id, $(id).value);
 
   running = new AbortController();

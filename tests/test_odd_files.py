@@ -1,0 +1,245 @@
+"""Masks read by their meaning or refused by name; pictures whose metadata is odd, and what is kept of it."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import odd
+import pytest
+from PIL import Image
+
+from harmonylib.decoding import turn_along
+from harmonylib.errors import HarmonyError, HarmonyWarning
+from harmonylib.images import read_image, read_mask, read_pair
+from harmonylib.inference import harmonize
+from harmonylib.picture import open_picture, read_region, save_picture, write_picture
+from harmonylib.pipeline import _mask_batch
+
+TRUE = odd.region()
+OTHER = np.roll(TRUE, 9, axis=1)
+PHOTO = np.asarray(odd.photo())
+CUT = np.where(TRUE[..., None], PHOTO, 0)
+
+
+def grey(on=255, dtype=np.uint8):
+    return Image.fromarray(np.where(TRUE, on, 0).astype(dtype))
+
+
+def palette(colours, values=None):
+    image = Image.fromarray(TRUE.astype(np.uint8) if values is None else values).convert("P")
+    image.putpalette(colours)
+    return image
+
+
+def white_is_zero(image, bits):
+    """An uncompressed TIFF of one channel with PhotometricInterpretation 0."""
+    own = [(258, 3, 1, struct.pack("<I", bits)), (262, 3, 1, bytes(4)), (277, 3, 1, struct.pack("<I", 1))]
+    data = odd.tiff_with(image=image)
+    for tag, kind, count, value in own:
+        at = data.index(struct.pack("<HHI", tag, kind, count)) + 8
+        data = data[:at] + value + data[at + 4 :]
+    return data
+
+
+WHITE, TIFF = np.where(TRUE, 255, 0).astype(np.uint8), {"kind": "TIFF"}
+MASKS = {
+    "cut-out": (odd.layers(CUT, TRUE), {}),
+    "dark cut-out": (odd.layers(CUT // 3, TRUE), {}),
+    "cut-out with its background hidden": (odd.layers(PHOTO, TRUE), {}),
+    "cut-out as TIFF": (odd.layers(CUT, TRUE), TIFF),
+    "cut-out as WebP": (odd.layers(CUT, TRUE), {"kind": "WEBP", "lossless": True}),
+    "grey cut-out": (Image.merge("LA", [Image.new("L", (32, 24), 90), grey()]), {}),
+    "white brush": (odd.layers((255, 255, 255), TRUE), {}),
+    "black brush": (odd.layers((0, 0, 0), TRUE), {}),
+    "red brush": (odd.layers((255, 0, 0), TRUE), {}),
+    "white on transparent black": (grey(), {"transparency": 0}),
+    "opaque": (odd.layers(np.dstack([WHITE] * 3), WHITE * 0 + 255), {}),
+    "equally transparent": (odd.layers(np.dstack([WHITE] * 3), WHITE * 0 + 100), {}),
+    "0 and 1": (grey(1), {}),
+    "0 and 1 of 16 bits": (grey(1, np.uint16), {}),
+    "float 0 and 1": (grey(1, np.float32), TIFF),
+    "float 0 and 255": (grey(255, np.float32), TIFF),
+    "16 bits": (grey(65535, np.uint16), {}),
+    "255 of 16 bits": (grey(255, np.uint16), {}),
+    "32 bits": (grey(2**31 - 1, np.int32), TIFF),
+    "1 bit": (Image.fromarray(TRUE), {}),
+    "group 4": (Image.fromarray(TRUE), TIFF | {"compression": "group4"}),
+    "CMYK": (grey().convert("RGB").convert("CMYK"), {"kind": "JPEG", "quality": 95}),
+    "palette of greys": (palette([0, 0, 0, 255, 255, 255]), {}),
+    "white is zero, 8 bits": (white_is_zero(Image.fromarray(255 - WHITE), 8), {}),
+    "white is zero, 16 bits": (white_is_zero(Image.fromarray(65535 - WHITE.astype("<u2") * 257), 16), {}),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_are_read_by_their_meaning(tmp_path, name):
+    image, options = MASKS[name]
+    (tmp_path / "mask").write_bytes(image if isinstance(image, bytes) else odd.encoded(image, **options))
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask"), TRUE)
+    assert (_mask_batch(Image.open(tmp_path / "mask"))[0, 0].numpy() == TRUE).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (odd.layers(np.dstack([np.where(OTHER & TRUE, 255, 0)] * 3), TRUE), "alpha and its luminance are masks that"),
+        (odd.layers(np.dstack([WHITE] * 3), OTHER), "--mask-from alpha or --mask-from luminance"),
+        (odd.layers(np.dstack([255 - WHITE] * 3), TRUE), "--mask-from alpha or --mask-from luminance"),
+        (palette([0, 0, 0, 128, 0, 0]), r"indices of a palette \(0, 1\)"),
+        (palette([0, 0, 0, 128, 0, 0] + [224, 224, 192] * 254, np.where(OTHER, 255, TRUE).astype(np.uint8)),
+         r"\(0, 1, 255; 255 is a void border\)"),
+        (Image.fromarray(np.where(OTHER & ~TRUE, 255, TRUE * 15).astype(np.uint8)), r"labels \(0, 15, 255; 255 is a"),
+        (Image.fromarray(np.where(TRUE, 1, -1).astype(np.float32)), "run from -1 to 1"),
+        (grey(np.nan, np.float32), "run from nan"),
+        (Image.merge("LAB", [grey()] * 3), "LAB"),
+    ],
+)  # fmt: skip
+def test_masks_that_could_mean_two_things_are_named(tmp_path, image, words):
+    deep = image.mode in ("F", "LAB")
+    (tmp_path / "mask").write_bytes(odd.encoded(image, "TIFF" if deep else "PNG"))
+    with pytest.raises(HarmonyError, match=f"mask: .*{words}"):
+        read_mask(tmp_path / "mask")
+
+
+def test_mask_from_decides(tmp_path):
+    image = odd.layers(np.dstack([WHITE] * 3), OTHER)
+    for source, region in (("alpha", OTHER), ("luminance", TRUE)):
+        np.testing.assert_array_equal(read_region(image, mask_from=source), region)
+    for source, words in (("alpha", "no transparency"), ("white", "'white' is unknown")):
+        with pytest.raises(HarmonyError, match=words):
+            read_region(grey(), mask_from=source)
+
+
+# ---- metadata ----
+
+TWICE = odd.jpeg_with(*[odd.segment(2, b"ICC_PROFILE\0\1\1" + odd.SRGB)] * 2)
+RAW_TEXT = odd.chunk(b"tEXt", b"Raw profile type exif\0\nexif\n      10\nzzzz")
+MANY = [odd.chunk(b"zTXt", b"w%d\0\0" % n + zlib.compress(bytes(1_000_000))) for n in range(70)]
+ODD = {
+    "no EXIF in a JPEG": (odd.jpeg_with(odd.segment(1, b"Exif\0\0no tiff header")), "exif"),
+    "no EXIF in a PNG": (odd.png_with(odd.chunk(b"eXIf", b"\0\x08\0\2garbage")), "exif"),
+    "no EXIF in a text": (odd.png_with(RAW_TEXT), "exif"),
+    "a profile twice": (TWICE, None),
+    "a profile of three bytes": (odd.jpeg_with(odd.segment(2, b"ICC_PROFILE\0\1\1abc")), "colour profile"),
+    "half a profile": (odd.jpeg_with(odd.segment(2, b"ICC_PROFILE\0\1\2" + odd.SRGB)), "colour profile"),
+    "text of 2 MB": (odd.png_with(odd.chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(2_000_000)))), "texts"),
+    "70 texts of 1 MB": (odd.png_with(*MANY), "texts"),
+    "a damaged chunk": (odd.png_with(odd.chunk(b"tIME", b"abc", damage=1)), "details"),
+    "resolution 0/0": (odd.tiff_with((282, 5, 1, bytes(4)), (283, 5, 1, bytes(4))), None),
+    "a mistyped orientation": (odd.tiff_with((274, 2, 4, b"abc\0")), None),
+    "a mistyped tag of a TIFF": (odd.tiff_with((0x2BC, 4, 1, b"abcd")), "details"),
+    "a short JFIF": (odd.jpeg_with(odd.segment(0, b"JFIF\0\1")), "details"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_metadata_never_costs_a_picture(recwarn, name):
+    data, lost = ODD[name]
+    image = open_picture(io.BytesIO(data), "a")
+    expected = Image.open(io.BytesIO(odd.jpeg_with() if data[:2] == b"\xff\xd8" else odd.png_with())).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+    said = [str(warning.message) for warning in recwarn if warning.category is HarmonyWarning]
+    assert not lost or (len(said) == 1 and said[0].startswith("a: ") and lost in said[0])
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF", "BMP"):
+        write_picture(image, io.BytesIO(), kind)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [(0x11A, 2, 4, b"abcd"), (0x11B, 9, 1, struct.pack("<i", -5))],
+        [(0x103, 2, 4, b"abc\0"), (0x101, 5, 1, struct.pack("<I", 9999))],
+        [(0x8769, 4, 1, struct.pack("<I", 99999)), (0x8825, 3, 2, b"\1\0\2\0")],
+    ],
+)
+def test_a_turn_is_seen_beside_broken_entries(tmp_path, entries):
+    block = odd.exif(odd.TURN, *entries)
+    upright = odd.photo().transpose(Image.Transpose.ROTATE_270)
+    for data in (
+        odd.png_with(odd.chunk(b"eXIf", block[6:])),
+        odd.encoded(odd.photo(), "WEBP", lossless=True, exif=block),
+    ):
+        image = open_picture(io.BytesIO(data), "a")
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(upright))
+        save_picture(image, tmp_path / "b.png")
+        again = Image.open(tmp_path / "b.png")
+        assert again.getexif()[0x112] == 1 and len(again.info["exif"]) == len(block)  # nothing else is touched
+
+
+def test_what_a_format_cannot_hold_is_said(tmp_path):
+    tags = Image.Exif()
+    tags[0x10E] = "workflow " * 10_000
+    large = open_picture(io.BytesIO(odd.encoded(odd.photo(), exif=tags)), "a")
+    bright = open_picture(io.BytesIO(odd.png_with(odd.chunk(b"gAMA", struct.pack(">I", 100_000)))), "a")
+    for image, name, words in ((large, "b.jpg", "exif"), (large, "b.bmp", "exif"), (bright, "c.jpg", "gamma")):
+        with pytest.warns(HarmonyWarning, match=f"{name}: {words} cannot be kept"):
+            save_picture(image, tmp_path / name)
+    for image, name, key in ((large, "b.png", "exif"), (bright, "c.png", "gamma")):
+        save_picture(image, tmp_path / name)
+        assert Image.open(tmp_path / name).info[key] == image.info[key]
+    for kind, side in (("webp", 16_384), ("jpg", 65_501)):
+        with pytest.raises(HarmonyError, match=f"wide.{kind}: {side} pixels, .* holds {side - 1} a side"):
+            save_picture(Image.new("RGB", (side, 1)), tmp_path / f"wide.{kind}")
+    assert not list(tmp_path.glob("*wide*"))
+
+
+def test_exif_never_becomes_the_layout_of_a_tiff(tmp_path):
+    block = odd.exif((0x100, 4, 1, struct.pack("<I", 7)), (0x103, 3, 1, b"\5\0\0\0"), (0x111, 4, 1, b"\x08\0\0\0"))
+    image = open_picture(io.BytesIO(odd.png_with(odd.chunk(b"eXIf", block[6:]))), "a")
+    save_picture(image, tmp_path / "a.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), PHOTO)
+
+
+# ---- pixels ----
+
+
+def test_deep_pixels(tmp_path):
+    greys = np.asarray(odd.photo().convert("L"))
+    for name, array in (("unit.tif", greys.astype(np.float32) / 255), ("deep.png", greys.astype(np.uint16) * 257)):
+        Image.fromarray(array).save(tmp_path / name)
+        np.testing.assert_array_equal(read_image(tmp_path / name)[..., 0], greys)
+    Image.fromarray(greys.astype(np.float32) / 100).save(tmp_path / "a.tif")
+    with pytest.raises(HarmonyError, match="a.tif: its values reach 2.*float from 0 to 1"):
+        read_image(tmp_path / "a.tif")
+    deep = greys.astype(np.uint16) * 257
+    deep[:4] = 65_535
+    data = odd.png_with(odd.chunk(b"tRNS", b"\xff\xff"), image=Image.fromarray(deep))
+    image = np.asarray(open_picture(io.BytesIO(data), "a"))
+    assert ((image[..., 3] == 0) == (deep == 65_535)).all() and (image[4:, :, 0] == greys[4:]).all()
+
+
+def test_an_opaque_layer_may_be_a_jpeg(tmp_path):
+    save_picture(odd.photo().convert("RGBA"), tmp_path / "a.jpg")
+    assert Image.open(tmp_path / "a.jpg").mode == "RGB"
+
+
+def test_each_component_keeps_its_table(tmp_path):
+    odd.photo().save(tmp_path / "a.jpg", qtables=[[5] * 64, [9] * 64, [20] * 64])
+    once = open_picture(tmp_path / "a.jpg")
+    result = harmonize(once, TRUE, strength=0, device="cpu")  # a picture of a picture
+    save_picture(result, tmp_path / "b.jpg")
+    assert Image.open(tmp_path / "b.jpg").quantization == Image.open(tmp_path / "a.jpg").quantization
+
+
+# ---- masks in the photo's raw orientation ----
+
+
+@pytest.mark.parametrize(("turn", "name"), [(5, "TRANSPOSE"), (6, "ROTATE_270"), (7, "TRANSVERSE"), (8, "ROTATE_90")])
+def test_a_raw_mask_is_turned_with_its_photo(tmp_path, turn, name):
+    block = odd.exif((0x112, 3, 1, struct.pack("<HH", turn, 0)))
+    (tmp_path / "photo.png").write_bytes(odd.png_with(odd.chunk(b"eXIf", block[6:])))
+    grey().save(tmp_path / "raw.png")
+    upright = np.asarray(Image.fromarray(TRUE).transpose(Image.Transpose[name]))
+    image, mask = read_pair(tmp_path / "photo.png", tmp_path / "raw.png")
+    np.testing.assert_array_equal(mask, upright)
+    after = np.asarray(harmonize(tmp_path / "photo.png", tmp_path / "raw.png", device="cpu"))
+    changed = (after != image).any(-1)
+    assert changed[upright].any() and not changed[~upright].any()
+    assert turn_along(upright, image.shape, turn) is upright  # a mask that is upright already
+
+
+def test_a_turned_mask_is_never_squashed(tmp_path):
+    small = Image.fromarray(TRUE).resize((12, 16)).convert("L")
+    with pytest.raises(HarmonyError, match="the mask: is 12x16 but the picture is 32x24; one of them is turned"):
+        harmonize(odd.photo(), small, fit_mask=True, device="cpu")
