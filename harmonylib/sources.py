@@ -11,9 +11,10 @@ import pandas as pd
 from skimage.metrics import peak_signal_noise_ratio
 
 from .benchmark import BenchmarkSettings, make_benchmark
+from .decoding import IMAGE_SUFFIXES
 from .errors import HarmonyError
 from .files import atomic_path, stamp
-from .images import IMAGE_SUFFIXES, read_image, read_pair, resize_image
+from .images import read_image, read_pair, resize_image
 from .layout import SPLITS, Triple, plain_name, read_triples, write_list
 from .manifest import Example, read_examples
 from .parallel import parallel_map
