@@ -71,9 +71,9 @@ def folder_photos(path, seed: int, index=None, mask_from: str = "auto") -> list[
     """The photos of `images/` + `masks/` below path, a seeded tenth (at least two) of them for the test split.
 
     index: a CSV with columns image, mask and split that names the photos and decides the split instead. Names are made
-    plain (`layout.plain_name`) and unique. mask_from as in `decoding.mask_levels`. Where there is no folder `masks` at all,
-    superpixels stand in for objects, and a line says so. Raises HarmonyError when there is no such folder, a photo has
-    no mask, or there are fewer than four photos.
+    plain (`layout.plain_name`) and unique. mask_from as in `decoding.mask_levels`. Where there is no folder `masks` at
+    all, superpixels stand in for objects, and a line says so. Raises HarmonyError when there is no such folder, a photo
+    has no mask, or there are fewer than four photos.
     """
     found = [] if index else _without_masks(Path(path))
     if found:
