@@ -120,8 +120,8 @@ def run_variants(variants: dict[str, Callable[[int], pd.DataFrame]], seeds: Iter
 def train_resunet(run, data: TripleSet, seed: int, observe=None, **changes):
     """(model, history) of the paper's ResUNet, trained from nothing for the ablations' steps, some settings changed.
 
-    run: the settings of params.yaml; changes: options of `fit.contrastive_resunet`, the rest are those of run.resunet,
-    but for its head, encoder and losses, which are the paper's.
+    run: the settings of params.yaml; changes: options of `fit.contrastive_resunet`. The rest are those of
+    run.resunet, but for its head, encoder and losses, which are the paper's.
     """
     settings = replace(TrainSettings.of(run, "resunet"), steps=run.ablations.resunet_steps)
     known = fit.contrastive_resunet.__kwdefaults__
