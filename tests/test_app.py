@@ -118,9 +118,10 @@ def odd_files(folder, number):
         name, data = odd.odd_picture(seed)
         data = [data, data, data, data[: len(data) // 2], data[:9], b""][seed % 6]
         mask = odd.encoded(masks[seed % len(masks)])[: 50 if seed % 11 == 10 else None]
-        for path, part in ((folder / name, data), (folder / "odd mask.png", mask)):
+        files = {"picture": folder / name, "mask": folder / f"mask{seed}.png"}
+        for path, part in zip(files.values(), (data, mask), strict=True):
             path.write_bytes(part)
-        yield {"picture": folder / name, "mask": folder / "odd mask.png"}
+        yield files
 
 
 def test_odd_uploads_leave_it_serving(address, folder, tmp_path):

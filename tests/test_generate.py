@@ -291,7 +291,7 @@ def test_foreground_that_vanishes_on_the_latent_grid(pipeline, pairs, tmp_path):
     with pytest.raises(HarmonyError, match="m.png: no foreground is left"):
         run(pipeline, [pair], tmp_path / "out")
     write_image(tmp_path / "m.png", resize_mask(mask, (20, 20)))
-    with pytest.raises(HarmonyError, match="resize the mask"):
+    with pytest.raises(HarmonyError, match="m.png: mask is .*; resize it"):
         run(pipeline, [pair], tmp_path / "out")
 
 

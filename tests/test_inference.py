@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import odd
 import pytest
 import torch
 from conftest import COLOUR, save_resunet
@@ -131,7 +132,7 @@ def test_transparency_and_metadata(resunet, composite):
     alpha = np.full(mask.shape, 255, np.uint8)
     alpha[:, 60:] = 0
     before = Image.fromarray(np.dstack([image, alpha]))
-    before.info["icc_profile"] = b"0123456789abcdefRGB "
+    before.info["icc_profile"] = odd.SRGB
     after = hl.harmonize(before, mask, model=resunet, device="cpu")
     bands = np.asarray(after)
     assert after.mode == "RGBA" and after.info == before.info and np.array_equal(bands[..., 3], alpha)
