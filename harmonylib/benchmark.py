@@ -98,7 +98,8 @@ def _plan(root, photos, shares, settings, seed, subsets) -> list[_Job]:
         for subset in subsets:
             draws, queue = rng(seed, subset, split, "plan"), []
             for number in range(pairs):
-                share = float(draw(GENUINE[subset].share, draws)) if subset in GENUINE else float(draws.uniform(0, 0.5))
+                share = 0.5 * draws.random() if subset not in GENUINE else draw(GENUINE[subset].share, draws)
+                share = float(min(max(share, 0.005), 0.9))
                 queue = queue or draws.permutation(chosen).tolist()  # every photo once, then all of them again
                 misfit = [min(abs(np.log(share / own)) for own in shares[photo]) for photo in queue[:CHOICE]]
                 photo = queue.pop(int(np.argmin(misfit)))

@@ -93,15 +93,12 @@ def _rotations() -> np.ndarray:
     return np.concatenate([np.eye(3)[None], np.linalg.qr(draws)[0]])
 
 
-def _thinned(pixels: np.ndarray) -> np.ndarray:
-    """At most IDT_PIXELS evenly spaced ones of the pixels: enough for their quantiles."""
-    return pixels[:: -(-len(pixels) // IDT_PIXELS)]
-
-
 def _quantiles(values: np.ndarray) -> np.ndarray:
-    """IDT_QUANTILES evenly spaced quantiles of every column."""
-    steps = np.linspace(0, len(values) - 1, IDT_QUANTILES)
-    return np.sort(values, axis=0)[np.rint(steps).astype(int)]
+    """IDT_QUANTILES evenly spaced quantiles of every column: of IDT_PIXELS of the values, but for the two ends."""
+    ordered = np.sort(values[:: -(-len(values) // IDT_PIXELS)], axis=0)
+    found = ordered[np.rint(np.linspace(0, len(ordered) - 1, IDT_QUANTILES)).astype(int)]
+    found[0], found[-1] = values.min(0), values.max(0)
+    return found
 
 
 def distribution_transfer(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -113,7 +110,7 @@ def distribution_transfer(source: np.ndarray, reference: np.ndarray) -> np.ndarr
     source, reference = _check(source, "source"), _check(reference, "reference")
     for rotation in _rotations():
         rotated = source @ rotation.T
-        own, wanted = _quantiles(_thinned(rotated)), _quantiles(_thinned(reference) @ rotation.T)
+        own, wanted = _quantiles(rotated), _quantiles(reference @ rotation.T)
         matched = np.stack([np.interp(rotated[:, axis], own[:, axis], wanted[:, axis]) for axis in range(3)], axis=1)
         source = source + (matched - rotated) @ rotation
     return source.clip(0, 1)

@@ -147,7 +147,10 @@ def foreground_error(output, real, mask, kind: str = "l1") -> torch.Tensor:
 
     "l1" is the paper's L_pixel. "rmse" (the root of the mean square, three times for the same scale) and "log" (the
     logarithm of the mean square, so that a weak change counts as much as a strong one) are ours.
+    Raises HarmonyError for another kind.
     """
+    if kind not in ("l1", "rmse", "log"):
+        raise HarmonyError(f"foreground error {kind!r} is unknown; use l1, rmse or log")
     if kind == "l1":
         return foreground_l1(output, real, mask)
     _check_shapes(output, real, mask)

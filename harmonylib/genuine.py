@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.special import ndtri
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
-OUTERMOST = (0.02, 0.98)  # levels that draws stay within: the table says nothing about the ends
+OUTERMOST = (0.02, 0.98)  # levels that stand for all beyond: the table says nothing about the ends
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ GENUINE = {
 def draw(values: tuple, rng: np.random.Generator, size=None):
     """Random numbers with the given quantiles: log values interpolated over normal scores, ends carried on."""
     scores, logs = ndtri(LEVELS), np.log(values)
-    at = ndtri(rng.uniform(*OUTERMOST, size))
+    at = ndtri(np.clip(rng.uniform(size=size), *OUTERMOST))
     inner = np.interp(at, scores, logs)
     below, above = np.minimum(at - scores[0], 0), np.maximum(at - scores[-1], 0)
     ends = below * (logs[1] - logs[0]) / (scores[1] - scores[0]) + above * (logs[-1] - logs[-2]) / (

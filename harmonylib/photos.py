@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import binary_fill_holes
+from scipy.ndimage import label as connected
+from skimage.measure import regionprops
 from skimage.segmentation import slic
 
 from .errors import HarmonyError
@@ -22,8 +24,9 @@ from .images import fit, read_image, resize_mask
 from .seeds import rng as seeded
 
 SPLITS = ("train", "test")
-SUPERPIXELS = 120  # at most, so that the smallest are objects and not texture
+SUPERPIXELS = 200  # at most, so that the smallest are objects and not texture
 SUPERPIXEL_SIDE = 128  # pixels at which they are made
+LIKE_COLOUR = 40.0  # levels of a channel that count as much as a quarter of the side
 FITS = 1.25  # factor within which a mask's share of the picture is near enough to the wanted one
 CROP_FOREGROUND = (0.02, 0.8)
 CROP_TRIES = 30
@@ -95,24 +98,36 @@ def rasterise(rings: list, size: tuple[int, int]) -> np.ndarray:
 def foreground_of_share(image: np.ndarray, mask: np.ndarray, share: float, seed: int) -> np.ndarray:
     """The HxW bool mask where it covers about `share` of the picture, else a part of it or a piece of the picture.
 
-    Within a factor of FITS the mask stays whole. Where it is too large, a superpixel (SLIC, Achanta et al. 2012) of
-    about the wanted size is cut out of it; where too small, a superpixel of the whole picture is taken. Depends on the
-    arguments only.
+    Within a factor of FITS the mask stays whole. Where it is too large, neighbouring superpixels of like colours (SLIC,
+    Achanta et al. 2012), together of about the wanted size, are cut out of it; where too small, out of the picture.
+    Depends on the arguments only.
     """
     own = mask.mean()
-    if share / FITS <= own <= share * FITS:
-        return mask
     small, inside = fit(image, mask, SUPERPIXEL_SIDE)
-    for pieces in (1.0, 0.7, 0.5):  # times 1 / share: what the mask cuts off makes them smaller
-        labels = slic(small, n_segments=int(np.clip(pieces / share, 2, SUPERPIXELS)), compactness=10, start_label=1)
-        labels = labels * inside if own > share else labels
-        misfit = np.abs(np.log(np.maximum(np.bincount(labels.ravel())[1:] / labels.size, 1e-6) / share))
-        if misfit.min() < np.log(FITS) / 2:
-            break
-    candidates = np.flatnonzero(misfit <= max(misfit.min(), np.log(FITS) / 2))
-    part = labels == 1 + candidates[int(seeded(seed, "part").integers(len(candidates)))]
-    part = resize_mask(binary_fill_holes(part), mask.shape)
-    return part if part.any() and not part.all() else mask
+    if share / FITS <= own <= share * FITS or not inside.any():
+        return mask
+    labels = slic(small, n_segments=int(np.clip(3 / share, 24, SUPERPIXELS)), compactness=10, start_label=1)
+    labels = labels * inside if own > share else labels
+    pieces = [(piece.label, piece.area, *piece.centroid, *piece.intensity_mean) for piece in regionprops(labels, small)]
+    names, areas, *features = np.array(pieces).T
+    first = int(seeded(seed, "part").choice(len(names), p=areas / areas.sum()))
+    parts = []
+    for like in (LIKE_COLOUR, 4 * LIKE_COLOUR, np.inf):  # what is cut off, being apart, is less the less colour counts
+        place = np.stack(features, axis=1) / ([SUPERPIXEL_SIDE / 4] * 2 + [like] * 3)
+        nearest = np.argsort(((place - place[first]) ** 2).sum(1), kind="stable")
+        count = 1 + int(np.abs(np.log(np.cumsum(areas[nearest]) / labels.size / share)).argmin())
+        part = connected(np.isin(labels, names[nearest[:count]]))[0]
+        parts.append(binary_fill_holes(part == part[labels == names[first]].max()))
+    part = resize_mask(min(parts, key=lambda found: abs(np.log(found.mean() / share))), mask.shape)
+    if part.any() and not part.all():
+        return part
+    return mask if not mask.all() else _middle(mask.shape, share)  # a picture of one colour has one superpixel
+
+
+def _middle(shape: tuple[int, int], share: float) -> np.ndarray:
+    """An HxW bool mask of a box in the middle that covers `share` of the picture."""
+    rows, columns = (np.abs(np.linspace(-1, 1, side)) <= share**0.5 for side in shape)
+    return rows[:, None] & columns
 
 
 def random_crop(

@@ -234,6 +234,10 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
                 f"base_channels {base_channels}, depth {depth}, residual_convs {residual_convs} cannot be built; "
                 "use at least 1, 2 and 0"
             )
+        if head == "colour" and view and not encoder and depth <= COARSE_LEVEL:
+            raise HarmonyError(
+                f"depth {depth} leaves nothing to decode for head: colour; use at least {COARSE_LEVEL + 1}"
+            )
         if encoder and (head != "colour" or not view):
             raise HarmonyError(f"encoder {encoder!r} goes with head: colour and a view; set these, or encoder: null")
         if head == "colour" and view == 0:

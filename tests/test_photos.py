@@ -82,7 +82,7 @@ def test_unknown_split_and_missing_file_are_named():
         photos._locate("nowhere", "no_such_package_/a.png")
 
 
-@pytest.mark.parametrize("share", (0.01, 0.05, 0.1))
+@pytest.mark.parametrize("share", (0.01, 0.05, 0.1, 0.35))
 def test_foregrounds_have_about_the_wanted_share(embedded, share):
     ratios = []
     for photo in embedded:
