@@ -12,7 +12,7 @@ from .color import harmonize_classically
 from .datasets import TripleSet
 from .devices import autocast, pick_device
 from .errors import HarmonyError
-from .images import paste, to_tensor, to_uint8
+from .images import paste, resize, to_tensor, to_uint8
 from .metrics import score
 from .progress import progress
 from .seeds import generator
@@ -88,13 +88,6 @@ def stored_method(name: str, images: np.ndarray) -> Method:
         raise TrainingDiverged(f"{name}: the outputs are not finite")
     rest = iter(images)
     return Method(name, lambda composite, mask, names: torch.from_numpy(np.stack([next(rest) for _ in names])))
-
-
-def resize(image: torch.Tensor, size: int | None) -> torch.Tensor:
-    """Antialiased bilinear resize to size x size."""
-    if size is None or image.shape[-1] == size:
-        return image
-    return F.interpolate(image, size=(size, size), mode="bilinear", antialias=True).clamp(-1, 1)
 
 
 def resize_pair(image, mask, size):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from .decoding import KINDS, MASK_THRESHOLD, mask_levels, open_image, orientation, to_rgb, turn_along
@@ -80,6 +81,13 @@ def fit(image: np.ndarray, mask: np.ndarray, longest: int | None) -> tuple[np.nd
     factor = 1.0 if longest is None else min(1.0, longest / max(height, width))
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     return resize_image(image, size), resize_mask(mask, size)
+
+
+def resize(image: torch.Tensor, size: int | None) -> torch.Tensor:
+    """Antialiased bilinear resize to size x size."""
+    if size is None or image.shape[-1] == size:
+        return image
+    return F.interpolate(image, size=(size, size), mode="bilinear", antialias=True).clamp(-1, 1)
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:

@@ -17,7 +17,7 @@ from .cache import cached_array, weights_digest
 from .datasets import TripleSet
 from .diffusion import unscale_latents
 from .errors import HarmonyError
-from .evaluate import resize
+from .images import resize
 from .pipeline import DiffHarmonyPipeline
 from .progress import progress
 from .seeds import generator
