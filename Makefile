@@ -56,8 +56,8 @@ pretrained: .venv  ## train what pretrained/ ships: make pretrained PHOTOS=folde
 	fi
 	.venv/bin/harmonylib profile shipped
 	.venv/bin/dvc repro resunet diffharmony@harmonize
-	.venv/bin/python -m harmonylib.weights artifacts/contrastive_resunet pretrained/contrastive-resunet
-	.venv/bin/python -m harmonylib.weights artifacts/diffharmony/harmonize pretrained/diffharmony++
+	.venv/bin/python -m harmonylib.models.weights artifacts/contrastive_resunet pretrained/contrastive-resunet
+	.venv/bin/python -m harmonylib.models.weights artifacts/diffharmony/harmonize pretrained/diffharmony++
 	cp artifacts/harmony_vae/harmonize/training.json pretrained/diffharmony++/vae/
 
 ablations: .venv  ## the papers' ablation tables that fit a laptop: 2, 4, 5 and VI

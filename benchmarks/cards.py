@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from harmonylib.files import atomic_path
+from harmonylib.core.files import atomic_path
 
 from .shipped import SCORES
 

@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from harmonylib.images import fit
+from harmonylib.core.images import fit
+from harmonylib.core.seeds import rng
+from harmonylib.data.embedded_photos import load_photos
+from harmonylib.data.recipes import make_composite
 from harmonylib.inference import carry_over, colour_map, recolored, smooth
-from harmonylib.photos import load_photos
-from harmonylib.recipes import make_composite
-from harmonylib.seeds import rng
 
 RECIPES = ("HFlickr", "HAdobe5k")
 KINDS = ("perfect", "imperfect")

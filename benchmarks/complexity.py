@@ -13,14 +13,14 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harmonylib.devices import pick_device
-from harmonylib.images import resize_image, resize_mask
+from harmonylib.core.devices import pick_device
+from harmonylib.core.images import resize_image, resize_mask
+from harmonylib.core.json_files import write_json
+from harmonylib.core.progress import progress
+from harmonylib.data.embedded_photos import load_photos
 from harmonylib.inference import MODELS, load_model, run_model, working_size
-from harmonylib.jsonio import write_json
-from harmonylib.photos import load_photos
-from harmonylib.pipeline import DiffHarmonyPipeline
-from harmonylib.progress import progress
-from harmonylib.resunet import ContrastiveResUNet
+from harmonylib.models.pipeline import DiffHarmonyPipeline
+from harmonylib.models.resunet import ContrastiveResUNet
 
 PAPER = "contrastive-resunet, the paper's size"  # untrained: weights do not change what a model costs
 

@@ -6,9 +6,9 @@ images are random, which costs the same.
 
 import torch
 
-from harmonylib.contrastive import RegionContrastiveLoss, harmonization_loss, sample_cells
-from harmonylib.devices import autocast, has_bf16, pick_device
-from harmonylib.resunet import ContrastiveResUNet
+from harmonylib.core.devices import autocast, has_bf16, pick_device
+from harmonylib.models.contrastive import RegionContrastiveLoss, harmonization_loss, sample_cells
+from harmonylib.models.resunet import ContrastiveResUNet
 
 from .paired import can_compile, paired, paired_memory
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harmonylib import cache
-from harmonylib.benchmark import BenchmarkSettings, make_benchmark
-from harmonylib.check import audit
-from harmonylib.datasets import TripleSet
-from harmonylib.images import read_image, to_square, to_tensor
-from harmonylib.layout import read_triples
-from harmonylib.photos import load_photos
-from harmonylib.recipes import RECIPES, RecipeSettings, recolor
+from harmonylib.core import cache
+from harmonylib.core.images import read_image, to_square, to_tensor
+from harmonylib.data.audit import audit
+from harmonylib.data.batches import TripleSet
+from harmonylib.data.build import BenchmarkSettings, make_benchmark
+from harmonylib.data.embedded_photos import load_photos
+from harmonylib.data.layout import read_triples
+from harmonylib.data.recipes import RECIPES, RecipeSettings, recolor
 
 from .paired import paired
 

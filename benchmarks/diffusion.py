@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from harmonylib.devices import autocast, has_bf16, pick_device
-from harmonylib.diffusion import base_scheduler, denoising_loss, latent_mask, scale_latents, training_attention
-from harmonylib.fit import sample_posterior
-from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding
-from harmonylib.pretrain import BaseSettings, build_autoencoder, build_unet
-from harmonylib.refinement import RefinementUNet, refinement_loss
-from harmonylib.vae import HarmonyVAE, harmony_vae_loss
+from harmonylib.core.devices import autocast, has_bf16, pick_device
+from harmonylib.models.base import BaseSettings, build_autoencoder, build_unet
+from harmonylib.models.diffusion import base_scheduler, denoising_loss, latent_mask, scale_latents, training_attention
+from harmonylib.models.pipeline import DiffHarmonyPipeline, PromptEmbedding
+from harmonylib.models.refinement import RefinementUNet, refinement_loss
+from harmonylib.models.vae import HarmonyVAE, harmony_vae_loss
+from harmonylib.trainers import sample_posterior
 
 from .paired import paired, paired_memory
 

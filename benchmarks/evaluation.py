@@ -10,11 +10,11 @@ from PIL import Image
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio, structural_similarity
 
 from benchmarks.paired import paired
-from harmonylib.images import resize_image, resize_mask, write_image
-from harmonylib.layout import read_triples, write_composite, write_list, write_pair
-from harmonylib.metrics import METRICS
-from harmonylib.photos import load_photos
-from harmonylib.scoring import find_predictions, score_folder
+from harmonylib.core.images import resize_image, resize_mask, write_image
+from harmonylib.data.embedded_photos import load_photos
+from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
+from harmonylib.evaluation.folder import find_predictions, score_folder
+from harmonylib.evaluation.metrics import METRICS
 
 SIDE = 256
 

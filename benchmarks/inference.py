@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from benchmarks.paired import paired, seconds
-from harmonylib.devices import pick_device
-from harmonylib.images import resize_mask
+from harmonylib.core.devices import pick_device
+from harmonylib.core.images import resize_mask
+from harmonylib.core.progress import progress
+from harmonylib.data.embedded_photos import load_photos
 from harmonylib.inference import MODELS, harmonize, load_model, run_model
-from harmonylib.photos import load_photos
-from harmonylib.progress import progress
 
 SIDES = {"256 px": 256, "512 px": 512, "1024 px": 1024, "12 MP": 4243}  # long side
 COMPARED = 512  # long side at which the whole network is run for comparison

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harmonylib.notebooks import program
+from harmonylib.tools.notebooks import program
 
 from .paired import paired, seconds
 
@@ -45,7 +45,7 @@ def rows() -> list[dict]:
         def repro(*words):
             call("-m", "dvc", "repro", "-q", *words)
 
-        call("-m", "harmonylib.cli", "profile", "smoke")
+        call("-m", "harmonylib.tools.cli", "profile", "smoke")
         repro(*STAGES)
         for name in STAGES.values():
             (clone / f"{name}.py").write_text(program(clone / f"notebooks/{name}.ipynb"), encoding="utf-8")
@@ -54,7 +54,7 @@ def rows() -> list[dict]:
             lambda: [call(f"{name}.py") for name in STAGES.values()],
             repeats=3,
         )
-        call("-m", "harmonylib.cli", "profile", "mini")
+        call("-m", "harmonylib.tools.cli", "profile", "mini")
         stages = len(call("-m", "dvc", "stage", "list", "--name-only").splitlines())
         known = os.environ.get("MINI_SECONDS")
         run = float(known) if known else seconds(lambda: repro("--force"))

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from harmonylib.devices import has_bf16, pick_device
-from harmonylib.jsonio import read_json, write_json
+from harmonylib.core.devices import has_bf16, pick_device
+from harmonylib.core.json_files import read_json, write_json
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"

@@ -9,9 +9,9 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from harmonylib.params import read_yaml
-from harmonylib.resunet import ContrastiveResUNet
-from harmonylib.vae import HarmonyVAE
+from harmonylib.core.settings import read_yaml
+from harmonylib.models.resunet import ContrastiveResUNet
+from harmonylib.models.vae import HarmonyVAE
 
 COMPOSITES, TEST, CANDIDATE_PAIRS = 65_742, 7_404, 29_106  # facts of iHarmony4 and Human Harmony
 RATE = 300e12  # FLOP/s of one GPU: 30 % of an H100's 989e12 in bf16; assumed, not measured

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from harmonylib.color import harmonize_classically
-from harmonylib.evaluate import CLASSICAL
+from harmonylib.core.json_files import write_json
+from harmonylib.core.progress import progress
+from harmonylib.data.layout import read_triples
+from harmonylib.data.transfers import harmonize_classically
+from harmonylib.evaluation.methods import CLASSICAL
+from harmonylib.evaluation.metrics import compare, score, summarise
+from harmonylib.evaluation.statistics import reduction
 from harmonylib.inference import MODELS, harmonize
-from harmonylib.jsonio import write_json
-from harmonylib.layout import read_triples
-from harmonylib.metrics import compare, score, summarise
-from harmonylib.progress import progress
-from harmonylib.stats import reduction
 
 SCORES = Path(__file__).parents[1] / "pretrained/scores.json"
 STRENGTHS = (0, 260, 500, 1000, 2000, np.inf)  # fMSE of the composite; below 260 lies a tenth of the genuine ones

@@ -12,19 +12,21 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harmonylib import cache, diffusion, training
-from harmonylib.classifier import HarmonyClassifier
-from harmonylib.contrastive import harmonization_loss
-from harmonylib.datasets import PixelBatches, TripleSet
-from harmonylib.devices import autocast, has_bf16, pick_device
-from harmonylib.diffusion import denoising_loss, training_scheduler
-from harmonylib.distributed import join_group
-from harmonylib.generate import Pair, generate_candidates
-from harmonylib.images import read_image, read_mask, to_tensor, write_image
-from harmonylib.layout import read_triples, write_composite, write_list, write_pair
-from harmonylib.pipeline import DiffHarmonyPipeline
-from harmonylib.resunet import ContrastiveResUNet
-from harmonylib.seeds import generator, rng
+from harmonylib import training
+from harmonylib.augmentation.candidates import Pair, generate_candidates
+from harmonylib.core import cache
+from harmonylib.core.devices import autocast, has_bf16, pick_device
+from harmonylib.core.distributed import join_group
+from harmonylib.core.images import read_image, read_mask, to_tensor, write_image
+from harmonylib.core.seeds import generator, rng
+from harmonylib.data.batches import PixelBatches, TripleSet
+from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
+from harmonylib.models import diffusion
+from harmonylib.models.classifier import HarmonyClassifier
+from harmonylib.models.contrastive import harmonization_loss
+from harmonylib.models.diffusion import denoising_loss, training_scheduler
+from harmonylib.models.pipeline import DiffHarmonyPipeline
+from harmonylib.models.resunet import ContrastiveResUNet
 
 from .paired import can_compile, paired
 

@@ -8,15 +8,15 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "harmonize": "inference",
-    "score": "metrics",
-    "HarmonyVAE": "vae",
-    "DiffHarmonyPipeline": "pipeline",
-    "PromptEmbedding": "pipeline",
-    "RefinementUNet": "refinement",
-    "ContrastiveResUNet": "resunet",
-    "RegionContrastiveLoss": "contrastive",
-    "HarmonyClassifier": "classifier",
-    "HarmonyError": "errors",
+    "score": "evaluation.metrics",
+    "HarmonyVAE": "models.vae",
+    "DiffHarmonyPipeline": "models.pipeline",
+    "PromptEmbedding": "models.pipeline",
+    "RefinementUNet": "models.refinement",
+    "ContrastiveResUNet": "models.resunet",
+    "RegionContrastiveLoss": "models.contrastive",
+    "HarmonyClassifier": "models.classifier",
+    "HarmonyError": "core.errors",
 }
 __all__ = list(_PUBLIC)
 

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .colour_map import apply_map
-from .decoding import alike, to_rgb, turn_along
-from .devices import autocast, pick_device
-from .errors import HarmonyError
-from .files import stamp
-from .images import fit, paste, resize_mask, to_tensor, to_uint8
-from .picture import open_picture, picture, read_region
-from .pipeline import DiffHarmonyPipeline
-from .resunet import ContrastiveResUNet
-from .seeds import generator
-from .vae import HarmonyVAE
-from .weights import load_strict
+from .core.decoding import alike, to_rgb, turn_along
+from .core.devices import autocast, pick_device
+from .core.errors import HarmonyError
+from .core.files import stamp
+from .core.images import fit, paste, resize_mask, to_tensor, to_uint8
+from .core.picture_metadata import open_picture, picture, read_region
+from .core.seeds import generator
+from .models.colour_map import apply_map
+from .models.pipeline import DiffHarmonyPipeline
+from .models.resunet import ContrastiveResUNet
+from .models.vae import HarmonyVAE
+from .models.weights import load_strict
 
 SHIPPED = Path(__file__).resolve().parent.parent / "pretrained"
 MODELS = ("contrastive-resunet", "diffharmony++", "diffharmony")

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from .errors import HarmonyError
+from .core.errors import HarmonyError
 from .inference import SHIPPED
-from .resunet import ContrastiveResUNet
-from .vae import HarmonyVAE
-from .weights import load_strict
+from .models.resunet import ContrastiveResUNet
+from .models.vae import HarmonyVAE
+from .models.weights import load_strict
 
 RESUNET = "contrastive-resunet"
 PIPELINES = {"harmonize": "diffharmony++", "inverse": "diffharmony++-inverse"}

@@ -2,7 +2,7 @@
 
 A stage gives it a model, a function from step to batch and a loss closure. Every random draw of a step is seeded by
 (seed, step), so the state of a run is its weights, optimiser, EMA and step number, and nothing else. Under torchrun the
-processes share each step's batch (`torchrun --nproc-per-node 8 -m harmonylib.cli pretrain ...`).
+processes share each step's batch (`torchrun --nproc-per-node 8 -m harmonylib.tools.cli pretrain ...`).
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import save, save_file
 from torch import nn
 
-from .cache import weights_digest
-from .checkpoints import Checkpoints, code_hash
-from .devices import autocast, pick_device
-from .distributed import ShareOfDraws, join_group, rank_and_world
-from .errors import HarmonyError
-from .files import atomic_path, only_one
-from .progress import progress
-from .seeds import generator, rng
+from .core.cache import weights_digest
+from .core.checkpoints import Checkpoints, code_hash
+from .core.devices import autocast, pick_device
+from .core.distributed import ShareOfDraws, join_group, rank_and_world
+from .core.errors import HarmonyError
+from .core.files import atomic_path, only_one
+from .core.progress import progress
+from .core.seeds import generator, rng
 
 
 class TrainingDiverged(HarmonyError):

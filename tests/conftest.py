@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import harmonylib  # noqa: F401  (first: the torchvision guard)
-from harmonylib.diffusion import base_scheduler
-from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding
-from harmonylib.pretrain import build_autoencoder, build_unet
-from harmonylib.resunet import ContrastiveResUNet
-from harmonylib.vae import HarmonyVAE
+from harmonylib.models.base import build_autoencoder, build_unet
+from harmonylib.models.diffusion import base_scheduler
+from harmonylib.models.pipeline import DiffHarmonyPipeline, PromptEmbedding
+from harmonylib.models.resunet import ContrastiveResUNet
+from harmonylib.models.vae import HarmonyVAE
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

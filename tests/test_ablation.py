@@ -2,14 +2,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harmonylib import HarmonyError, ablation, cache
-from harmonylib.claims import from_ablation
-from harmonylib.datasets import TripleSet
-from harmonylib.images import write_image
-from harmonylib.jsonio import read_json, write_json
-from harmonylib.layout import Triple
-from harmonylib.params import Settings
+from ablations import common
+from harmonylib import HarmonyError
+from harmonylib.core import cache
+from harmonylib.core.images import write_image
+from harmonylib.core.json_files import read_json, write_json
+from harmonylib.core.settings import Settings
+from harmonylib.data.batches import TripleSet
+from harmonylib.data.layout import Triple
 from harmonylib.training import TrainingDiverged
+from report.claims import from_ablation
 
 
 def scores(psnr, mse=1.0):
@@ -33,7 +35,7 @@ def variants():
 
 
 def test_rows_are_means_over_seeds_then_images_and_failures_are_null():
-    table = ablation.run_variants(variants(), range(2))
+    table = common.run_variants(variants(), range(2))
     rows = table.rows(["psnr", "mse"])
     assert rows["high"]["psnr"] == np.mean([22, 24, 27, 31]) and (rows["high"]["n"], rows["high"]["photos"]) == (4, 3)
     assert [run["psnr"] for run in rows["high"]["runs"]] == [25, 27]
@@ -48,7 +50,7 @@ def test_rows_are_means_over_seeds_then_images_and_failures_are_null():
 
 
 def test_differences_are_paired_on_images_and_on_the_seeds_that_both_finished():
-    table = ablation.run_variants(variants(), range(2))
+    table = common.run_variants(variants(), range(2))
     gain = table.difference("high", "low", "psnr")
     assert gain["improvement"] == np.mean([2, 2, 3, 5]) and 2 <= gain["interval"][0] <= gain["interval"][1] <= 5
     assert gain["verdict"] == "too few photos for a verdict" and gain["photos"] == 3
@@ -64,18 +66,18 @@ def test_differences_are_paired_on_images_and_on_the_seeds_that_both_finished():
 
 def test_shuffled_images_are_matched_by_name_and_missing_ones_refused():
     shuffled = {"a": lambda s: scores([1, 2, 3, 4]), "b": lambda s: scores([1, 2, 3, 9]).iloc[::-1]}
-    gain = ablation.run_variants(shuffled, [0]).difference("b", "a", "psnr")
+    gain = common.run_variants(shuffled, [0]).difference("b", "a", "psnr")
     assert gain["improvement"] == 5 / 4
-    short = ablation.run_variants({"a": lambda s: scores([1, 2, 3, 4]), "b": lambda s: scores([1, 2, 3, 4])[:3]}, [0])
+    short = common.run_variants({"a": lambda s: scores([1, 2, 3, 4]), "b": lambda s: scores([1, 2, 3, 4])[:3]}, [0])
     with pytest.raises(HarmonyError, match="b: 1 of 4 predictions are missing"):
         short.rows(["psnr"])
 
 
 @pytest.mark.parametrize("subsets", [("all",), ("a", "b")])
 def test_a_report_is_what_the_claims_read(tmp_path, subsets):
-    table = ablation.run_variants(variants(), range(2))
+    table = common.run_variants(variants(), range(2))
     pairs = [("high", "low"), ("never", "low"), ("up", "down", {"high": 2, "low": -2})]
-    data = ablation.report("T", table, ["psnr", "mse"], pairs, subsets, profile="fake", steps=3)
+    data = common.report("T", table, ["psnr", "mse"], pairs, subsets, profile="fake", steps=3)
     write_json(tmp_path / "table.json", data)
     read = from_ablation(read_json(tmp_path / "table.json"))
     assert (read["profile"], read["steps"], read["seeds"], read["n"], read["photos"]) == ("fake", 3, 2, 4, 3)
@@ -85,9 +87,9 @@ def test_a_report_is_what_the_claims_read(tmp_path, subsets):
     assert "psnr" not in read["paired"]["never vs low"][subsets[0]]
     assert read["models"]["low"][subsets[0]]["mse"] == 4
     assert read["models"]["never"][subsets[0]]["psnr"] is None
-    assert len(ablation.plot(data).axes) == 2
-    assert list(ablation.side_by_side(data, ["psnr"]).columns) == [("ours", "psnr")]
-    gains = ablation.gains(data)
+    assert len(common.plot(data).axes) == 2
+    assert list(common.side_by_side(data, ["psnr"]).columns) == [("ours", "psnr")]
+    gains = common.gains(data)
     assert len(gains) == len(pairs) * len(subsets) and gains["improvement"].tolist()[0] == effect["psnr"][0]
     never = gains[gains["after"] == "never"]
     assert never[["improvement", "low", "high", "published"]].isna().all(None) and (never["verdict"] == "not run").all()
@@ -95,21 +97,21 @@ def test_a_report_is_what_the_claims_read(tmp_path, subsets):
 
 def test_published_values_stand_beside_ours_in_our_units():
     names = ["1: L1", "2: L1 + Lpixel"]
-    table = ablation.run_variants({name: lambda s: scores([1, 2, 3, 4]).assign(fssim=0.5) for name in names}, [0])
-    data = ablation.report("VI", table, ["psnr", "mse", "fssim"], [names[::-1]])
+    table = common.run_variants({name: lambda s: scores([1, 2, 3, 4]).assign(fssim=0.5) for name in names}, [0])
+    data = common.report("VI", table, ["psnr", "mse", "fssim"], [names[::-1]])
     assert data["rows"]["1: L1"]["published"] == pytest.approx({"psnr": 34.56, "mse": 54.55, "fssim": 0.8568})
     assert [d["published"] for d in data["differences"]] == pytest.approx([0.97, 12.41, 0.0246])
-    assert ablation.side_by_side(data, ["psnr", "mse"])["published", "psnr"].tolist() == [34.56, 35.53]
+    assert common.side_by_side(data, ["psnr", "mse"])["published", "psnr"].tolist() == [34.56, 35.53]
     data["composite"] = {"psnr": 1.0, "mse": 2.0, "other": 3.0}
-    assert ablation.side_by_side(data, ["psnr", "mse"])["ours"].loc["composite left alone"].tolist() == [1, 2]
-    assert ablation.gains(data)["published"].tolist() == pytest.approx([0.97])
+    assert common.side_by_side(data, ["psnr", "mse"])["ours"].loc["composite left alone"].tolist() == [1, 2]
+    assert common.gains(data)["published"].tolist() == pytest.approx([0.97])
 
 
 def test_nothing_to_run_is_named_and_other_errors_pass():
     with pytest.raises(HarmonyError, match="nothing to run"):
-        ablation.run_variants(variants(), [])
+        common.run_variants(variants(), [])
     with pytest.raises(ZeroDivisionError):
-        ablation.run_variants({"a": lambda seed: 1 / 0}, [0])
+        common.run_variants({"a": lambda seed: 1 / 0}, [0])
 
 
 def test_the_resunet_trains_with_the_runs_settings_and_the_rows_changes(tmp_path, monkeypatch):
@@ -131,11 +133,11 @@ def test_the_resunet_trains_with_the_runs_settings_and_the_rows_changes(tmp_path
         seen.append(model.config.style)
         return {"psnr": float(len(seen))}
 
-    model, history = ablation.train_resunet(run, data, 0, observe, style="rain")
+    model, history = common.train_resunet(run, data, 0, observe, style="rain")
     assert model.config.style == "rain" and model.config.base_channels == 2 and not model.training
     assert [entry["psnr"] for entry in history] == [1.0, 2.0, 3.0] and "contrastive" in history[0]
-    again, _ = ablation.train_resunet(run, data, 0, style="rain")
+    again, _ = common.train_resunet(run, data, 0, style="rain")
     assert all((a == b).all() for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert "contrastive" not in ablation.train_resunet(run, data, 0, weights=(0.4, 0.5, 0.0))[1][0]
-    other, _ = ablation.train_resunet(run, data, 0, style="adain")  # starts with the same weights, and must not resume
+    assert "contrastive" not in common.train_resunet(run, data, 0, weights=(0.4, 0.5, 0.0))[1][0]
+    other, _ = common.train_resunet(run, data, 0, style="adain")  # starts with the same weights, and must not resume
     assert any((a != b).any() for a, b in zip(model.parameters(), other.parameters(), strict=True))

@@ -19,8 +19,8 @@ from PIL import Image
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
-from harmonylib import app
-from harmonylib.errors import HarmonyError
+from harmonylib.core.errors import HarmonyError
+from harmonylib.tools import app
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 def address(folder):
     """The URL of the real command, run as a process of its own in an empty folder."""
     (folder / "cwd").mkdir()
-    command = [sys.executable, "-m", "harmonylib.cli", "app", "--port", "0", "--no-browser", "--device", "cpu"]
+    command = [sys.executable, "-m", "harmonylib.tools.cli", "app", "--port", "0", "--no-browser", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder / "cwd")}
     process = subprocess.Popen(
         [*command, "--model", str(folder / "toy")],

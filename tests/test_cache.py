@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from harmonylib import cache
-from harmonylib.errors import HarmonyError
+from harmonylib.core import cache
+from harmonylib.core.errors import HarmonyError
 
 
 @pytest.fixture(autouse=True)

@@ -4,19 +4,19 @@ import timm
 import torch
 from skimage import data
 
-import harmonylib.cache as cache
-from harmonylib.classifier import (
+import harmonylib.core.cache as cache
+from harmonylib.core.errors import HarmonyError
+from harmonylib.core.images import to_tensor, write_image
+from harmonylib.core.seeds import rng
+from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
+from harmonylib.models.classifier import (
     HarmonyClassifier,
     evaluate_classifier,
     labelled_images,
     round_trip_codec,
     undo_color_change,
 )
-from harmonylib.encoder import packaged_weights
-from harmonylib.errors import HarmonyError
-from harmonylib.images import to_tensor, write_image
-from harmonylib.layout import read_triples, write_composite, write_list, write_pair
-from harmonylib.seeds import rng
+from harmonylib.models.encoder import packaged_weights
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from harmonylib import cli
-from harmonylib.errors import HarmonyError, note
+from harmonylib.core.errors import HarmonyError, note
+from harmonylib.tools import cli
 
 REPOSITORY = Path(__file__).parents[1]
 

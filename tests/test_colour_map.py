@@ -1,6 +1,6 @@
 import torch
 
-from harmonylib.colour_map import TERMS, apply_inside, apply_map, fit_map, monomials
+from harmonylib.models.colour_map import TERMS, apply_inside, apply_map, fit_map, monomials
 
 
 def draws(*shape, seed=0):

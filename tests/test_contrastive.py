@@ -5,7 +5,13 @@ import torch
 from torch.nn import functional as F
 
 from harmonylib import HarmonyError, RegionContrastiveLoss
-from harmonylib.contrastive import crop_patches, foreground_error, foreground_l1, harmonization_loss, sample_cells
+from harmonylib.models.contrastive import (
+    crop_patches,
+    foreground_error,
+    foreground_l1,
+    harmonization_loss,
+    sample_cells,
+)
 
 
 def batch(count=2, height=32, width=40, seed=0):

@@ -13,11 +13,12 @@ import torch
 import trainers
 from nbformat import v4
 
-from harmonylib import cache, training
-from harmonylib.distributed import ShareOfDraws
-from harmonylib.errors import HarmonyError
-from harmonylib.pretrain import build_autoencoder
-from harmonylib.seeds import generator
+from harmonylib import training
+from harmonylib.core import cache
+from harmonylib.core.distributed import ShareOfDraws
+from harmonylib.core.errors import HarmonyError
+from harmonylib.core.seeds import generator
+from harmonylib.models.base import build_autoencoder
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -115,7 +116,7 @@ def test_batches_that_do_not_divide(root, monkeypatch):
 def test_the_command_under_torchrun_writes_the_same_bytes(root):
     trainers.inverse_pipeline().save_pretrained(root / "model")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = ["-m", "harmonylib.cli", "generate", "set", "--model", "model", "-k", "3", "--steps", "2"]
+    command = ["-m", "harmonylib.tools.cli", "generate", "set", "--model", "model", "-k", "3", "--steps", "2"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for launch, out in (([], "one"), (torchrun, "two")):
         subprocess.run([sys.executable, *launch, *command, out], cwd=root, env=environment, check=True)
@@ -134,7 +135,7 @@ torch.save(weights, name)
 
 
 def test_a_stage_takes_up_what_two_processes_trained(root, monkeypatch):
-    """`torchrun -m harmonylib.notebooks train`, then the stage's own run: it trains nothing anew."""
+    """`torchrun -m harmonylib.tools.notebooks train`, then the stage's own run: it trains nothing anew."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     for name in ("dvc.yaml", "params.yaml"):
         (root / name).touch()
@@ -143,7 +144,7 @@ def test_a_stage_takes_up_what_two_processes_trained(root, monkeypatch):
              v4.new_code_cell("raise SystemExit('a cell after the training')")]  # fmt: skip
     nbformat.write(v4.new_notebook(cells=cells), root / "train.ipynb")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "harmonylib.notebooks", "train", "train.ipynb", "-p", "name=two.pt"]
+    command = ["-m", "harmonylib.tools.notebooks", "train", "train.ipynb", "-p", "name=two.pt"]
     subprocess.run([sys.executable, *launch, *command], cwd=root, env=environment, check=True)
     assert len(list(root.glob("artifacts/checkpoints/*/finished.pt"))) == 1
     monkeypatch.setattr(training._Run, "step", None)  # a step would fail

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from harmonylib.edges import (
+from harmonylib.models.edges import (
     DEPTHS,
     INSIDE,
     QUANTILES,

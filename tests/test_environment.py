@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
+OURS = {"harmonylib", "report", "ablations"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [Requirement(text) for text in PROJECT["dependencies"]]
 EXTRAS = [Requirement(text) for extra in PROJECT["optional-dependencies"].values() for text in extra]
@@ -50,12 +51,12 @@ def test_imports_are_declared():
     declared = {canonical(requirement.name) for requirement in REQUIREMENTS + EXTRAS}
     distributions = packages_distributions()
     missing = set()
-    for path in sorted((ROOT / "harmonylib").rglob("*.py")):
+    for path in sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
-            for module in {name.split(".")[0] for name in names} - {"harmonylib"} - set(sys.stdlib_module_names):
+            for module in {name.split(".")[0] for name in names} - OURS - set(sys.stdlib_module_names):
                 owners = {canonical(owner) for owner in distributions.get(module, [module])}
                 if not owners & declared:
                     missing.add(f"{path.name}: {module}")
@@ -98,7 +99,7 @@ def test_make_says_what_is_missing(tmp_path, git, machine, line):
 
 
 def test_line_ends_stay_as_they_are():
-    names = ["Makefile", ".ci/run", ".ci/smoke", "dvc.lock", "harmonylib/cli.py"]
+    names = ["Makefile", ".ci/run", ".ci/smoke", "dvc.lock", "harmonylib/tools/cli.py"]
     ran = subprocess.run(["git", "check-attr", "eol", *names], cwd=ROOT, capture_output=True, text=True)
     if ran.returncode:
         pytest.skip("no git checkout")

@@ -24,12 +24,14 @@ from nbformat import v4
 from safetensors.torch import load_file
 from torch import nn
 
-from harmonylib import cache, cli, files, training
-from harmonylib.checkpoints import Checkpoints
-from harmonylib.errors import HarmonyError
-from harmonylib.generate import generate_candidates, pairs_of, read_manifest
-from harmonylib.layout import read_triples
-from harmonylib.parallel import parallel_map
+from harmonylib import training
+from harmonylib.augmentation.candidates import generate_candidates, pairs_of, read_manifest
+from harmonylib.core import cache, files
+from harmonylib.core.checkpoints import Checkpoints
+from harmonylib.core.errors import HarmonyError
+from harmonylib.core.parallel import parallel_map
+from harmonylib.data.layout import read_triples
+from harmonylib.tools import cli
 from harmonylib.training import TrainingDiverged, TrainSettings, train
 
 PAGE = Path(__file__).parents[1] / "docs/faults.md"
@@ -307,9 +309,9 @@ def toy_pairs(root):
 
 def generated(root, out, die_after=None, pause=0.0, number=signal.SIGKILL):
     """Candidates of the set below root; with die_after the process signals itself before that pair's record."""
-    from harmonylib import generate
+    from harmonylib.augmentation import candidates
 
-    draw, count = generate._draw, []
+    draw, count = candidates._draw, []
 
     def counted(*words):
         count.append(1)
@@ -318,12 +320,12 @@ def generated(root, out, die_after=None, pause=0.0, number=signal.SIGKILL):
         time.sleep(pause)
         return draw(*words)
 
-    generate._draw = counted
+    candidates._draw = counted
     try:
         pipeline = trainers.inverse_pipeline()
         generate_candidates(pipeline, toy_pairs(root), root / out, 3, 0, steps=2, precision="fp32")
     finally:
-        generate._draw = draw
+        candidates._draw = draw
 
 
 def second_dies(root, out):
@@ -515,7 +517,7 @@ def notebook_stage(root):
         "DVC_NO_ANALYTICS": "1",
         "PYTHONPATH": str(PAGE.parents[1]),
     }
-    command = f"{sys.executable} -m harmonylib.notebooks run a.ipynb"
+    command = f"{sys.executable} -m harmonylib.tools.notebooks run a.ipynb"
     (root / "dvc.yaml").write_text(f"stages:\n  train:\n    cmd: {command}\n    outs: [weights.pt]\n")
     (root / "params.yaml").touch()
     cell = v4.new_code_cell(NOTEBOOK.format(tests=str(Path(__file__).parent)))

@@ -7,9 +7,9 @@ import stat
 
 import pytest
 
-from harmonylib import cache
-from harmonylib.errors import HarmonyError, HarmonyWarning
-from harmonylib.files import as_written, atomic_path, is_hidden, only_one
+from harmonylib.core import cache
+from harmonylib.core.errors import HarmonyError, HarmonyWarning
+from harmonylib.core.files import as_written, atomic_path, is_hidden, only_one
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from nbformat import v4
 from PIL import Image
 
-from harmonylib.decoding import MASK_SOURCES, mask_levels
-from harmonylib.errors import HarmonyError
-from harmonylib.generate import read_candidates, read_manifest
-from harmonylib.images import read_image, read_mask
-from harmonylib.jsonio import read_json, write_json
-from harmonylib.layout import read_triples
-from harmonylib.manifest import Runs
-from harmonylib.metrics import METRICS, PROTOCOLS, score
-from harmonylib.mixing import mix_count
-from harmonylib.notebooks import check_parameters, parse_parameters, read_notebook
-from harmonylib.params import load_params, parse_yaml
-from harmonylib.picture import open_picture, write_picture
+from harmonylib.augmentation.candidates import read_candidates, read_manifest
+from harmonylib.augmentation.sets import mix_count
+from harmonylib.core.decoding import MASK_SOURCES, mask_levels
+from harmonylib.core.errors import HarmonyError
+from harmonylib.core.images import read_image, read_mask
+from harmonylib.core.json_files import read_json, write_json
+from harmonylib.core.picture_metadata import open_picture, write_picture
+from harmonylib.core.settings import load_params, parse_yaml
+from harmonylib.data.layout import read_triples
+from harmonylib.data.readers import Runs
+from harmonylib.evaluation.metrics import METRICS, PROTOCOLS, score
+from harmonylib.tools.notebooks import check_parameters, parse_parameters, read_notebook
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", 500))
 TARGETS, COUNT = [], []

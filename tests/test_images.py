@@ -3,9 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from harmonylib import transforms
-from harmonylib.errors import HarmonyError
-from harmonylib.images import (
+from harmonylib.core.errors import HarmonyError
+from harmonylib.core.images import (
     read_image,
     read_mask,
     resize_image,
@@ -15,6 +14,7 @@ from harmonylib.images import (
     to_uint8,
     write_image,
 )
+from harmonylib.data import crops
 
 
 def soft_disc(side=64):
@@ -90,12 +90,12 @@ def test_random_crops_move_image_and_mask_together():
     """The mask is drawn into the picture: wherever a crop lands, both agree, and the mask stays {0, 1}."""
     mask = soft_disc(80) > 127
     image = np.where(mask[..., None], np.uint8(255), np.uint8(0)).repeat(3, axis=2)
-    crop, seen = transforms.random_crop(32), set()
+    crop, seen = crops.random_crop(32), set()
     for seed in range(8):
-        out = transforms.apply(crop, ("test", seed), mask, composite=image, real=255 - image)
+        out = crops.apply(crop, ("test", seed), mask, composite=image, real=255 - image)
         assert out["mask"].dtype == bool and out["mask"].shape == (32, 32)
         assert ((out["composite"][..., 0] > 127) == out["mask"]).mean() > 0.93
         np.testing.assert_allclose(out["composite"] + out["real"].astype(int), 255, atol=1)
         seen.add(out["mask"].tobytes())
-    again = transforms.apply(crop, ("test", 7), mask, composite=image)
+    again = crops.apply(crop, ("test", 7), mask, composite=image)
     assert len(seen) > 4 and again["mask"].tobytes() == out["mask"].tobytes()

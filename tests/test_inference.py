@@ -8,9 +8,10 @@ from conftest import COLOUR, save_resunet
 from PIL import Image
 
 import harmonylib as hl
-from harmonylib.devices import autocast
-from harmonylib.errors import HarmonyError
-from harmonylib.images import fit, to_tensor
+from harmonylib.core.devices import autocast
+from harmonylib.core.errors import HarmonyError
+from harmonylib.core.images import fit, to_tensor
+from harmonylib.core.seeds import generator
 from harmonylib.inference import (
     blend,
     carry_over,
@@ -21,8 +22,7 @@ from harmonylib.inference import (
     run_model,
     working_size,
 )
-from harmonylib.resunet import ContrastiveResUNet
-from harmonylib.seeds import generator
+from harmonylib.models.resunet import ContrastiveResUNet
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_bad_input(composite, tmp_path, resunet):
 
 
 def test_damaged_weights_are_one_line(resunet, tiny_pipeline, tmp_path, composite, capfd):
-    from harmonylib import cli
+    from harmonylib.tools import cli
 
     tiny_pipeline.save_pretrained(tmp_path / "model")
     Image.fromarray(composite[0]).save(tmp_path / "c.png")

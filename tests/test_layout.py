@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from harmonylib.errors import HarmonyError
-from harmonylib.layout import read_lines, read_triples, triple_of, write_composite, write_list, write_pair
+from harmonylib.core.errors import HarmonyError
+from harmonylib.data.layout import read_lines, read_triples, triple_of, write_composite, write_list, write_pair
 
 
 def triple(seed=0, height=20, width=30):

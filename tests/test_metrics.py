@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from harmonylib.errors import HarmonyError
-from harmonylib.metrics import METRICS, PROTOCOLS, buckets, compare, score, summarise
+from harmonylib.core.errors import HarmonyError
+from harmonylib.evaluation.metrics import METRICS, PROTOCOLS, buckets, compare, score, summarise
 
 NAMES = tuple(PROTOCOLS)
 

@@ -12,8 +12,8 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from harmonylib import notebooks
-from harmonylib.errors import HarmonyError
+from harmonylib.core.errors import HarmonyError
+from harmonylib.tools import notebooks
 
 REPOSITORY = Path(__file__).parents[1]
 PARAMETERS = 'task = "harmonize"  # or "inverse"\nseed = 0\nrate = 1e-4\nfast: bool = True\nlimit = None'
@@ -22,8 +22,8 @@ import sys, os, warnings
 from pathlib import Path
 from tqdm import tqdm
 from tqdm.auto import tqdm as auto_tqdm
-from harmonylib.params import enter_root
-from harmonylib.progress import progress
+from harmonylib.core.settings import enter_root
+from harmonylib.core.progress import progress
 enter_root()
 print("in", Path.cwd() == Path("params.yaml").resolve().parent, task, seed, rate, fast, limit)
 warnings.warn("a path and a line number")
@@ -123,7 +123,7 @@ def test_a_killed_run_leaves_nothing(root):
     write(root / "a.ipynb", "x = 1", "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(root / "tmp")}
     (root / "tmp").mkdir()
-    process = subprocess.Popen([sys.executable, "-m", "harmonylib.notebooks", "run", "a.ipynb"], env=environment)
+    process = subprocess.Popen([sys.executable, "-m", "harmonylib.tools.notebooks", "run", "a.ipynb"], env=environment)
     deadline = time.monotonic() + 120
     while not ((root / "pid").exists() and (root / "pid").read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -205,7 +205,7 @@ def _of_the_repository(test):
 
 @_of_the_repository
 def test_the_repositorys_notebooks_are_stripped(path):
-    assert not notebooks.strip(path, check=True), f"run: python -m harmonylib.notebooks strip {path}"
+    assert not notebooks.strip(path, check=True), f"run: python -m harmonylib.tools.notebooks strip {path}"
 
 
 @_of_the_repository

@@ -9,12 +9,12 @@ import odd
 import pytest
 from PIL import Image
 
-from harmonylib.decoding import turn_along
-from harmonylib.errors import HarmonyError, HarmonyWarning
-from harmonylib.images import read_image, read_mask, read_pair
+from harmonylib.core.decoding import turn_along
+from harmonylib.core.errors import HarmonyError, HarmonyWarning
+from harmonylib.core.images import read_image, read_mask, read_pair
+from harmonylib.core.picture_metadata import open_picture, read_region, save_picture, write_picture
 from harmonylib.inference import harmonize
-from harmonylib.picture import open_picture, read_region, save_picture, write_picture
-from harmonylib.pipeline import _mask_batch
+from harmonylib.models.pipeline import _mask_batch
 
 TRUE = odd.region()
 OTHER = np.roll(TRUE, 9, axis=1)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from harmonylib import parallel
-from harmonylib.errors import HarmonyWarning
+from harmonylib.core import parallel
+from harmonylib.core.errors import HarmonyWarning
 
 SCRIPT = """
-import multiprocessing, harmonylib.parallel
+import multiprocessing, harmonylib.core.parallel
 multiprocessing.set_start_method("spawn", force=True)
-print(list(harmonylib.parallel.parallel_map(abs, [-1, -2], "counting", "number", workers=2)))
+print(list(harmonylib.core.parallel.parallel_map(abs, [-1, -2], "counting", "number", workers=2)))
 """
 
 

@@ -13,20 +13,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_vae import legacy
 
-import harmonylib.pipeline as pipeline_module
-from harmonylib import diffusion
-from harmonylib.diffusion import (
+import harmonylib.models.pipeline as pipeline_module
+from harmonylib.core.errors import HarmonyError
+from harmonylib.inference import harmonize
+from harmonylib.models import diffusion
+from harmonylib.models.base import build_autoencoder, build_unet, open_base
+from harmonylib.models.diffusion import (
     base_scheduler,
     denoising_loss,
     foreground_weighted_mse,
     latent_mask,
     sampling_scheduler,
 )
-from harmonylib.errors import HarmonyError
-from harmonylib.inference import harmonize
-from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding, read_inputs
-from harmonylib.pretrain import build_autoencoder, build_unet, open_base
-from harmonylib.vae import HarmonyVAE
+from harmonylib.models.pipeline import DiffHarmonyPipeline, PromptEmbedding, read_inputs
+from harmonylib.models.vae import HarmonyVAE
 
 
 def example(height=40, width=50, batch=1):

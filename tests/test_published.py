@@ -2,8 +2,8 @@
 
 import pytest
 
-from harmonylib.errors import HarmonyError
-from harmonylib.published import PAPERS, load
+from harmonylib.core.errors import HarmonyError
+from harmonylib.evaluation.published import PAPERS, load
 
 PLUS, CONTRASTIVE = PAPERS
 SUBSETS = ["HCOCO", "HAdobe5k", "HFlickr", "Hday2night"]

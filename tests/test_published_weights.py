@@ -11,12 +11,12 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 
 import harmonylib as hl
-from harmonylib import cli
-from harmonylib.datasets import TripleSet
+from harmonylib.data.batches import TripleSet
+from harmonylib.data.layout import read_triples
 from harmonylib.inference import load_model
-from harmonylib.layout import read_triples
-from harmonylib.pretrain import build_autoencoder
-from harmonylib.refinement import decode_latents, refine, sample_latents
+from harmonylib.models.base import build_autoencoder
+from harmonylib.models.refinement import decode_latents, refine, sample_latents
+from harmonylib.tools import cli
 
 
 @pytest.fixture

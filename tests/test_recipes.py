@@ -3,9 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from harmonylib.color import TRANSFERS
-from harmonylib.errors import HarmonyError
-from harmonylib.recipes import (
+from harmonylib.core.errors import HarmonyError
+from harmonylib.data.recipes import (
     CONDITIONS,
     DEFAULTS,
     EDITS,
@@ -25,6 +24,7 @@ from harmonylib.recipes import (
     soften,
     widened,
 )
+from harmonylib.data.transfers import TRANSFERS
 
 RED = np.full((3, 3), (0.6, 0.5, 0.4), np.float32)
 ROW = np.float32([(0, -1), (0, 0), (1, 1)])  # left, centre and lower right corner of a picture

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import keys_digest
-from test_datasets import data  # noqa: F401
+from test_batches import data  # noqa: F401
 from test_vae import legacy
 
-from harmonylib import fit
-from harmonylib.datasets import TripleSet
-from harmonylib.diffusion import unscale_latents
-from harmonylib.errors import HarmonyError
-from harmonylib.refinement import RefinementUNet, decode_latents, refine, sample_latents
+from harmonylib import trainers
+from harmonylib.core.errors import HarmonyError
+from harmonylib.data.batches import TripleSet
+from harmonylib.models.diffusion import unscale_latents
+from harmonylib.models.refinement import RefinementUNet, decode_latents, refine, sample_latents
 from harmonylib.training import TrainSettings
 
 SETTINGS = TrainSettings(steps=12, batch_size=2, learning_rate=5e-3, ema_decay=0.0)
@@ -60,10 +60,10 @@ def test_training_a_refiner(data, tiny_pipeline):  # noqa: F811
     triples = TripleSet(data, 32)
     latents = sample_latents(tiny_pipeline, triples, 0, steps=1)
     outputs = decode_latents(tiny_pipeline.vae, latents, triples, 32, 0)
-    model, history = fit.refinement(outputs, triples, SETTINGS, channels=(8, 8), seed=0, device="cpu")
+    model, history = trainers.refinement(outputs, triples, SETTINGS, channels=(8, 8), seed=0, device="cpu")
     error = lambda images: np.square(images - triples.batch(range(3))["real"].numpy()).mean()  # noqa: E731
     assert error(refine(model, outputs, triples)) < error(outputs) and history[-1]["loss"] < history[0]["loss"]
-    untrained, _ = fit.refinement(
+    untrained, _ = trainers.refinement(
         outputs, triples, TrainSettings(steps=0, batch_size=2), channels=(8, 8), seed=0, device="cpu"
     )
     assert np.allclose(refine(untrained, outputs, triples), outputs, atol=1e-3)
@@ -75,13 +75,13 @@ def test_latent_models_train_on_crops(data, tiny_pipeline, tiny_vae):  # noqa: F
     hook = tiny_pipeline.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     tiny_pipeline.vae = tiny_vae
     options = {"seed": 0, "device": "cpu"}
-    fit.diffharmony(tiny_pipeline, triples, "harmonize", SETTINGS, crop=16, mask_start="zero", **options)
+    trainers.diffharmony(tiny_pipeline, triples, "harmonize", SETTINGS, crop=16, mask_start="zero", **options)
     hook.remove()
     assert set(seen) == {(2, 9, 2, 2)}
-    model, history = fit.harmony_vae(tiny_vae, triples, "inverse", SETTINGS, crop=16, decoder=False, **options)
+    model, history = trainers.harmony_vae(tiny_vae, triples, "inverse", SETTINGS, crop=16, decoder=False, **options)
     norms = history[-1]["skip_norms"]
     assert len(norms) == len(model.skip_convs()) and all(norm > 0 for norm in norms)
     assert torch.equal(model.decoder.conv_in.weight, tiny_vae.decoder.conv_in.weight)
     for crop in (12, 40):
         with pytest.raises(HarmonyError, match="multiple of 8"):
-            fit.diffharmony(tiny_pipeline, triples, "harmonize", SETTINGS, crop=crop, **options)
+            trainers.diffharmony(tiny_pipeline, triples, "harmonize", SETTINGS, crop=crop, **options)

@@ -6,14 +6,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from harmonylib.claims import CLAIMS, PLUS, Claim, from_ablation, measure_claim
-from harmonylib.errors import HarmonyError
-from harmonylib.jsonio import read_json, write_json
-from harmonylib.metrics import buckets, summarise
-from harmonylib.published import load
-from harmonylib.report import build_site, check_site, notebook_html
-from harmonylib.report_tables import TABLES, table_html
-from harmonylib.stats import ABSENT, HOLDS, NOT_RUN, TOO_FEW
+from harmonylib.core.errors import HarmonyError
+from harmonylib.core.json_files import read_json, write_json
+from harmonylib.evaluation.metrics import buckets, summarise
+from harmonylib.evaluation.published import load
+from harmonylib.evaluation.statistics import ABSENT, HOLDS, NOT_RUN, TOO_FEW
+from report.claims import CLAIMS, PLUS, Claim, from_ablation, measure_claim
+from report.site import build_site, check_site, notebook_html
+from report.tables import TABLES, table_html
 
 MODELS = ("composite", "diffharmony", "diffharmony++", "contrastive-resunet")
 

@@ -4,10 +4,10 @@ import torch
 from conftest import COLOUR
 
 from harmonylib import ContrastiveResUNet, HarmonyError
-from harmonylib.colour_map import apply_map
-from harmonylib.contrastive import RegionContrastiveLoss, harmonization_loss
-from harmonylib.encoder import PACKAGED, PretrainedEncoder, packaged_weights
-from harmonylib.resunet import STYLES, SpatialSeparatedAttention, pool_mask, region_statistics, soften
+from harmonylib.models.colour_map import apply_map
+from harmonylib.models.contrastive import RegionContrastiveLoss, harmonization_loss
+from harmonylib.models.encoder import PACKAGED, PretrainedEncoder, packaged_weights
+from harmonylib.models.resunet import STYLES, SpatialSeparatedAttention, pool_mask, region_statistics, soften
 
 
 def features(*shape, seed=0):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("harmonylib", "notebooks", "ablations", "benchmarks")
+FOLDERS = ("harmonylib", "notebooks", "report", "ablations", "benchmarks")
 MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 NOTEBOOKS = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.ipynb"))]
 IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

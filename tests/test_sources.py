@@ -3,14 +3,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from harmonylib import sources
-from harmonylib.check import audit
-from harmonylib.cli import app, run
-from harmonylib.color import TRANSFERS
-from harmonylib.errors import HarmonyError
-from harmonylib.images import write_image
-from harmonylib.layout import read_triples, write_composite, write_list, write_pair
-from harmonylib.recipes import RecipeSettings
+from harmonylib.core.errors import HarmonyError
+from harmonylib.core.images import write_image
+from harmonylib.data import sources
+from harmonylib.data.audit import audit
+from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
+from harmonylib.data.recipes import RecipeSettings
+from harmonylib.data.transfers import TRANSFERS
+from harmonylib.tools.cli import app, run
 
 
 def picture(seed):

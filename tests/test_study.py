@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harmonylib import cli, study
-from harmonylib.errors import HarmonyError
-from harmonylib.images import write_image
-from harmonylib.published import load
+from harmonylib.core.errors import HarmonyError
+from harmonylib.core.images import write_image
+from harmonylib.evaluation import study
+from harmonylib.evaluation.published import load
+from harmonylib.tools import cli
 
 METHODS = ("composite", "ours", "theirs")
 

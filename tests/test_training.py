@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from harmonylib.checkpoints import Checkpoints, discard_all, discard_finished
-from harmonylib.errors import HarmonyError
-from harmonylib.files import only_one
+from harmonylib.core.checkpoints import Checkpoints, discard_all, discard_finished
+from harmonylib.core.errors import HarmonyError
+from harmonylib.core.files import only_one
 from harmonylib.training import TrainingDiverged, TrainSettings, batch_indices, learning_rate_at, train
 
 

@@ -7,9 +7,9 @@ from conftest import keys_digest
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from harmonylib.errors import HarmonyError
-from harmonylib.vae import HarmonyVAE, harmony_vae_loss
-from harmonylib.weights import load_autoencoder
+from harmonylib.core.errors import HarmonyError
+from harmonylib.models.vae import HarmonyVAE, harmony_vae_loss
+from harmonylib.models.weights import load_autoencoder
 
 LEGACY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 

@@ -7,10 +7,10 @@ import torch
 import trainers
 from safetensors.torch import load_file
 
-from harmonylib.errors import HarmonyError
+from harmonylib.core.errors import HarmonyError
 from harmonylib.inference import load_model
-from harmonylib.resunet import ContrastiveResUNet
-from harmonylib.weights import at_revision, ship
+from harmonylib.models.resunet import ContrastiveResUNet
+from harmonylib.models.weights import at_revision, ship
 
 
 def test_shipped_weights_are_halves_that_load(tmp_path):
@@ -33,8 +33,8 @@ def test_shipped_weights_are_halves_that_load(tmp_path):
 
 
 OFFLINE = """\
-from harmonylib.errors import HarmonyError
-from harmonylib.pipeline import DiffHarmonyPipeline
+from harmonylib.core.errors import HarmonyError
+from harmonylib.models.pipeline import DiffHarmonyPipeline
 pipeline = DiffHarmonyPipeline.from_pretrained("some/base@" + "1" * 40, device="cpu")
 print(sum(p.numel() for p in pipeline.unet.parameters()), pipeline.prompt.embeds.shape[-1])
 try:
@@ -67,7 +67,7 @@ def test_a_revision_of_a_hub_id_is_the_one_that_is_loaded(tmp_path):
 def test_nothing_to_ship(tmp_path):
     with pytest.raises(HarmonyError, match="no weights"):
         ship(tmp_path, tmp_path / "shipped")
-    words = [sys.executable, "-m", "harmonylib.weights", str(tmp_path / "none"), str(tmp_path / "shipped")]
+    words = [sys.executable, "-m", "harmonylib.models.weights", str(tmp_path / "none"), str(tmp_path / "shipped")]
     run = subprocess.run(words, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1
     assert not (tmp_path / "shipped").exists()

@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harmonylib import cache, fit, pretrain, refinement
-from harmonylib.datasets import TripleSet
-from harmonylib.diffusion import base_scheduler
-from harmonylib.layout import read_triples, write_composite, write_list, write_pair
-from harmonylib.pipeline import DiffHarmonyPipeline, PromptEmbedding
-from harmonylib.pretrain import build_autoencoder, build_unet
-from harmonylib.seeds import rng
+from harmonylib import trainers
+from harmonylib.core import cache
+from harmonylib.core.seeds import rng
+from harmonylib.data.batches import TripleSet
+from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
+from harmonylib.models import base as pretrain
+from harmonylib.models import refinement
+from harmonylib.models.base import build_autoencoder, build_unet
+from harmonylib.models.diffusion import base_scheduler
+from harmonylib.models.pipeline import DiffHarmonyPipeline, PromptEmbedding
+from harmonylib.models.vae import HarmonyVAE
 from harmonylib.training import TrainSettings
-from harmonylib.vae import HarmonyVAE
 
 SIZE = 32
 
@@ -50,11 +53,11 @@ def trained(trainer: str, root, steps: int = 5, checkpoints=None) -> dict[str, t
     loop = {"seed": 0, "device": "cpu", "checkpoints": checkpoints}
     if trainer == "harmony_vae":
         vae = build_autoencoder((8, 16), size=SIZE)
-        model, _ = fit.harmony_vae(vae, data, "harmonize", settings, **loop)
+        model, _ = trainers.harmony_vae(vae, data, "harmonize", settings, **loop)
     elif trainer == "diffharmony":
-        model, _ = fit.diffharmony(inverse_pipeline(), data, "inverse", settings, **loop)
+        model, _ = trainers.diffharmony(inverse_pipeline(), data, "inverse", settings, **loop)
     elif trainer == "contrastive_resunet":
-        model, _ = fit.contrastive_resunet(
+        model, _ = trainers.contrastive_resunet(
             data,
             settings,
             base_channels=8,
@@ -71,7 +74,7 @@ def trained(trainer: str, root, steps: int = 5, checkpoints=None) -> dict[str, t
     elif trainer == "refinement":
         latents = refinement.sample_latents(inverse_pipeline(), data, 0, steps=1)
         outputs = refinement.decode_latents(inverse_pipeline().vae, latents, data, SIZE, 0)
-        model, _ = fit.refinement(outputs, data, settings, channels=(8, 16), **loop)
+        model, _ = trainers.refinement(outputs, data, settings, channels=(8, 16), **loop)
     else:
         photos = [(data.reals[index], data.masks[index]) for index in range(len(data.reals))]
         base = pretrain.BaseSettings(settings, settings, 16, 16, (8, 16), (32, 32), prompt_dim=8)

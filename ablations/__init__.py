@@ -1,0 +1,1 @@
+"""The papers' ablation tables: notebooks, and what they share. Used from the repository, never installed."""

@@ -1,0 +1,1 @@
+"""Composites drawn by the inverse model, and the data sets made of them."""

@@ -1,0 +1,1 @@
+"""What everything else stands on: files, settings, seeds, devices, images, caches, progress."""

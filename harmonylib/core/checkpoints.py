@@ -1,0 +1,110 @@
+"""Where a killed training run goes on: durable resume points in folders keyed by what decides the result."""
+
+import functools
+import hashlib
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+from .files import atomic_path, only_one
+
+FINISHED = "finished.pt"
+KEY = "key.json"
+WORDS = {"settings": "settings", "start": "starting weights", "key": "photos or options", "code": "code"}
+
+
+class Checkpoints:
+    """Resume points of one run in a folder named after the hash of `key`; the last two are kept.
+
+    A finished run leaves `finished.pt`, so that a stage that fails later does not train again; what succeeds as a whole
+    (the notebook runner, `pretrain`) removes it.
+    """
+
+    def __init__(self, root, key: dict):
+        self.key = json.loads(json.dumps(key, sort_keys=True, default=str))
+        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = Path(root) / digest
+
+    def _write(self, name: str, state: dict) -> None:
+        import torch  # here, because the notebook runner needs this module but not torch
+
+        for leftover in self.folder.glob(".*.pt"):  # of a run killed while saving: gigabytes each
+            leftover.unlink()
+        with atomic_path(self.folder / name, durable=True) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)  # a file of ours, so that a full disk is an OSError
+
+    def stopped_otherwise(self) -> list[str]:
+        """In what stopped runs of the same name differ from this one: lines to tell before it starts anew."""
+        lines = []
+        for path in sorted(self.folder.parent.glob(f"*/{KEY}")):
+            other = json.loads(path.read_text(encoding="utf-8"))
+            if (
+                path.parent != self.folder
+                and other.get("name") == self.key.get("name")
+                and any(path.parent.glob("step-*.pt"))
+            ):
+                changed = [word for name, word in WORDS.items() if other.get(name) != self.key.get(name)]
+                lines.append(
+                    f"{self.key['name']}: {path.parent} is not resumed, since it had other {' and '.join(changed)}"
+                )
+        return lines
+
+    def save(self, state: dict) -> None:
+        if not (self.folder / KEY).is_file():
+            with atomic_path(self.folder / KEY) as temporary:
+                temporary.write_text(json.dumps(self.key, indent=1), encoding="utf-8")
+        self._write(f"step-{state['step']:08d}.pt", state)
+        for old in sorted(self.folder.glob("step-*.pt"))[:-2]:
+            old.unlink()
+
+    def finish(self, state: dict) -> None:
+        self._write(FINISHED, state)
+        for old in self.folder.glob("step-*.pt"):
+            old.unlink()
+
+    def load(self) -> dict | None:
+        """The finished or else the newest readable state, or None. A damaged file is removed, the one before used."""
+        import torch
+
+        for path in (self.folder / FINISHED, *sorted(self.folder.glob("step-*.pt"), reverse=True)):
+            try:
+                if zipfile.ZipFile(path).testzip():  # torch itself does not look at the checksums it writes
+                    raise ValueError("damaged")
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                path.touch()  # in use: see discard_finished
+                return state
+            except FileNotFoundError:
+                continue
+            except Exception:  # torch raises many kinds on damaged files
+                path.unlink(missing_ok=True)
+        return None
+
+
+def discard_finished(root, since: float = 0.0) -> None:
+    """Remove the runs below `root` that finished or were taken up again at or after the time `since` (seconds)."""
+    for path in Path(root).glob(f"*/{FINISHED}"):
+        if path.stat().st_mtime >= since:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def discard_all(root) -> int:
+    """Remove the resume points of all runs below `root`, stopped ones too; returns the bytes freed.
+
+    Raises HarmonyError, with nothing of it removed, for a run that is being trained.
+    """
+    size = 0
+    for folder in [path for path in Path(root).glob("*") if path.is_dir()]:
+        with only_one(folder):
+            size += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            shutil.rmtree(folder)
+    return size
+
+
+@functools.cache
+def code_hash() -> str:
+    """Hash of harmonylib's own source, so that changed code never resumes an older run."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

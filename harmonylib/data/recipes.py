@@ -1,0 +1,284 @@
+"""Making composites from real photos: four seeded recipes after iHarmony4 (Cong et al. 2020, "DoveNet", Sec. 3).
+
+The foreground is recoloured in place, as if cut from another photo (HCOCO, HFlickr), another retoucher's version
+(HAdobe5k) or another capture condition (Hday2night) of the same scene; the background keeps every byte. A recipe draws
+the direction of the change; how far it goes is set by the foreground, so that composites are as strong as the genuine
+ones of their subset (`genuine`). A filter stands in for the data set's human screening.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import cv2
+import numpy as np
+from skimage.color import rgb2lab
+
+from ..core.errors import HarmonyError
+from ..core.seeds import rng as seeded_rng
+from .genuine import GENUINE, draw
+from .transfers import TRANSFERS
+
+LUMA = np.float32((0.299, 0.587, 0.114))
+GAMMA = 2.2  # light is about the encoded value to this power; 2 ** (stops / GAMMA) is a gain on encoded values
+MID_GREY = 0.18 ** (1 / GAMMA)
+SAMPLE = 512  # foreground pixels by which the strength of an edit is found
+REFERENCE = 4096  # pixels of a reference photo that a transfer takes its statistics from
+WEAK = 0.7  # a composite that reaches less of the drawn fMSE is drawn again
+GAIN = (0.03, 6.0)  # bounds on what an edit's drawn parameters are multiplied by
+
+# Five tastes, each in [-1, 1]: exposure, warmth, tint (+ magenta), mid-tones (+ dark), contrast, saturation.
+EXPERTS = np.array(
+    [
+        (0.7, 0.5, 0.0, -0.4, 0.3, 0.3),  # bright and warm
+        (-0.6, -0.5, 0.0, 0.3, 0.6, -0.2),  # dark, cool and contrasty
+        (0.3, -0.2, 0.4, -0.6, -0.6, -0.7),  # faded
+        (-0.2, 0.6, -0.2, 0.3, 0.4, 0.8),  # rich and golden
+        (0.5, -0.6, -0.4, 0.0, 0.1, 0.5),  # bright, cool and vivid
+    ]
+)
+# Five capture conditions, each in [-1, 1]: exposure, warmth, contrast, vignetting.
+CONDITIONS = np.array(
+    [
+        (0.8, 0.0, 0.4, -0.2),  # noon
+        (0.0, 0.9, 0.1, 0.2),  # golden hour
+        (-0.5, 0.3, -0.5, 0.3),  # dusk
+        (-1.0, -0.8, 0.4, 0.8),  # night
+        (0.2, -0.5, -0.8, 0.0),  # overcast
+    ]
+)
+
+
+@dataclass(frozen=True)
+class RecipeSettings:
+    """Which way the recipes go, and the filter's bound; how far they go follows `genuine.GENUINE`.
+
+    Parameters of the edits are relative to one another (stops are doublings of light). transfers: those of
+    `color.TRANSFERS` that HCOCO and HFlickr draw from. clipped: share of foreground pixels that may newly reach 0
+    or 255. restyle_*: strength of `restyle`.
+    """
+
+    transfers: tuple[str, ...] = tuple(TRANSFERS)
+    retouch_exposure: float = 1.7  # stops
+    retouch_warmth: float = 1.1  # stops between red and blue, halved for tint
+    retouch_tone: float = 0.7  # mid-tone exponent (in doublings) and S-curve
+    retouch_saturation: float = 0.8  # doublings
+    retouch_curves: float = 0.25  # doublings of each channel's own exponent
+    retouch_gradient: float = 0.4  # stops from the middle of the foreground to its edge
+    relight_exposure: float = 0.85  # stops
+    relight_warmth: float = 0.6  # stops between red and blue
+    relight_contrast: float = 0.2
+    relight_vignette: float = 0.4  # stops from the centre of the image to its corners
+    clipped: float = 0.1
+
+    def __post_init__(self):
+        object.__setattr__(self, "transfers", tuple(self.transfers))  # YAML has lists
+        unknown = set(self.transfers) - set(TRANSFERS)
+        if unknown or not self.transfers:
+            raise HarmonyError(f"recipes: transfers must be some of {', '.join(TRANSFERS)}, not {sorted(unknown)}")
+        for name, value in vars(self).items():
+            if name != "transfers" and value < 0:
+                raise HarmonyError(f"recipes: {name} must not be negative, not {value}")
+
+
+DEFAULTS = RecipeSettings()
+
+
+# ---- directions ----
+
+
+def draw_retouch(rng: np.random.Generator, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
+    """Eleven parameters of `retouch`: one expert's taste and the day's mood in equal parts."""
+    s = settings
+    taste = 0.5 * EXPERTS[rng.integers(len(EXPERTS))] + 0.5 * rng.uniform(-1, 1, EXPERTS.shape[1])
+    scale = (s.retouch_exposure, s.retouch_warmth, s.retouch_warmth / 2, s.retouch_tone, s.retouch_tone)
+    own = rng.uniform(-1, 1, 5) * np.repeat((s.retouch_curves, s.retouch_gradient), (3, 2))
+    return np.concatenate([taste * (*scale, s.retouch_saturation), own])
+
+
+def draw_relight(rng: np.random.Generator, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
+    """Four parameters of `relight`: one condition, varied."""
+    s = settings
+    condition = 0.5 * CONDITIONS[rng.integers(len(CONDITIONS))] + 0.5 * rng.uniform(-1, 1, CONDITIONS.shape[1])
+    return condition * (s.relight_exposure, s.relight_warmth, s.relight_contrast, s.relight_vignette)
+
+
+# ---- edits: (pixels Nx3 float32 in [0, 1], places Nx2, parameters) -> Nx3 in [0, 1] ----
+
+
+def retouch(pixels: np.ndarray, places: np.ndarray, parameters) -> np.ndarray:
+    """A retoucher's edit: exposure with a gradient across the foreground, white balance, curves, saturation.
+
+    parameters come from `draw_retouch`; places are (row, column) in [-1, 1] of the picture.
+    """
+    exposure, warmth, tint, tone, contrast, saturation, *rest = np.float32(parameters)
+    curves, gradient = np.array(rest[:3], np.float32), np.array(rest[3:], np.float32)
+    across = (places - places.mean(0)) / (2 * places.std(0) + 1e-3)
+    stops = (exposure + across.clip(-1, 1) @ gradient)[:, None]
+    stops = stops + np.float32([warmth / 2 + tint / 2, -tint / 2, tint / 2 - warmth / 2])
+    x = (pixels * 2 ** (stops / GAMMA)).clip(0, 1) ** 2 ** (tone + curves)
+    x = x + contrast.clip(-1, 1) * x * (1 - x) * (2 * x - 1)  # an S-curve, monotone within these bounds
+    luma = (x @ LUMA)[:, None]
+    return (luma + (x - luma) * 2**saturation).clip(0, 1)
+
+
+def relight(pixels: np.ndarray, places: np.ndarray, parameters) -> np.ndarray:
+    """Another capture condition: exposure, colour temperature, contrast about mid-grey, vignetting.
+
+    parameters come from `draw_relight`; places as in `retouch`.
+    """
+    exposure, warmth, contrast, vignette = np.float32(parameters)
+    stops = (exposure - vignette * (places**2).sum(1) / 2)[:, None] + np.float32([warmth / 2, 0, -warmth / 2])
+    contrast = max(contrast, np.float32(-0.9))
+    return ((pixels * 2 ** (stops / GAMMA) / MID_GREY) ** (1 + contrast) * MID_GREY).clip(0, 1)
+
+
+def restyle(image: np.ndarray, rng: np.random.Generator, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
+    """The whole photo (HxWx3 uint8) by another retoucher under another light.
+
+    Ours, no recipe of iHarmony4's: both regions change alike and stay in harmony, so that a network that sees few
+    photos learns how regions relate instead of the photos' own colours.
+    """
+    places = _places(np.ones(image.shape[:2], bool))
+    pixels = retouch(np.float32(image.reshape(-1, 3)) / 255, places, draw_retouch(rng, settings))
+    pixels = relight(pixels, places, draw_relight(rng, settings))
+    return np.rint(pixels * 255).astype(np.uint8).reshape(image.shape)
+
+
+def _places(mask: np.ndarray) -> np.ndarray:
+    """(row, column) of the mask's pixels, each in [-1, 1] of the picture: Nx2 float32."""
+    return (2 * np.argwhere(mask) / np.maximum(np.array(mask.shape) - 1, 1) - 1).astype(np.float32)
+
+
+# ---- recipes: a function of (gain or share, rows) that gives the changed pixels ----
+
+
+def _edited(edit, draw_parameters, pixels, places, rng, reference, settings):
+    parameters = draw_parameters(rng, settings)
+    return lambda gain, rows: edit(pixels[rows], places[rows], gain * parameters)
+
+
+def _transferred(pixels, places, rng, reference, settings):
+    if reference is None:
+        raise HarmonyError("this recipe takes its colours from another photo; give reference=(image, mask)")
+    image, region = reference
+    source = image[region]
+    if len(source) > REFERENCE:
+        source = source[rng.integers(len(source), size=REFERENCE)]
+    transfer = TRANSFERS[settings.transfers[rng.integers(len(settings.transfers))]]
+    change = (transfer(pixels, np.float32(source) / 255) - pixels).astype(np.float32)
+    return lambda share, rows: pixels[rows] + min(share, 1.0) * change[rows]
+
+
+RECIPES: dict[str, Callable] = {
+    "HCOCO": _transferred,
+    "HAdobe5k": partial(_edited, retouch, draw_retouch),
+    "HFlickr": _transferred,
+    "Hday2night": partial(_edited, relight, draw_relight),
+}
+EDITS = ("HAdobe5k", "Hday2night")  # the recipes that need no reference photo
+
+
+def _gain(change: Callable, pixels: np.ndarray, fmse: float, rng: np.random.Generator) -> float:
+    """What `change` is to be multiplied by so that it changes pixels in [0, 1] by a mean square of `fmse`.
+
+    Found on SAMPLE pixels by repeating gain *= sqrt(wanted / reached): the change is about proportional to its gain.
+    """
+    rows = rng.integers(len(pixels), size=min(len(pixels), SAMPLE))
+    gain = 0.5
+    for _ in range(6):
+        reached = float(np.square(change(gain, rows) - pixels[rows]).mean())
+        gain = float(np.clip(gain * np.sqrt(fmse / max(reached, 1e-9)), *GAIN))
+    return gain
+
+
+def recolor(recipe, real, mask, rng, reference=None, settings: RecipeSettings = DEFAULTS, fmse=None) -> np.ndarray:
+    """One composite: the foreground recoloured by one of RECIPES as strongly as `fmse` says.
+
+    real HxWx3 uint8; mask HxW bool; reference (image, mask) for HCOCO and HFlickr; fmse on the 0-255 scale, None: drawn
+    from the genuine ones of this recipe. A transfer is never overdone: it stays weaker where the reference is too
+    much like the foreground. Returns HxWx3 uint8, rounded, with the background untouched.
+    Raises HarmonyError for an unknown recipe, an empty mask or a missing reference.
+    """
+    if recipe not in RECIPES:
+        raise HarmonyError(f"recipe {recipe!r} is unknown; use {', '.join(RECIPES)}")
+    if not mask.any():
+        raise HarmonyError("the mask is empty; a composite needs a foreground")
+    fmse = draw(GENUINE[recipe].fmse, rng) if fmse is None else fmse
+    pixels = np.float32(real[mask]) / 255
+    change = RECIPES[recipe](pixels, _places(mask), rng, reference, settings)
+    changed = change(_gain(change, pixels, fmse / 255**2, rng), slice(None))
+    composite = real.copy()
+    composite[mask] = np.rint(changed * 255).clip(0, 255).astype(np.uint8)
+    return composite
+
+
+# ---- masks as people draw them ----
+
+
+def jitter(mask: np.ndarray, rng: np.random.Generator, pixels: int = 3) -> np.ndarray:
+    """An HxW bool mask dilated or eroded by 0 to `pixels` pixels; as it was where nothing or everything would be left.
+
+    A real mask is never exact: a loose one takes in some of the surroundings, a tight one cuts into the object.
+    """
+    by = int(rng.integers(-pixels, pixels + 1))
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * abs(by) + 1,) * 2)
+    out = (cv2.dilate if by > 0 else cv2.erode)(mask.astype(np.uint8), kernel) > 0
+    return out if out.any() and not out.all() else mask
+
+
+def widened(mask: np.ndarray, pixels: int = 2) -> np.ndarray:
+    """An HxW bool mask and so many pixels around it."""
+    return cv2.dilate(mask.astype(np.uint8), np.ones((2 * pixels + 1,) * 2, np.uint8)) > 0
+
+
+def soften(changed: np.ndarray, real: np.ndarray, mask: np.ndarray, sigma: float) -> np.ndarray:
+    """A composite whose edge is as in a picture that was made smaller: pixels there belong to both sides in part.
+
+    changed: `real` recoloured inside the `widened` mask; HxWx3 uint8 twice and HxW bool; sigma in pixels, up to 1.
+    """
+    weight = cv2.GaussianBlur(mask.astype(np.float32), (5, 5), sigma)[..., None]
+    return np.rint(real + weight * (changed.astype(np.float32) - real)).astype(np.uint8)
+
+
+# ---- the filter ----
+
+
+def foreground_delta_e(real: np.ndarray, composite: np.ndarray, mask: np.ndarray) -> float:
+    """Mean CIE76 colour difference over the foreground of two HxWx3 uint8 images."""
+    return float(np.linalg.norm(rgb2lab(real[mask]) - rgb2lab(composite[mask]), axis=-1).mean())
+
+
+def foreground_mse(real: np.ndarray, composite: np.ndarray, mask: np.ndarray) -> float:
+    """fMSE: mean squared difference over the foreground of two HxWx3 uint8 images, on the 0-255 scale."""
+    return float(np.square(np.float32(real[mask]) - composite[mask]).mean())
+
+
+def implausible(real, composite, mask, settings: RecipeSettings = DEFAULTS) -> str:
+    """Why a composite would not do: too many pixels with a channel newly at 0 or 255. "" where it does."""
+    ends = [((image[mask] == 0) | (image[mask] == 255)).any(-1) for image in (real, composite)]
+    clipped = float((ends[1] & ~ends[0]).mean())
+    return f"clipped: {clipped:.0%} of the foreground > {settings.clipped:.0%}" if clipped > settings.clipped else ""
+
+
+def make_composite(
+    recipe: str, real, mask, seed_words: tuple, reference=None, settings: RecipeSettings = DEFAULTS, tries: int = 8
+) -> tuple[np.ndarray, dict]:
+    """Draw composites of one strength until one is plausible; the last one otherwise. The same words, the same one.
+
+    Arguments as `recolor`, but that reference may also be a function of the try's number that gives one.
+    Returns HxWx3 uint8 and {"recipe", "tries", "fmse", "share", "delta_e", "plausible", "reason"}. The strength is
+    drawn once, so that the filter does not prefer weak changes.
+    """
+    fmse = draw(GENUINE[recipe].fmse, seeded_rng(*seed_words, recipe, "fmse")) if recipe in GENUINE else None
+    for attempt in range(max(1, tries)):
+        colours = reference(attempt) if callable(reference) else reference
+        composite = recolor(recipe, real, mask, seeded_rng(*seed_words, recipe, attempt), colours, settings, fmse)
+        reached = foreground_mse(real, composite, mask)
+        reason = implausible(real, composite, mask, settings)
+        if not reason and reached < WEAK * fmse:
+            reason = f"too weak: fMSE {reached:.0f} of the {fmse:.0f} that were drawn"
+        if not reason:
+            break
+    about = {"fmse": reached, "share": float(mask.mean()), "delta_e": foreground_delta_e(real, composite, mask)}
+    return composite, {"recipe": recipe, "tries": attempt + 1} | about | {"plausible": not reason, "reason": reason}

@@ -1,0 +1,132 @@
+"""The figures of the notebooks and the report (seaborn and matplotlib)."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+
+from ..data.genuine import GENUINE, LEVELS
+
+FOLDER = Path("reports/figures")
+
+
+def style() -> None:
+    """One look for every figure."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    np.random.seed(0)  # the jitter and error bars of seaborn draw from the global state
+    plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 120, "axes.titlesize": 11, "axes.grid": True})
+
+
+def save(figure, name: str) -> None:
+    """Write reports/figures/<name>.png, byte-stable, and close the figure for pyplot (see `_finished`)."""
+    path = FOLDER / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def _finished(figure):
+    """Laid out, and closed for pyplot: a cell displays it, and the inline backend not once more when the cell ends."""
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def image_grid(rows, titles, row_labels=None, masks=None, size: float = 1.9):
+    """A grid of HxWx3 images, a list per row, `titles` over the columns; masks (HxW bool, one per row) are outlined."""
+    figure, axes = plt.subplots(len(rows), len(titles), squeeze=False, figsize=(size * len(titles), size * len(rows)))
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            axis = axes[r, c]
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            if masks is not None and c == 0:
+                axis.contour(masks[r], levels=[0.5], colors="yellow", linewidths=1)
+            if r == 0:
+                axis.set_title(titles[c])
+        if row_labels:
+            axes[r, 0].set_ylabel(row_labels[r], fontsize=9)
+    return _finished(figure)
+
+
+def diagram(boxes: dict[str, tuple[float, float]], arrows, size=(9, 2.6)):
+    """A drawn idea: `boxes` {text: (x, y) of its middle}, and `arrows` (from, to, label) between them."""
+    figure, axis = plt.subplots(figsize=size)
+    box = {"boxstyle": "round,pad=.5", "facecolor": "#e8f4ec", "edgecolor": "none"}
+    middle = {"ha": "center", "va": "center"}
+    texts = {text: axis.text(*place, text, fontsize=10, bbox=box, **middle) for text, place in boxes.items()}
+    for start, end, label in arrows:
+        ends = {"patchA": texts[start].get_bbox_patch(), "patchB": texts[end].get_bbox_patch()}
+        axis.annotate("", boxes[end], boxes[start], arrowprops={"arrowstyle": "-|>", "color": "#0b6e99"} | ends)
+        place = np.mean([boxes[start], boxes[end]], axis=0)
+        axis.text(*place, label, fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5}, **middle)
+    low, high = np.min(list(boxes.values()), axis=0), np.max(list(boxes.values()), axis=0)
+    axis.set(xlim=(low[0] - 0.8, high[0] + 0.8), ylim=(low[1] - 0.4, high[1] + 0.4))
+    axis.axis("off")
+    return _finished(figure)
+
+
+def error_map(output: np.ndarray, real: np.ndarray, ceiling: float = 60.0) -> np.ndarray:
+    """Mean absolute difference over RGB as an HxWx3 picture: black is 0, yellow is `ceiling` grey levels or more."""
+    error = np.abs(output.astype(float) - real.astype(float)).mean(-1) / ceiling
+    return (plt.get_cmap("inferno")(np.clip(error, 0, 1))[..., :3] * 255).astype(np.uint8)
+
+
+def training_curve(history, key: str = "loss", title: str = "", log: bool = True):
+    """One quantity of a training history over steps, or of several: {label: history}."""
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    for label, entries in (history if isinstance(history, dict) else {None: history}).items():
+        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+        marker = "o" if len(points) < 30 else None
+        sns.lineplot(x=[p[0] for p in points], y=[p[1] for p in points], ax=axis, marker=marker, label=label)
+    axis.set(xlabel="training step", ylabel=key.replace("_", " "), title=title)
+    if log:
+        axis.set_yscale("log")
+    return _finished(figure)
+
+
+def cumulative_foreground(ratios: dict[str, np.ndarray]):
+    """Cumulative distribution of the foreground area ratio per data set (DiffHarmony++ Figure 2)."""
+    figure, axis = plt.subplots(figsize=(5.5, 3.4))
+    for name, values in ratios.items():
+        sns.ecdfplot(x=np.asarray(values), ax=axis, label=name)
+    axis.axvline(0.2, color="grey", linestyle=":", linewidth=1)
+    axis.set(xlabel="foreground area ratio", ylabel="share of images at or below", xlim=(0, 1))
+    axis.legend()
+    return _finished(figure)
+
+
+def metric_bars(summary: dict, metric: str, label: str):
+    """Mean of one metric per method with its 95 % interval over photos (`metrics.summarise` output, key "all")."""
+    figure, axis = plt.subplots(figsize=(6.5, 0.45 * len(summary) + 1.2))
+    names = list(summary)
+    values = [summary[name]["all"][metric] for name in names]
+    sns.barplot(x=values, y=names, ax=axis, orient="h", color=sns.color_palette()[0])
+    for place, name in enumerate(names):
+        low, high = summary[name]["all"]["interval"][metric]
+        if low is not None and np.isfinite([low, high]).all():
+            axis.plot([low, high], [place, place], color="black", linewidth=1.2)
+    axis.set(xlabel=label, ylabel="")
+    return _finished(figure)
+
+
+def beside_genuine(measured):
+    """Cumulative shares of composites by fMSE and by foreground share, with iHarmony4's own quantiles as dots.
+
+    measured: rows with "subset", "fmse" and "share" (`sources.measure`).
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
+    titles = {"fmse": "fMSE of the foreground", "share": "share of the picture that the foreground covers"}
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for (subset, rows), colour in zip(measured.groupby("subset"), sns.color_palette(), strict=False):
+            sns.ecdfplot(rows, x=name, ax=axis, color=colour, label=subset)
+            if subset in GENUINE:
+                axis.plot(getattr(GENUINE[subset], name), LEVELS, "o", color=colour)
+        axis.set(xscale="log", xlabel=title, ylabel="share of composites")
+    for axis, ticks in zip(axes, ((100, 300, 1000, 3000), (0.01, 0.03, 0.1, 0.3)), strict=True):
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+    axes[1].legend(title="made (lines), genuine (dots)", loc="center left", bbox_to_anchor=(1, 0.5))
+    return _finished(figure)

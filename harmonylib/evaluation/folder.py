@@ -1,0 +1,106 @@
+"""Score a folder of predictions against a data set: one row per composite, one image at a time in each process."""
+
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..core.decoding import IMAGE_SUFFIXES, open_image, to_rgb
+from ..core.errors import HarmonyError
+from ..core.files import composed, is_hidden, stamp
+from ..core.images import read_image, read_mask
+from ..core.parallel import parallel_map
+from ..data.layout import Triple, read_triples
+from .metrics import PROTOCOLS, score
+
+
+@lru_cache(maxsize=1)  # composites of one photo follow one another
+def _read_real(path, written: tuple):
+    return read_image(path)
+
+
+def score_folder(predictions, data, protocol="standard", split="test", paste=False, workers=None) -> pd.DataFrame:
+    """Scores of PREDICTIONS/[SUBSET/]NAME.* for every composite NAME of one split of a data set in iHarmony4's layout.
+
+    Predictions are 8-bit RGB images, or .npy arrays HxWx3 in 0..255 for protocols that score floats. Masks are opened
+    as the protocol opens them (`Protocol.mask`). paste: put the composite's background on the predictions first.
+    Returns, in list order, the columns model (the folder's name), subset, name, photo, foreground_ratio (of the mask
+    file) and those of `metrics.score`, which has the values for empty and full masks. Memory holds one image a process.
+    Raises HarmonyError naming the file for missing, surplus or doubled predictions and for whatever `score` refuses.
+    """
+    if protocol not in PROTOCOLS:
+        raise HarmonyError(f"protocol {protocol!r}: unknown; choose one of {', '.join(PROTOCOLS)}")
+    triples = read_triples(data, split)
+    pairs = list(zip(triples, find_predictions(predictions, triples), strict=True))
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i][0].real)
+    work = partial(_score_one, protocol=protocol, paste=paste)
+    rows = parallel_map(work, [pairs[i] for i in order], "scoring", "image", workers)
+    rows = dict(zip(order, rows, strict=True))
+    table = pd.DataFrame([rows[i] for i in range(len(pairs))])
+    table.insert(0, "model", Path(predictions).resolve().name)
+    return table
+
+
+def find_predictions(folder, triples: list[Triple]) -> list[Path]:
+    """The prediction of each triple: FOLDER/SUBSET/NAME.* or FOLDER/NAME.*, NAME being the composite's.
+
+    Raises HarmonyError unless predictions and triples belong together one by one.
+    """
+    folder, files = Path(folder), {}
+    if not folder.is_dir():
+        raise HarmonyError(f"{folder}: no such folder of predictions")
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in (*IMAGE_SUFFIXES, ".npy"))
+    for path in sorted(p for p in found if not is_hidden(p, folder)):
+        other = files.setdefault(composed(path.relative_to(folder).with_suffix("").as_posix()), path)
+        if other is not path:
+            raise HarmonyError(f"{path}: a second prediction beside {other.name}; keep one of them")
+    found = [files.get(composed(f"{t.subset}/{t.name}"), files.get(composed(t.name))) for t in triples]
+    missing = [f"{t.subset}/{t.name}" for t, path in zip(triples, found, strict=True) if path is None]
+    if missing:
+        few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise HarmonyError(f"{folder}: {len(missing)} of {len(triples)} predictions are missing ({few}); make them")
+    if len(set(found)) < len(found):
+        twice = next(path for path in found if found.count(path) > 1)
+        raise HarmonyError(f"{twice}: several subsets have a composite of this name; put predictions into SUBSET/")
+    surplus = sorted(set(files.values()) - set(found))
+    if surplus:
+        raise HarmonyError(
+            f"{surplus[0]}: belongs to no composite of the list ({len(surplus)} such files); remove it or take its list"
+        )
+    return found
+
+
+def read_prediction(path: Path) -> np.ndarray:
+    """HxWx3 uint8 of an 8-bit RGB image, or the array of an .npy file. Raises HarmonyError for any other mode."""
+    if path.suffix.lower() == ".npy":
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise HarmonyError(f"{path}: not a readable array ({error}); write it again with numpy.save") from None
+    image = open_image(path)
+    if image.mode != "RGB":
+        raise HarmonyError(f"{path}: mode {image.mode} instead of RGB; save predictions as 8-bit RGB")
+    return np.asarray(to_rgb(image))
+
+
+def read_mask_as(path, kind: str) -> np.ndarray:
+    """A mask file as a protocol opens it: "hard" HxW bool, grey > 127; "soft" HxW float32 in 0..1; "dithered" HxW bool
+    by PIL's mode "1", which scatters the greys of soft edges into black and white."""
+    if kind == "hard":
+        return read_mask(path)
+    image = open_image(path)
+    return np.asarray(image.convert("L"), np.float32) / 255 if kind == "soft" else np.asarray(image.convert("1"))
+
+
+def _score_one(pair, protocol: str, paste: bool) -> dict:
+    triple, path = pair
+    prediction, real = read_prediction(path), _read_real(triple.real, stamp(triple.real))
+    mask = read_mask_as(triple.mask, PROTOCOLS[protocol].mask)
+    composite = read_image(triple.composite) if paste else None
+    try:
+        values = score(prediction, real, mask, protocol, composite)
+    except HarmonyError as error:
+        raise HarmonyError(f"{path}, real {triple.real}, mask {triple.mask}: {error}") from None
+    about = {"subset": triple.subset, "name": triple.name, "photo": triple.photo}
+    return about | {"foreground_ratio": float(mask.mean())} | values

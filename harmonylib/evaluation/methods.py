@@ -1,0 +1,137 @@
+"""Run every method over a test set and score it: one row per method and image."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from ..core.devices import autocast, pick_device
+from ..core.errors import HarmonyError
+from ..core.images import paste, resize, to_tensor, to_uint8
+from ..core.progress import progress
+from ..core.seeds import generator
+from ..data.batches import TripleSet
+from ..data.transfers import harmonize_classically
+from ..training import TrainingDiverged
+from .metrics import score
+
+CLASSICAL = ("mean-std", "reinhard", "histogram")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named harmonizer: call(composite Bx3xSxS in [-1, 1], mask Bx1xSxS, names) -> Bx3xSxS on any device."""
+
+    name: str
+    call: Callable
+
+
+def identity_method() -> Method:
+    """The composite itself: what every method has to beat."""
+    return Method("composite", lambda composite, mask, names: composite)
+
+
+def classical_method(transfer: str) -> Method:
+    """Foreground statistics matched to the image's own background: "mean-std", "reinhard" or "histogram"."""
+
+    def call(composite, mask, names):
+        pairs = zip(to_uint8(composite), mask[:, 0].numpy() > 0.5, strict=True)
+        return torch.stack([to_tensor(harmonize_classically(image, region, transfer)) for image, region in pairs])
+
+    return Method(transfer, call)
+
+
+def resunet_method(model, name: str = "contrastive-resunet", size: int | None = None, precision="auto") -> Method:
+    """A ContrastiveResUNet, run at `size` (None: the images' own) and resized back."""
+
+    @torch.inference_mode()
+    def call(composite, mask, names):
+        device = next(model.parameters()).device
+        image, region = resize_pair(composite.to(device), mask.to(device), size)
+        with autocast(device, precision):
+            output = model(image, region)
+        return resize(output.float(), composite.shape[-1])
+
+    return Method(name, call)
+
+
+def diffusion_method(pipeline, name: str, seed: int, size: int | None = None, steps: int = 5, larger=()) -> Method:
+    """A DiffHarmonyPipeline, run at `size` (None: the images' own), with noise seeded per image name.
+
+    larger: TripleSets of the same images at `size`, read instead of enlarging the scored ones: the papers' protocol,
+    which gives the model more information than methods at the scored size have. Without them it is the strict one.
+    """
+    at = {_key(triple): (data, number) for data in larger for number, triple in enumerate(data.triples)}
+
+    def call(composite, mask, names):
+        if names and all(image_name in at for image_name in names):
+            batches = [data.batch([number]) for data, number in map(at.get, names)]
+            image, region = (torch.cat([batch[part] for batch in batches]) for part in ("composite", "mask"))
+        else:
+            image, region = resize_pair(composite, mask, size)
+        generators = [generator(seed, "evaluate", image_name) for image_name in names]
+        output = pipeline(image, region, steps, generator=generators, paste=False, output_type="pt").images
+        return resize(output * 2 - 1, composite.shape[-1])
+
+    return Method(name, call)
+
+
+def stored_method(name: str, images: np.ndarray) -> Method:
+    """A method that hands out images made before, Nx3xSxS in [-1, 1], for a test set and in its order.
+
+    Raises TrainingDiverged where they are not finite: the model that made them is broken.
+    """
+    if not np.isfinite(images).all():
+        raise TrainingDiverged(f"{name}: the outputs are not finite")
+    rest = iter(images)
+    return Method(name, lambda composite, mask, names: torch.from_numpy(np.stack([next(rest) for _ in names])))
+
+
+def resize_pair(image, mask, size):
+    """Image bilinear, mask nearest."""
+    return resize(image, size), mask if size is None else F.interpolate(mask, size=(size, size), mode="nearest")
+
+
+def _key(triple) -> str:
+    return f"{triple.subset}/{triple.name}"
+
+
+def predict(method: Method, data: TripleSet, batch_size: int = 16):
+    """Yield (triple, composite, mask, real, output) as uint8/bool arrays, the composite's background pasted back."""
+    batches = range(0, len(data), batch_size)
+    for start in progress(batches, desc=method.name, unit="batch"):
+        indices = range(start, min(start + batch_size, len(data)))
+        batch = data.batch(indices)
+        names = [_key(data.triples[i]) for i in indices]
+        output = method.call(batch["composite"], batch["mask"], names).float().cpu()
+        if output.shape != batch["composite"].shape or not output.isfinite().all():
+            shapes = f"{tuple(output.shape)} for {tuple(batch['composite'].shape)}"
+            raise HarmonyError(f"{method.name}: predictions of shape {shapes} or with NaN; mend the method")
+        output = to_uint8(paste(output.clamp(-1, 1), batch["composite"], batch["mask"]))
+        arrays = zip(
+            to_uint8(batch["composite"]), batch["mask"][:, 0].numpy() > 0.5, to_uint8(batch["real"]), strict=True
+        )
+        for i, (composite, mask, real), array in zip(indices, arrays, output, strict=True):
+            yield data.triples[i], composite, mask, real, array
+
+
+def evaluate(methods: list[Method], data: TripleSet, batch_size: int = 16) -> pd.DataFrame:
+    """Scores of every method on every triple: columns model, subset, name, photo, foreground_ratio and the metrics.
+
+    Protocol "standard", the composite's background pasted. Raises HarmonyError for an output of another size or with
+    NaN.
+    """
+    rows = []
+    for method in methods:
+        for triple, _, mask, real, output in predict(method, data, batch_size):
+            about = {"model": method.name, "subset": triple.subset, "name": triple.name, "photo": triple.photo}
+            rows.append(about | {"foreground_ratio": float(mask.mean())} | score(output, real, mask, "standard"))
+    return pd.DataFrame(rows)
+
+
+def put_on(model, device="auto"):
+    """`model` in eval mode on the chosen device."""
+    return model.eval().to(pick_device(device))

@@ -1,0 +1,183 @@
+"""Composites without a ground truth: what can be measured of them, a blind preference study, and what its votes say."""
+
+import base64
+import hashlib
+import io
+import itertools
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+from PIL import Image
+from skimage.color import rgb2lab
+
+from ..core.decoding import pictures_in
+from ..core.errors import HarmonyError
+from ..core.files import atomic_path, stem_of
+from ..core.images import paste, read_image, resize_image, resize_mask
+from ..core.json_files import read_json
+from ..core.seeds import rng
+from ..data.embedded_photos import load_photos
+from ..data.readers import detect, read_examples
+
+_PAGE = Path(__file__).with_name("study.html")
+
+
+def read_composites(folder=None, size: int = 256) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(name, composite SxSx3 uint8, mask SxS bool) of RealHM's folder or of images/ + masks/ (DIH99, your own), as
+    squares. None: each embedded test photo's first object laid on every other test photo that is no portrait.
+
+    Raises HarmonyError for missing or empty masks and as `read_examples`.
+    """
+    square, found = (size, size), []
+    if folder is None:
+        for front, back in itertools.permutations(load_photos("test"), 2):
+            if not back.portrait:
+                thing, mask = next(iter(front.masks.items()))
+                images, region = [resize_image(p.image, square) for p in (front, back)], resize_mask(mask, square)
+                found.append((f"{thing} on {back.name}", paste(*images, region), region))
+        return found
+    kind = "realhm" if detect(folder) == "realhm" else "dih99"
+    for example in read_examples(folder, kind):
+        mask = resize_mask(example.read_mask(), square)
+        if not mask.any():
+            raise HarmonyError(f"{example.mask}: no foreground at {size} px (no pixel above 127); paint it white")
+        found.append((example.name, resize_image(read_image(example.composite), square), mask))
+    return found
+
+
+def no_reference(output, composite, mask) -> dict:
+    """Sanity figures of one result where nobody knows the right answer; none of them says which result is better.
+
+    output, composite: HxWx3 uint8; mask: HxW bool. background_change: largest difference outside the mask, in grey
+    levels. change: mean CIE76 difference of the foreground to the composite's. gap: CIE76 distance between the mean
+    colours of foreground and background (NaN without background). detail: correlation of the foreground's high-passed
+    lightness with the composite's, 1 where texture is kept (NaN for flat ones). clipped: share of foreground values
+    that newly reach 0 or 255. Raises HarmonyError for sizes that differ or an empty mask.
+    """
+    if output.shape != composite.shape or mask.shape != composite.shape[:2] or not mask.any():
+        raise HarmonyError(f"no_reference: {output.shape}, {composite.shape}, {mask.shape} or an empty mask; mend them")
+    before, after = (rgb2lab(image).astype(np.float32) for image in (composite, output))
+    weight = mask.astype(np.float32)  # the means are of foreground pixels only
+    area = np.maximum(cv2.blur(weight, (5, 5)), 1e-6)
+    fine = [(lab[..., 0] - cv2.blur(lab[..., 0] * weight, (5, 5)) / area)[mask] for lab in (before, after)]
+    outside = np.abs(output.astype(int) - composite)[~mask]
+    extreme = [((image == 0) | (image == 255))[mask] for image in (composite, output)]
+    return {
+        "background_change": int(outside.max(initial=0)),
+        "change": float(np.linalg.norm(after - before, axis=-1)[mask].mean()),
+        "gap": float(np.linalg.norm(after[mask].mean(0) - after[~mask].mean(0))) if outside.size else float("nan"),
+        "detail": float(np.corrcoef(*fine)[0, 1]) if min(map(np.std, fine)) > 1e-3 else float("nan"),
+        "clipped": float((extreme[1] & ~extreme[0]).mean()),
+    }
+
+
+def read_folders(folders: dict[str, str]) -> dict[str, dict[str, np.ndarray]]:
+    """{image: {method: HxWx3 uint8}} of {method: folder}. Raises HarmonyError unless all have the same file stems."""
+    files = {}
+    for method, folder in folders.items():
+        if not Path(folder).is_dir():
+            raise HarmonyError(f"{folder}: no such folder of {method}'s pictures")
+        files[method] = {stem_of(path): path for path in pictures_in(folder)[0]}
+    first, *others = files
+    for method in others:
+        odd = sorted(files[method].keys() ^ files[first].keys())
+        if odd:
+            raise HarmonyError(f"{odd[0]}: in only one of {folders[first]} and {folders[method]}; give both all images")
+    return {name: {method: read_image(files[method][name]) for method in files} for name in files[first]}
+
+
+def write_page(path, scenes: dict[str, dict[str, np.ndarray]]) -> None:
+    """Write the study as one HTML file that works offline: {image: {method: HxWx3 uint8}}.
+
+    Nothing readable names a method, and every participant sees the scenes, and the versions of each, in an order of
+    their own (contrastive paper, Sec. IV-C). Equal inputs give equal bytes. Raises HarmonyError for no scenes or
+    fewer than two methods.
+    """
+    if not scenes or any(len(versions) < 2 for versions in scenes.values()):
+        raise HarmonyError(f"{path}: a study needs an image and two methods at least; give METHOD=FOLDER twice")
+    key, groups = {}, []
+
+    def code(*words):
+        opaque = hashlib.blake2b("\x1f".join(words).encode(), digest_size=6).hexdigest()
+        key[opaque] = words[-1]
+        return opaque
+
+    for name, versions in scenes.items():
+        options = {code(name, method): _data_uri(image) for method, image in versions.items()}
+        order = rng("study", name).permutation(sorted(options))
+        groups.append({"code": code(name), "options": {option: options[option] for option in order}})
+    identity = hashlib.blake2b(json.dumps(groups).encode(), digest_size=8).hexdigest()
+    data = {"id": identity, "scenes": groups, "key": base64.b64encode(json.dumps(key).encode()).decode()}
+    with atomic_path(path) as temporary:
+        page = _PAGE.read_text(encoding="utf-8").replace("STUDY_DATA", json.dumps(data))
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _data_uri(image: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def read_votes(files) -> pd.DataFrame:
+    """Columns participant, image, choice, shown (a tuple) of the files that the study page saved.
+
+    A participant may have stopped early: the votes that were cast count. Raises HarmonyError for a file that is none of
+    these, one without votes, files of different studies, or a participant who comes twice.
+    """
+    rows, studies, owners = [], {}, {}
+    for path in files:
+        data = read_json(path)
+        try:
+            study, participant = data["study"], data["participant"]
+            votes = [(str(v["image"]), str(v["choice"]), tuple(map(str, v["shown"]))) for v in data["votes"]]
+            valid = all(choice in shown for _, choice, shown in votes) and len({v[0] for v in votes}) == len(votes)
+        except (TypeError, KeyError):
+            valid = False
+        if not valid or not votes:
+            raise HarmonyError(f"{path}: not a votes file of a study page, or without votes; ask for the saved file")
+        studies.setdefault(study, path)
+        if len(studies) > 1:
+            raise HarmonyError(f"{path}: of another study than {next(iter(studies.values()))}; count them apart")
+        if owners.setdefault(participant, path) is not path:
+            raise HarmonyError(f"{path}: the same participant as in {owners[participant]}; keep the later file")
+        rows += [(participant, *vote) for vote in votes]
+    return pd.DataFrame(rows, columns=["participant", "image", "choice", "shown"])
+
+
+def count_votes(votes: pd.DataFrame, repeats: int = 2000, seed: int = 0) -> dict:
+    """The contrastive paper's Table V of `read_votes`' rows, in the form of evaluation.json.
+
+    {"n": votes, "photos": images, "participants", "models": {method: {"all": {"n", "photos", "votes",
+    "preference_percent", "interval": {"preference_percent": [lo, hi]}}}}, "paired": {"A vs composite": {"all": ...}}},
+    methods by votes, ties by name. Intervals (95 %) resample participants and images at once, since votes of one person
+    and votes on one image go together; with one of both they are NaN: there is nothing to resample.
+    """
+    people, images = (pd.factorize(votes[column]) for column in ("participant", "image"))
+    methods = sorted({method for shown in votes["shown"] for method in shown})
+    methods.sort(key=lambda method: -(votes["choice"] == method).sum())
+    counts = np.zeros((len(people[1]), len(images[1]), len(methods)))
+    np.add.at(counts, (people[0], images[0], [methods.index(choice) for choice in votes["choice"]]), 1)
+    draw = rng(seed, "votes")
+    weights = [draw.multinomial(n, np.full(n, 1 / n), repeats).astype(float) for n in counts.shape[:2]]
+    drawn = np.einsum("rp,pim,ri->rm", weights[0], counts, weights[1], optimize=True)
+    with np.errstate(invalid="ignore"):
+        drawn = 100 * drawn / drawn.sum(1, keepdims=True)  # NaN where nobody of the resample saw its images
+    share = 100 * counts.sum((0, 1)) / counts.sum()
+    about = {"n": len(votes), "photos": len(images[1])}
+
+    def interval(values):
+        return [float("nan")] * 2 if counts[..., 0].size == 1 else np.nanquantile(values, (0.025, 0.975)).tolist()
+
+    models, paired = {}, {}
+    for k, method in enumerate(methods):
+        part = about | {"votes": int(counts[..., k].sum()), "preference_percent": float(share[k])}
+        models[method] = {"all": part | {"interval": {"preference_percent": interval(drawn[:, k])}}}
+        if "composite" in methods and method != "composite":
+            base = methods.index("composite")
+            difference = [float(share[k] - share[base]), *interval(drawn[:, k] - drawn[:, base])]
+            paired[f"{method} vs composite"] = {"all": about | {"preference_percent": difference}}
+    return about | {"participants": len(people[1]), "models": models, "paired": paired}

@@ -1,0 +1,1 @@
+"""The networks with their losses, the sampler, and the weights they load and save."""

@@ -1,0 +1,318 @@
+"""Harmony-VAE: an autoencoder whose decoder also sees the composite (DiffHarmony++ Sec. 3.2)."""
+
+import inspect
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution, Encoder
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
+from torch.nn import functional as F
+
+from ..core.errors import HarmonyError
+from .weights import LegacyAttention, load_strict
+
+
+class Condition(NamedTuple):
+    """What the decoder is told: skip features (in encoder order), the mid feature and the latent of the condition."""
+
+    skips: list[torch.Tensor]
+    mid: torch.Tensor
+    latent: torch.Tensor
+
+
+def _zero_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, out_channels, 1)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+class ConditionalEncoder(Encoder):
+    """The autoencoder's encoder with a mask input and zero-initialised 1x1 convolutions on its intermediate features.
+
+    A skip is taken after the input convolution, after every resnet and after every downsampler; idx k feeds the
+    (k+1)-th decoder resnet from the end. The mask enters through a convolution of its own (`add_conv_in`).
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        down_block_types,
+        block_out_channels,
+        layers_per_block,
+        norm_num_groups,
+        act_fn,
+        additional_in_channels,
+        mid_block_add_attention,
+    ):
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            down_block_types=down_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            act_fn=act_fn,
+            double_z=True,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        first, last = block_out_channels[0], block_out_channels[-1]
+        self.add_conv_in = nn.Conv2d(additional_in_channels, first, 3, padding=1) if additional_in_channels else None
+        sources = [first]
+        for i, channels in enumerate(block_out_channels):
+            sources += [channels] * (layers_per_block + (i < len(block_out_channels) - 1))
+        targets = [channels for channels in block_out_channels for _ in range(layers_per_block + 1)]
+        self.down_block_skip_convs = nn.ModuleList(map(_zero_conv, sources, targets))
+        self.mid_block_skip_conv = _zero_conv(last, last)
+
+    def forward(self, image: torch.Tensor, mask: torch.Tensor | None):
+        """image Bx3xHxW, mask Bx1xHxW -> (skips, mid skip, posterior moments before quant_conv)."""
+        hidden = self.conv_in(image)
+        if self.add_conv_in is not None:
+            hidden = hidden + self.add_conv_in(mask)
+        features = [hidden]
+        for block in self.down_blocks:
+            for resnet in block.resnets:
+                hidden = resnet(hidden, None)
+                features.append(hidden)
+            for downsampler in block.downsamplers or ():
+                hidden = downsampler(hidden)
+                features.append(hidden)
+        hidden = self.mid_block(hidden)
+        mid = self.mid_block_skip_conv(hidden)
+        moments = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+        skips = [conv(feature) for conv, feature in zip(self.down_block_skip_convs, features, strict=True)]
+        return skips, mid, moments
+
+
+class HarmonyVAE(LegacyAttention, AutoencoderKL):
+    """AutoencoderKL plus a conditional encoder whose features reach the decoder through zero convolutions.
+
+    Built from a plain autoencoder by `from_vae`, its output equals that autoencoder's bit for bit. `encode` is
+    AutoencoderKL's. With Stable Diffusion's widths it has 119,740,419 parameters and reads the published
+    `ConditionVAE` folders (`from_pretrained`, strict).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4,
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4,
+        block_out_channels: tuple[int, ...] = (128, 256, 512, 512),
+        layers_per_block: int = 2,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int = 256,
+        scaling_factor: float = 0.18215,
+        shift_factor: float | None = None,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+        force_upcast: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+        additional_in_channels: int = 1,
+    ):
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            act_fn=act_fn,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+            sample_size=sample_size,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            latents_mean=latents_mean,
+            latents_std=latents_std,
+            force_upcast=force_upcast,
+            use_quant_conv=use_quant_conv,
+            use_post_quant_conv=use_post_quant_conv,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        self.conditional_encoder = ConditionalEncoder(
+            in_channels,
+            latent_channels,
+            down_block_types,
+            block_out_channels,
+            layers_per_block,
+            norm_num_groups,
+            act_fn,
+            additional_in_channels,
+            mid_block_add_attention,
+        )
+        self.latent_skip_conv = _zero_conv(latent_channels, latent_channels)
+
+    @classmethod
+    def from_vae(cls, vae: AutoencoderKL, mask_init: str = "zero", skip_init: str = "zero") -> "HarmonyVAE":
+        """A Harmony-VAE around `vae`: encoder, decoder and quantisation copied, conditional encoder a copy of encoder.
+
+        Of a `vae` that is a Harmony-VAE itself the plain autoencoder is taken; its condition starts anew.
+        mask_init: "zero" (paper) or "default" (torch's default initialisation, as the published code has it);
+        skip_init: "zero" (paper) or "random" (torch's default, the ablation of Table 5).
+        """
+        for option, allowed, value in (
+            ("mask_init", ("zero", "default"), mask_init),
+            ("skip_init", ("zero", "random"), skip_init),
+        ):
+            if value not in allowed:
+                raise HarmonyError(f"{option} {value!r} is unknown; use {' or '.join(allowed)}")
+        names = set(inspect.signature(AutoencoderKL).parameters) & set(vae.config)
+        model = cls(**{name: vae.config[name] for name in names})
+        own = ("conditional_encoder.", "latent_skip_conv.")
+        plain = {name: tensor for name, tensor in vae.state_dict().items() if not name.startswith(own)}
+        model.load_state_dict(plain, strict=False)
+        model.conditional_encoder.load_state_dict(vae.encoder.state_dict(), strict=False)
+        if mask_init == "zero":
+            nn.init.zeros_(model.conditional_encoder.add_conv_in.weight)
+            nn.init.zeros_(model.conditional_encoder.add_conv_in.bias)
+        if skip_init == "random":
+            for conv in model.skip_convs():
+                conv.reset_parameters()
+        if vae.dtype != torch.float32:
+            model = model.to(vae.dtype)
+        return model.to(vae.device).train(vae.training)
+
+    @classmethod
+    def from_pretrained(cls, folder, **options) -> "HarmonyVAE":
+        """ModelMixin's, strict: HarmonyError names what is missing or foreign (`weights.load_strict`).
+
+        Reads published ConditionVAE folders, .safetensors or .bin (never code), with old attention names too.
+        """
+        return load_strict(super().from_pretrained, folder, **options)
+
+    def skip_convs(self) -> list[nn.Conv2d]:
+        """All zero-initialised convolutions, from full resolution down, then mid, then latent."""
+        encoder = self.conditional_encoder
+        return [*encoder.down_block_skip_convs, encoder.mid_block_skip_conv, self.latent_skip_conv]
+
+    def set_trainable(self, decoder: bool = True) -> None:
+        """Train the conditional encoder, the skips and, if `decoder`, the decoder (Table 5); freeze the rest."""
+        self.requires_grad_(False)
+        for module in (self.conditional_encoder, self.latent_skip_conv, *([self.decoder] if decoder else [])):
+            module.requires_grad_(True)
+
+    def encode_condition(self, image, mask, noise=None, candidates: int = 1) -> Condition:
+        """Features of a condition image Bx3xHxW in [-1, 1] and its mask Bx1xHxW in {0, 1} (H, W as for `decode`).
+
+        candidates: how many latents in a row each condition serves; the encoder runs once for all of them. noise: for
+        sampling the condition's posterior, one per latent; None takes its mode.
+        """
+        skips, mid, moments = self.conditional_encoder(image, mask)
+        if candidates > 1:
+            *skips, mid, moments = (t.repeat_interleave(candidates, dim=0) for t in (*skips, mid, moments))
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        posterior = DiagonalGaussianDistribution(moments)
+        latent = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        if self.post_quant_conv is not None:
+            latent = self.post_quant_conv(latent)
+        return Condition(skips, mid, self.latent_skip_conv(latent))
+
+    def decode_with(self, latents: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """Decode unscaled latents BxCxhxw with an encoded condition -> Bx3xHxW."""
+        hidden = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
+        decoder, skips = self.decoder, list(condition.skips)
+        hidden = decoder.conv_in(hidden + condition.latent)
+        hidden = decoder.mid_block(hidden, None) + condition.mid
+        for block in decoder.up_blocks:
+            for resnet in block.resnets:
+                hidden = resnet(hidden, temb=None) + skips.pop()
+            for upsampler in block.upsamplers or ():
+                hidden = upsampler(hidden)
+        return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(hidden)))
+
+    def decode(self, latents, image=None, mask=None, sample_posterior=True, generator=None, return_dict=True):
+        """Decode unscaled latents; with `image` (composite) and `mask` the decoder is conditioned on them.
+
+        latents BxCxhxw; image Bx3xHxW in [-1, 1]; mask Bx1xHxW in {0, 1}; H = 8h, W = 8w with four widths. Without a
+        condition: the plain decoder. With K times as many latents as images, each image is the condition of K latents
+        in a row and encoded once. The noise of all posteriors is one draw of the latents' shape, so that neither
+        `enable_slicing` nor `enable_tiling` (overlapping tiles, condition included) changes it.
+        Raises HarmonyError when only one of image and mask is given or sizes disagree.
+        """
+        if image is None and mask is None:
+            return super().decode(latents, return_dict=return_dict)
+        if image is None or mask is None:
+            raise HarmonyError("decode needs both image and mask, or neither")
+        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        expected = tuple(side * factor for side in latents.shape[-2:])
+        if image.shape[-2:] != expected or mask.shape[-2:] != expected:
+            raise HarmonyError(f"image {tuple(image.shape[-2:])} and mask {tuple(mask.shape[-2:])} must be {expected}")
+        if len(latents) % len(image) or len(image) != len(mask):
+            raise HarmonyError(f"{len(latents)} latents cannot be shared by {len(image)} images and {len(mask)} masks")
+        options = {"generator": generator, "device": latents.device, "dtype": latents.dtype}
+        noise = randn_tensor(latents.shape, **options) if sample_posterior else None
+        if self.use_slicing and len(image) > 1:
+            size = len(latents) // len(image)
+            noises = noise.split(size) if sample_posterior else [None] * len(image)
+            parts = zip(latents.split(size), image.split(1), mask.split(1), noises, strict=True)
+            sample = torch.cat([self._decode_tiled(*part, factor) for part in parts])
+        else:
+            sample = self._decode_tiled(latents, image, mask, noise, factor)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _decode_tiled(self, latents, image, mask, noise, factor):
+        """Overlapping tiles blended by linear ramps (approximate: GroupNorm sees one tile); one tile without tiling."""
+        candidates = len(latents) // len(image)
+        height, width = latents.shape[-2:]
+        tile = self.tile_latent_min_size
+        if not self.use_tiling or max(height, width) <= tile:
+            return self.decode_with(latents, self.encode_condition(image, mask, noise, candidates))
+        overlap = max(1, round(tile * self.tile_overlap_factor))
+        output = latents.new_zeros(len(latents), self.config.out_channels, *image.shape[-2:])
+        total = latents.new_zeros(image.shape[-2:])
+        for top in _starts(height, tile, overlap):
+            for left in _starts(width, tile, overlap):
+                small = (..., slice(top, top + tile), slice(left, left + tile))
+                large = (..., slice(top * factor, (top + tile) * factor), slice(left * factor, (left + tile) * factor))
+                drawn = None if noise is None else noise[small]
+                condition = self.encode_condition(image[large], mask[large], drawn, candidates)
+                piece = self.decode_with(latents[small], condition)
+                weight = torch.outer(*(_ramp(side, overlap * factor) for side in piece.shape[-2:])).to(piece)
+                output[large] += piece * weight
+                total[large] += weight
+        return output / total
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Tile origins that cover `length` with at least `overlap` between neighbours."""
+    if length <= tile:
+        return [0]
+    return [*range(0, length - tile, tile - overlap), length - tile]
+
+
+def _ramp(length: int, overlap: int) -> torch.Tensor:
+    """1 in the middle, falling linearly (never to zero) over `overlap` pixels at both ends."""
+    position = torch.arange(length, dtype=torch.float32)
+    return torch.minimum(position + 1, length - position).div(overlap + 1).clamp(max=1)
+
+
+def harmony_vae_loss(kind: str = "l2"):
+    """Loss closure for `training.train` (Eq. 2): batch {"moments", "target", "condition", "mask"}.
+
+    moments: Bx2Cxhxw posterior moments of the target (cached); kind: "l2" (paper) or "l1" (published code).
+    """
+    if kind not in ("l1", "l2"):
+        raise HarmonyError(f"loss {kind!r} is unknown; use l2 (paper) or l1 (published code)")
+    distance = F.mse_loss if kind == "l2" else F.l1_loss
+
+    def loss(vae, batch, generator):
+        noise = torch.randn(batch["moments"].chunk(2, 1)[0].shape, generator=generator)
+        posterior = DiagonalGaussianDistribution(batch["moments"])
+        latents = posterior.mean + posterior.std * noise.to(posterior.mean.device)
+        output = vae.decode(latents, batch["condition"], batch["mask"], generator=generator).sample
+        error = (output.float() - batch["target"]).square().mean()
+        return {"loss": distance(output.float(), batch["target"]), "mse": error}
+
+    return loss

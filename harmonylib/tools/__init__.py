@@ -1,0 +1,1 @@
+"""The command line, the notebook runner and the browser app. No stage depends on them."""

@@ -1,0 +1,346 @@
+"""The `harmonylib` command. Each command imports what it needs itself, so that --help stays quick."""
+
+import os
+import sys
+
+import typer
+
+from ..core.errors import HarmonyError
+from .terminal import run
+
+app = typer.Typer(
+    help="Image harmonization: make a pasted foreground match its background.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `harmonylib` a group of commands."""
+
+
+@app.command()
+def profile(
+    name: str = typer.Argument(metavar="NAME", help="smoke, mini, gpu, paper or shipped: profiles/NAME.yaml"),
+) -> None:
+    """Write params.yaml from profiles/NAME.yaml."""
+    from ..core.settings import write_profile
+
+    typer.echo(f"{os.path.relpath(write_profile(name))} written from profiles/{name}.yaml")
+
+
+_MODEL = typer.Option(
+    "contrastive-resunet", "--model", help="contrastive-resunet, diffharmony++, diffharmony or a folder"
+)
+_DEVICE = typer.Option("auto", "--device", help="auto, cuda, mps or cpu")
+_MASK_FROM = typer.Option(
+    "auto", "--mask-from", help="what of a mask counts: alpha, luminance, or auto: alpha where it varies"
+)
+
+
+@app.command()
+def harmonize(
+    composite: str = typer.Argument(metavar="COMPOSITE", help="the picture with the pasted foreground, or a folder"),
+    mask: str = typer.Argument(metavar="MASK", help="its mask, white where the foreground is, or a folder"),
+    output: str = typer.Option(..., "--output", "-o", help="the file to write (JPEG is lossy), or a folder"),
+    model: str = _MODEL,
+    seed: int = typer.Option(0, help="seed of the noise"),
+    draws: int = typer.Option(1, help="of a diffusion model: the mean of so many outputs, nearer the truth on average"),
+    device: str = _DEVICE,
+    strength: float = typer.Option(1.0, help="0 (no change) to 1 (all of it)"),
+    feather: float = typer.Option(0.0, help="pixels inside the mask's edge over which the change fades in"),
+    resize_mask: bool = typer.Option(False, "--resize-mask", help="resize a mask that has another size"),
+    mask_from: str = _MASK_FROM,
+    kind: str = typer.Option("png", "--format", help="of the files for a folder: png, jpg, webp, tif or bmp"),
+    force: bool = typer.Option(False, "--force", help="overwrite files that exist"),
+) -> None:
+    """Harmonize a composite, or a folder of them with masks of the same names; size and background stay as they are."""
+    from .harmonize_files import plan, run
+
+    jobs = plan(composite, mask, output, force, kind)
+    options = {"seed": seed, "draws": draws, "strength": strength, "feather": feather, "fit_mask": resize_mask}
+    run(jobs, device, model, mask_from=mask_from, **options)
+    typer.echo(output if len(jobs) == 1 else f"{len(jobs)} pictures in {output}")
+
+
+@app.command("app")
+def browser_app(
+    port: int = typer.Option(7860, help="0 takes a free one"),
+    host: str = typer.Option("127.0.0.1", help="127.0.0.1 is this computer alone; 0.0.0.0 lets the network in"),
+    model: list[str] = typer.Option([], "--model", help="the folder of a trained model to offer too; may be repeated"),
+    origin: list[str] = typer.Option(
+        [], "--origin", help="https://HOST at which a proxy (JupyterHub, Codespaces) shows the page; may be repeated"
+    ),
+    device: str = _DEVICE,
+    browser: bool = typer.Option(True, help="open the page in the browser"),
+) -> None:
+    """Harmonize in the browser, on this computer and offline, until Ctrl-C."""
+    from .app import serve
+
+    serve(port, host, model, device, browser, origin)
+
+
+@app.command()
+def generate(
+    data: str = typer.Argument(metavar="DATA", help="an iHarmony4-layout folder, or images/ and masks/ at any depth"),
+    out: str = typer.Argument(metavar="OUT", help="the folder to write; call again to go on with a stopped run"),
+    model: str = typer.Option("artifacts/diffharmony/inverse", help="the folder of an inverse model"),
+    k: int = typer.Option(10, "-k", help="candidates per (real, mask) pair"),
+    split: str = typer.Option("train", help="which list of an iHarmony4-layout folder: train or test"),
+    seed: int = typer.Option(0),
+    size: int = typer.Option(None, help="longest side in pixels; default: as the photos are"),
+    steps: int = typer.Option(5, help="denoising steps"),
+    temperature: float = typer.Option(1.0, help="scale of the initial noise"),
+    mask_from: str = _MASK_FROM,
+    suffix: str = typer.Option(".png", help=".png, or .jpg, which keeps the background only nearly as it is"),
+    precision: str = typer.Option("auto", help="auto, fp32, bf16 or fp16"),
+    device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
+) -> None:
+    """Draw candidate composites of real photos; `torchrun -m harmonylib.tools.cli generate ...` shares out the work."""
+    from dataclasses import replace
+
+    from ..augmentation.candidates import MANIFEST, generate_candidates, pairs_of, visible_pairs
+    from ..augmentation.sets import photo_pairs_of
+    from ..data.layout import read_triples
+    from ..data.readers import detect, photo_pairs
+    from ..models.pipeline import DiffHarmonyPipeline
+
+    listed = detect(data) == "iharmony4"
+    pairs = pairs_of(read_triples(data, split)) if listed else photo_pairs_of(photo_pairs(data))
+    pairs = [replace(pair, mask_from=mask_from) for pair in pairs]
+    pipeline = DiffHarmonyPipeline.from_pretrained(model, device=device)
+    kept = visible_pairs(pairs, size, pipeline.factor)
+    if len(kept) < len(pairs):
+        typer.echo(f"{len(pairs) - len(kept)} of {len(pairs)} masks are too small for the model: left out", err=True)
+    if generate_candidates(pipeline, kept, out, k, seed, size, steps, temperature, suffix, precision):
+        typer.echo(os.path.join(out, MANIFEST))
+
+
+@app.command()
+def evaluate(
+    predictions: str = typer.Argument(metavar="PRED_DIR", help="NAME.png of every composite NAME, or SUBSET/NAME.png"),
+    data: str = typer.Argument(metavar="DATA_DIR", help="a data set in iHarmony4's layout"),
+    protocol: str = typer.Option("standard", help="standard, diffharmony, saic, hdnet, dovenet or iih"),
+    split: str = typer.Option("test", help="the list to score: test or train"),
+    paste: bool = typer.Option(False, help="put the composite's background on the predictions first"),
+    against: str = typer.Option(None, metavar="DIR", help="another model's predictions: adds the paired differences"),
+    json: str = typer.Option(None, help="where to write the averages with their intervals"),
+    csv: str = typer.Option(None, help="where to write the table of every image"),
+) -> None:
+    """Score predictions against the real photos: every image, each subset, each foreground size and all."""
+    from pathlib import Path
+
+    import pandas as pd
+
+    from ..core.files import atomic_path
+    from ..core.json_files import write_json
+    from ..evaluation.folder import score_folder
+    from ..evaluation.metrics import METRICS, PROTOCOLS, buckets, compare, summarise
+
+    folders = [predictions, against] if against else [predictions]
+    names = [Path(folder).resolve().name for folder in folders]
+    if names[0] in names[1:]:
+        raise HarmonyError(f"{against}: has the name of {predictions}, and names tell models apart; rename one")
+    table = pd.concat([score_folder(folder, data, protocol, split, paste) for folder in folders], ignore_index=True)
+    summary, sizes = summarise(table), buckets(table, protocol=protocol)
+    differences = {}
+    if against:
+        groups = {"all": table} | {str(name): part for name, part in table.groupby("subset")}
+        differences[" vs ".join(names)] = {name: compare(part, *names) for name, part in groups.items()}
+
+    def line(label, values):
+        typer.echo(f"  {label:33s}" + "".join(f"{'–' if v is None else format(v, '.4g'):>12s}" for v in values))
+
+    note = PROTOCOLS[protocol].note
+    typer.echo(
+        f"protocol {protocol}" + (", composite background pasted" if paste else "") + (f" ({note})" if note else "")
+    )
+    typer.echo(f"{'':20s}{'n':>7s}{'photos':>8s}" + "".join(f"{metric:>12s}" for metric in METRICS))
+    for model, parts in summary.items():
+        typer.echo(model)
+        for group, part in (parts | {size: part for size, part in sizes[model].items() if size != "all"}).items():
+            line(f"{group:18s}{part['n']:7d}{part['photos']:8d}", (part[metric] for metric in METRICS))
+        for end, word in enumerate(("from", "to")):
+            line(f"all, 95 % {word}", (parts["all"]["interval"][metric][end] for metric in METRICS))
+        if "status" in parts["all"]:
+            typer.echo("  " + parts["all"]["status"])
+    for pair, parts in differences.items():
+        typer.echo(f"{pair}, image by image")
+        for group, part in parts.items():
+            for place, word in enumerate(("mean", "95 % from", "95 % to")):
+                line(f"{group}, {word}", (part.get(metric, (None,) * 3)[place] for metric in METRICS))
+            if "status" in part:
+                typer.echo("  " + part["status"])
+    if csv:
+        with atomic_path(csv) as temporary:
+            table.to_csv(temporary, index=False, lineterminator="\n")
+    if json:
+        about = {"protocol": protocol + (", composite background pasted" if paste else ""), "split": split}
+        about |= {"reported_by_its_code": PROTOCOLS[protocol].reports, "n": summary[names[0]]["all"]["n"]}
+        about |= {"photos": int(table["photo"].nunique()), "models": summary, "buckets": sizes}
+        write_json(json, about | ({"paired": differences} if differences else {}))
+
+
+@app.command()
+def study(
+    page: str = typer.Argument(metavar="PAGE.html", help="the page to write; it works offline"),
+    folders: list[str] = typer.Argument(metavar="METHOD=FOLDER...", help="the results of two methods or more"),
+) -> None:
+    """Write a blind preference study: participants open the page, vote and save a file for `harmonylib votes`."""
+    from ..evaluation.study import read_folders, write_page
+
+    named = dict(folder.partition("=")[::2] for folder in folders)
+    if len(named) < len(folders) or not all(named.values()):
+        raise HarmonyError(f"{' '.join(folders)}: must be METHOD=FOLDER, each method once")
+    write_page(page, read_folders(named))
+    typer.echo(page)
+
+
+@app.command()
+def votes(
+    files: list[str] = typer.Argument(metavar="FILE...", help="what the participants saved"),
+    json: str = typer.Option(None, help="where to write the table, e.g. reports/metrics/votes.json for the report"),
+) -> None:
+    """Count the votes of a preference study: votes, preference and its 95 % interval per method."""
+    from ..core.json_files import write_json
+    from ..evaluation.study import count_votes, read_votes
+
+    table = count_votes(read_votes(files))
+    typer.echo(f"{table['n']} votes of {table['participants']} participants on {table['photos']} images")
+    for method, parts in table["models"].items():
+        part = parts["all"]
+        low, high = part["interval"]["preference_percent"]
+        typer.echo(f"{method:24s}{part['votes']:6d}{part['preference_percent']:8.2f} %  [{low:.2f}, {high:.2f}]")
+    if json:
+        write_json(json, table)
+
+
+@app.command()
+def pretrain(
+    photos: str = typer.Argument(metavar="PHOTOS", help="a folder with images/ and masks/, at any depth"),
+    out: str = typer.Argument(metavar="OUT", help="the folder to write"),
+    index: str = typer.Option(None, help="CSV with columns image, mask and split; rows with split=train are used"),
+    autoencoder_steps: int = typer.Option(6500),
+    autoencoder_learning_rate: float = typer.Option(2e-3),
+    autoencoder_size: int = typer.Option(128, help="training crop in pixels"),
+    unet_steps: int = typer.Option(1900),
+    unet_learning_rate: float = typer.Option(1e-3),
+    unet_size: int = typer.Option(192, help="training crop in pixels"),
+    batch_size: int = typer.Option(16),
+    chroma_weight: float = typer.Option(4.0, help="weight of chroma beside luma in the autoencoder's loss"),
+    start: str = typer.Option(None, metavar="DIR", help="train this base further (a part with 0 steps is kept)"),
+    seed: int = typer.Option(0),
+    device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
+) -> None:
+    """Train the small latent-diffusion base (autoencoder, then inpainting UNet) on photos with masks."""
+    from ..data.batches import load_pairs
+    from ..data.readers import photo_pairs
+    from ..models import base
+    from ..training import TrainSettings
+
+    pairs = photo_pairs(photos, index, "train" if index else None)
+    common = {"batch_size": batch_size, "schedule": "cosine"}
+    settings = base.BaseSettings(
+        autoencoder=TrainSettings(
+            autoencoder_steps, learning_rate=autoencoder_learning_rate, ema_decay=0.995, **common
+        ),
+        unet=TrainSettings(unet_steps, learning_rate=unet_learning_rate, ema_decay=0.998, **common),
+        autoencoder_size=autoencoder_size,
+        unet_size=unet_size,
+        chroma_weight=chroma_weight,
+    )
+    base.pretrain(load_pairs(pairs), out, settings, seed, device, f"{out}/.checkpoints", start)
+    typer.echo(out)
+
+
+@app.command("check-data")
+def check_data(
+    folder: str = typer.Argument(metavar="DIR", help="a data set: iHarmony4's layout, or another that --kind names"),
+    kind: str = typer.Option("auto", help="auto, iharmony4, photos, imaterialist, realhm or dih99"),
+    json: str = typer.Option(None, metavar="FILE", help="write counts, notes and all findings here"),
+    manifest: str = typer.Option(None, metavar="FILE", help="write one CSV row per example here"),
+    workers: int = typer.Option(None, min=1, help="processes; one a core unless given"),
+    mask_from: str = _MASK_FROM,
+) -> None:
+    """Read every file of a data set and report all that is wrong; exit code 1 if anything is."""
+    from ..core.files import atomic_path
+    from ..core.json_files import write_json
+    from ..data.audit import audit
+
+    report = audit(folder, kind, workers, mask_from)
+    if json:
+        write_json(json, report.as_json())
+    if manifest:
+        with atomic_path(manifest) as temporary:
+            report.manifest.to_csv(temporary, index=False, errors="backslashreplace")
+    typer.echo(report.as_text())
+    if report.findings:
+        raise typer.Exit(1)
+
+
+@app.command("make-data")
+def make_data(
+    photos: str = typer.Argument(metavar="PHOTOS", help="a folder with images/ and masks/, at any depth"),
+    out: str = typer.Argument(metavar="OUT", help="the data set to write, in iHarmony4's layout"),
+    index: str = typer.Option(
+        None, help="CSV with columns image, mask and split (train or test) that decides the split"
+    ),
+    pairs: int = typer.Option(None, min=2, help="photos per subset and split; all unless given"),
+    variants: int = typer.Option(1, min=1, help="composites of each photo and subset"),
+    size: int = typer.Option(256, min=16, help="long side in pixels"),
+    leave_out: list[str] = typer.Option(None, help="a colour transfer that no composite is to be made by"),
+    clipped: float = typer.Option(0.1, help="share of the foreground that may newly reach 0 or 255"),
+    jitter: int = typer.Option(0, min=0, help="dilate or erode masks by up to so many pixels first"),
+    seed: int = typer.Option(0),
+    force: bool = typer.Option(False, help="replace OUT where it is a data set"),
+    workers: int = typer.Option(None, min=1, help="processes; one a core unless given"),
+    mask_from: str = _MASK_FROM,
+) -> None:
+    """Make composites of photos by the four recipes; a tenth of the photos is for testing unless --index says which."""
+    from ..data.genuine import beside
+    from ..data.recipes import RecipeSettings
+    from ..data.sources import make_data as make
+    from ..data.transfers import TRANSFERS
+
+    transfers = [name for name in TRANSFERS if name not in (leave_out or [])]
+    recipes = RecipeSettings(transfers=transfers, clipped=clipped)
+    rows = make(photos, out, index, pairs, variants, size, seed, recipes, jitter, force, workers, mask_from)
+    typer.echo(rows.groupby(["subset", "split"], sort=False).size().to_string())
+    typer.echo(f"{(~rows['plausible']).sum()} of {len(rows)} composites kept although no draw was plausible")
+    typer.echo("Strength (fMSE) and size (share of the picture) of the foregrounds, beside iHarmony4's own:")
+    typer.echo(beside(rows).to_string(float_format="{:.3g}".format))
+
+
+cache_app = typer.Typer(help="The caches of resized images and posterior moments.")
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.callback()
+def _cache_commands() -> None:
+    """Keeps `harmonylib cache` a group of commands."""
+
+
+@cache_app.command("clear")
+def cache_clear(
+    checkpoints: bool = typer.Option(False, "--checkpoints", help="resume points, too: stopped trainings start anew"),
+) -> None:
+    """Delete the caches of this repository; they are made again when needed."""
+    from ..core.cache import clear
+    from ..core.checkpoints import discard_all
+    from ..core.settings import enter_root
+    from .notebooks import RESUME_POINTS
+
+    enter_root()
+    freed = clear() + (discard_all(RESUME_POINTS) if checkpoints else 0)
+    typer.echo(f"{freed / 1e6:.1f} MB freed")
+
+
+def main() -> None:
+    """Entry point of the `harmonylib` command."""
+    sys.exit(run(app, "harmonylib"))
+
+
+if __name__ == "__main__":
+    main()

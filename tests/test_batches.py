@@ -1,0 +1,192 @@
+import numpy as np
+import pytest
+import torch
+
+from harmonylib.core import cache
+from harmonylib.core.errors import HarmonyError
+from harmonylib.core.images import write_image
+from harmonylib.data.batches import (
+    LatentBatches,
+    PhotoBatches,
+    PixelBatches,
+    TripleSet,
+    inpainting_masks,
+    load_pairs,
+    to_tensors,
+)
+from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
+from harmonylib.data.readers import photo_pairs
+from harmonylib.data.recipes import RecipeSettings
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Three composites of two pairs of 40x48 pixels; the cache lies in tmp_path."""
+    monkeypatch.setattr(cache, "ROOT", tmp_path / "cache")
+    draw, lines = np.random.default_rng(0), []
+    for photo, variants in (("a", 2), ("b", 1)):
+        real = draw.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        mask = np.zeros((40, 48), bool)
+        mask[8:30, 10:30] = True
+        pair = write_pair(tmp_path, "HFlickr", photo, 1, real, mask, suffix=".png")
+        for variant in range(variants):
+            composite = np.where(mask[..., None], 255 - real, real).astype(np.uint8)
+            lines.append(write_composite(tmp_path, "HFlickr", pair, variant, composite, suffix=".png"))
+    write_list(tmp_path, "train", lines)
+    return read_triples(tmp_path, "train")
+
+
+def test_triples_share_their_real_image(data):
+    triples = TripleSet(data, 32)
+    assert len(triples) == 3 and triples.reals.shape == (2, 32, 32, 3) and triples.real_of.tolist() == [0, 0, 1]
+    batch = triples.batch([0, 2])
+    assert batch["mask"].unique().tolist() == [0, 1] and batch["composite"].abs().max() <= 1
+    outside = (batch["mask"] == 0).expand(-1, 3, -1, -1)
+    agree = (batch["composite"] - batch["real"]).abs()[outside] < 0.02
+    assert agree.float().mean() > 0.8  # the resize blends along the mask's edge
+
+
+def test_caches_are_made_once_and_keyed_by_content(data, tiny_vae, monkeypatch):
+    first = TripleSet(data, 32)
+    moments = cache.moments(tiny_vae, first.composites, "cpu")
+    files = sorted(cache.ROOT.glob("*.npy"))
+    monkeypatch.setattr(cache, "read_image", lambda path: pytest.fail("decoded twice"))
+    again = TripleSet(data, 32)
+    assert np.array_equal(first.composites, again.composites)
+    assert sorted(cache.ROOT.glob("*.npy")) == files and not list(cache.ROOT.glob(".*"))
+    torch.nn.init.zeros_(tiny_vae.quant_conv.weight)
+    assert not np.array_equal(cache.moments(tiny_vae, first.composites, "cpu"), moments)  # other weights, other entry
+    assert cache.clear() > 0 and not cache.ROOT.exists()
+
+
+def test_moments_of_mirror_images(data, tiny_vae):
+    triples = TripleSet(data, 32)
+    moments = cache.moments(tiny_vae, triples.reals, "cpu")
+    image = torch.from_numpy(np.array(triples.reals)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        for mirrored, tensor in enumerate((image, image.flip(-1))):
+            expected = tiny_vae.encode(tensor).latent_dist.parameters.numpy()
+            assert np.allclose(moments[mirrored], expected, atol=5e-3)
+
+
+@pytest.mark.parametrize("task", ["harmonize", "inverse"])
+def test_latent_batches_keep_pixels_and_moments_together(data, tiny_vae, task):
+    """Encoding a batch's own pixels gives its moments, mirrored or not; target and condition swap with the task."""
+    batches = LatentBatches(TripleSet(data, 32), tiny_vae, task, 8, "test", "cpu")
+    batch = batches(3)
+    with torch.no_grad():
+        for image, moments in ((batch["target"], batch["moments"]), (batch["condition"], batch["condition_moments"])):
+            assert torch.allclose(tiny_vae.encode(image).latent_dist.parameters, moments, atol=5e-3)
+    again = batches(3)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    inside = (batch["mask"] > 0).expand(-1, 3, -1, -1)
+    assert (batch["target"] - batch["condition"]).abs()[inside].mean() > 0.1
+
+
+def test_latent_crops_are_aligned(data, tiny_vae):
+    batch = LatentBatches(TripleSet(data, 32), tiny_vae, "harmonize", 4, "test", "cpu", crop=16)(0)
+    assert batch["target"].shape[-2:] == (16, 16) and batch["moments"].shape[-2:] == (2, 2)
+    with pytest.raises(HarmonyError, match="task"):
+        LatentBatches(TripleSet(data, 32), tiny_vae, "harmonise", 4, "test", "cpu")
+
+
+@pytest.mark.parametrize("task", ["harmonize", "inverse"])
+def test_latent_batches_of_composites_made_on_the_fly(data, tiny_vae, task):
+    """Their moments are those of the batch's own pixels; the real image stays, the composite is new in every step."""
+    options = {"batch_size": 4, "seed": "test", "device": "cpu", "crop": 16, "recolor": 1.0}
+    batches = LatentBatches(TripleSet(data, 32), tiny_vae, task, **options)
+    batch, again = batches(0), batches(0)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    with torch.no_grad():
+        for image, moments in ((batch["target"], batch["moments"]), (batch["condition"], batch["condition_moments"])):
+            assert torch.allclose(tiny_vae.encode(image).latent_dist.parameters, moments, atol=1e-5)
+    fixed = LatentBatches(TripleSet(data, 32), tiny_vae, task, **options | {"recolor": 0.0})(0)
+    real, made = ("target", "condition") if task == "harmonize" else ("condition", "target")
+    assert torch.equal(batch[real], fixed[real]) and not torch.equal(batch[made], fixed[made])
+    bare = LatentBatches(TripleSet(data, 32), tiny_vae, task, **options, pixels=False)(0)
+    assert set(bare) == {"mask", "moments", "condition_moments"} and torch.equal(bare["moments"], batch["moments"])
+
+
+def test_arrays_become_tensors():
+    image = np.array([0, 255, 51], np.uint8).reshape(1, 1, 1, 3).repeat(2, 2)
+    tensors = to_tensors({"real": image, "mask": np.array([[[True, False]]])})
+    assert tensors["mask"].tolist() == [[[[1, 0]]]]
+    torch.testing.assert_close(tensors["real"], torch.tensor([-1, 1, -0.6]).view(1, 3, 1, 1).expand(1, 3, 1, 2))
+
+
+def test_composites_are_decoded_only_where_they_are_used(data, monkeypatch):
+    triples = TripleSet(data, 32)
+    key = triples.key
+    batch = PixelBatches(triples, 4, "test", recolor=1.0)(0)
+    assert "composites" not in vars(triples) and not torch.equal(batch["composite"], batch["real"])
+    assert np.array_equal(*(triples.arrays([1], composites=False)[name] for name in ("real", "composite")))
+    PixelBatches(triples, 4, "test", recolor=0.5)
+    assert "composites" in vars(triples) and triples.key != key
+
+
+def test_a_share_is_recoloured_by_the_subsets_recipe_and_the_settings(data, monkeypatch):
+    calls = []
+
+    def recolor(recipe, real, mask, rng, reference, settings):
+        calls.append((recipe, settings))
+        return real
+
+    monkeypatch.setattr("harmonylib.data.batches.recolor", recolor)
+    settings = RecipeSettings(transfers=["xiao-ma"])
+    batches = PixelBatches(TripleSet(data, 32), 8, "test", recolor=0.5, recipes=settings)
+    for step in range(8):
+        batch = batches(step)
+    assert set(calls) == {("HFlickr", settings)} and 16 < len(calls) < 48
+    assert batch["composite"].shape == batch["real"].shape
+
+
+def test_jittered_masks_move_and_edges_are_soft(data):
+    plain, jittered = (PixelBatches(TripleSet(data, 32), 8, "test", recolor=1.0, jitter=j)(0) for j in (0.0, 1.0))
+    sizes = jittered["mask"].sum((1, 2, 3)) - plain["mask"].sum((1, 2, 3))
+    assert (sizes > 0).any() and (sizes < 0).any() and torch.equal(plain["real"], jittered["real"])
+    assert set(jittered["mask"].unique().tolist()) == {0, 1}
+    outside = (jittered["mask"] == 0).expand_as(jittered["real"])
+    assert torch.equal(jittered["composite"][outside], jittered["real"][outside])
+
+
+def test_restyled_photos_keep_composite_and_background_together(data):
+    plain, restyled = (PixelBatches(TripleSet(data, 32), 4, "test", recolor=1.0, restyle=s)(0) for s in (0.0, 1.0))
+    assert not torch.equal(plain["real"], restyled["real"]) and torch.equal(plain["mask"], restyled["mask"])
+    outside = (restyled["mask"] == 0).expand_as(restyled["real"])
+    assert torch.equal(restyled["composite"][outside], restyled["real"][outside])
+
+
+def test_pixel_batches_recolour_only_the_foreground(data):
+    batch = PixelBatches(TripleSet(data, 32), 4, "test", recolor=1.0)(0)
+    outside = (batch["mask"] == 0).expand(-1, 3, -1, -1)
+    assert torch.equal(batch["composite"][outside], batch["real"][outside])
+    assert not torch.equal(batch["composite"], batch["real"])
+    assert PixelBatches(TripleSet(data, 32), 4, "test", crop=24)(0)["real"].shape == (4, 3, 24, 24)
+    with pytest.raises(HarmonyError, match="crop 33"):
+        PixelBatches(TripleSet(data, 32), 4, "test", crop=33)
+
+
+def test_pixel_batches_crop_and_flip_each_triple_by_itself(data):
+    triples = TripleSet(data, 32)
+    triples.composites = triples.reals = np.broadcast_to(
+        np.arange(32 * 32 * 3).reshape(1, 32, 32, 3) % 251, (99, 32, 32, 3)
+    )
+    batch = PixelBatches(triples, 8, "test", crop=24)(0)
+    assert torch.equal(batch["composite"], batch["real"]) and batch["mask"].shape == (8, 1, 24, 24)
+    assert len({tuple(image.flatten().tolist()) for image in batch["real"]}) > 2  # not one window, mirrored or not
+
+
+def test_photos_with_masks(tmp_path):
+    draw = np.random.default_rng(0)
+    for name in ("one", "two"):
+        write_image(tmp_path / "images" / f"{name}.png", draw.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+        write_image(tmp_path / "masks" / f"{name}.png", np.eye(30, 40) > 0)
+    pairs = load_pairs(photo_pairs(tmp_path), longest=20)
+    assert len(pairs) == 2 and pairs[0][0].shape == (15, 20, 3)
+    batch = PhotoBatches(pairs, 16, 4, "test")(0)
+    assert batch["real"].shape == (4, 3, 16, 16) and set(batch["mask"].unique().tolist()) <= {0, 1}
+
+
+def test_inpainting_masks_never_empty():
+    masks = inpainting_masks(torch.zeros(64, 1, 16, 16), "test")
+    assert masks.flatten(1).any(1).all() and set(masks.unique().tolist()) <= {0, 1}

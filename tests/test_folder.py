@@ -1,0 +1,232 @@
+"""Folders of predictions: averages by hand, and one clear line for everything that does not belong together."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from harmonylib.core.errors import HarmonyError
+from harmonylib.data import layout
+from harmonylib.evaluation.folder import read_mask_as, score_folder
+from harmonylib.evaluation.metrics import PROTOCOLS
+from harmonylib.tools import cli
+
+SIDE = 256
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Four composites of two grey photos (100) with a quarter of foreground; predictions are off by 10, 20, 30, 40 in
+    the foreground and by 2 in the background."""
+    real = np.full((SIDE, SIDE, 3), 100, np.uint8)
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[:, : SIDE // 4] = True
+    lines = []
+    for number, (subset, photo) in enumerate([("HCOCO", "b"), ("HCOCO", "a"), ("HFlickr", "b"), ("HFlickr", "a")], 1):
+        pair = layout.write_pair(tmp_path / "set", subset, photo, 1, real, mask, ".png")
+        lines.append(layout.write_composite(tmp_path / "set", subset, pair, number, real + 1, ".png"))
+        prediction = np.where(mask[..., None], real + 10 * number, real + 2)
+        layout.write_image(tmp_path / f"ours/{subset}/{photo}_1_{number}.png", prediction)
+    layout.write_list(tmp_path / "set", "test", lines)
+    return tmp_path
+
+
+def run(folders, *more):
+    arguments = [str(folders / "ours"), str(folders / "set"), *map(str, more)]
+    return cli.run(cli.app, "harmonylib", ["evaluate", *arguments])
+
+
+def save(path, array, **options):
+    Image.fromarray(array).save(path, **options)
+
+
+def test_rows_are_in_list_order_and_right(folders):
+    for workers in (1, 2):
+        table = score_folder(folders / "ours", folders / "set", workers=workers)
+        assert list(table["name"]) == ["b_1_1", "a_1_2", "b_1_3", "a_1_4"] and set(table["model"]) == {"ours"}
+        assert list(table["fmse"]) == [100, 400, 900, 1600]
+        assert list(table["mse"]) == [fmse / 4 + 3 for fmse in (100, 400, 900, 1600)]
+        assert (table["bmse"] == 4).all() and (table["foreground_ratio"] == 0.25).all()
+    assert (score_folder(folders / "ours", folders / "set", paste=True)["bmse"] == 1).all()  # composite: off by 1
+    assert (score_folder(folders / "ours", folders / "set", "diffharmony")["bmse"] == 0).all()
+
+
+def test_command_writes_averages_and_rows(folders, capsys):
+    assert run(folders, "--json", folders / "a.json", "--csv", folders / "a.csv", "--protocol", "iih") == 0
+    written = json.loads((folders / "a.json").read_text())
+    parts = written["models"]["ours"]
+    assert (written["protocol"], written["n"], written["photos"]) == ("iih", 4, 2)
+    assert [parts[name]["fmse"] for name in ("all", "HCOCO", "HFlickr")] == [750, 250, 1250]
+    assert parts["all"]["interval"]["fmse"] == [500, 1000]  # of photo b alone, and of photo a alone
+    assert written["buckets"]["ours"]["15-100%"]["n"] == 4 and written["buckets"]["ours"]["0-5%"]["mse"] is None
+    assert len(pd.read_csv(folders / "a.csv")) == 4
+    assert "HFlickr" in capsys.readouterr().out
+
+
+def test_files_written_anew_are_read_anew(folders):
+    score_folder(folders / "ours", folders / "set", workers=1)
+    for path in (folders / "set").glob("*/real_images/*"):
+        layout.write_image(path, np.full((SIDE, SIDE, 3), 90, np.uint8))
+    table = score_folder(folders / "ours", folders / "set", workers=1)
+    assert list(table["fmse"]) == [(10 * number + 10) ** 2 for number in (1, 2, 3, 4)]
+
+
+def test_two_models_are_compared_image_by_image(folders, capsys):
+    for path in (folders / "ours").rglob("*.png"):  # theirs: 10 off in every foreground, 2 in the background
+        with Image.open(path) as image:
+            array = np.asarray(image).copy()
+        array[:, : SIDE // 4] = 110
+        layout.write_image(folders / "theirs" / path.relative_to(folders / "ours"), array)
+    assert run(folders, "--against", folders / "theirs", "--json", folders / "a.json", "--csv", folders / "a.csv") == 0
+    written = json.loads((folders / "a.json").read_text())
+    assert list(written["models"]) == ["ours", "theirs"] and (written["n"], written["photos"]) == (4, 2)
+    part = written["paired"]["ours vs theirs"]["all"]
+    assert (part["n"], part["photos"], part["fmse"]) == (4, 2, [650, 400, 900])  # photo b: (0 + 800) / 2 and so on
+    assert list(written["paired"]["ours vs theirs"]) == ["all", "HCOCO", "HFlickr"]
+    assert part["mse"] == [162.5, 100, 225] and part["bmse"] == [0, 0, 0] and "status" not in part
+    assert len(pd.read_csv(folders / "a.csv")) == 8 and "ours vs theirs, image by image" in capsys.readouterr().out
+    (folders / "other").mkdir()
+    shutil.move(folders / "theirs", folders / "other/ours")
+    assert run(folders, "--against", folders / "other/ours") == 1
+    assert "names tell models apart" in capsys.readouterr().err
+
+
+def test_one_image_has_no_interval(folders, capsys):
+    layout.write_list(folders / "set", "test", ["HCOCO/composite_images/b_1_1.png"])
+    for path in [*(folders / "ours/HFlickr").iterdir(), folders / "ours/HCOCO/a_1_2.png"]:
+        path.unlink()
+    assert run(folders, "--json", folders / "a.json") == 0
+    whole = json.loads((folders / "a.json").read_text())["models"]["ours"]["all"]
+    assert whole["interval"]["mse"] == [None, None] and "one photo" in whole["status"]
+
+
+def test_small_predictions_are_for_protocols_that_resize(folders):
+    for path in (folders / "set").rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((512, 512), Image.Resampling.NEAREST).save(path)
+    for protocol in ("diffharmony", "saic"):
+        table = score_folder(folders / "ours", folders / "set", protocol, workers=1)
+        assert table["bmse"].to_list() == pytest.approx([0 if protocol == "diffharmony" else 4] * 4, abs=0.3)
+    with pytest.raises(HarmonyError, match=r"\.png.*256x256 pixels \(HxW\) but real has 512x512"):
+        score_folder(folders / "ours", folders / "set")
+    with pytest.raises(HarmonyError, match="256x256"):
+        score_folder(folders / "ours", folders / "set", "hdnet", paste=True)
+
+
+def test_float_predictions_and_nan(folders):
+    path = folders / "ours/HCOCO/b_1_1.png"
+    path.unlink()
+    values = np.full((SIDE, SIDE, 3), 110.6, np.float32)
+    np.save(path.with_suffix(".npy"), values)
+    assert score_folder(folders / "ours", folders / "set")["fmse"][0] == 121
+    assert score_folder(folders / "ours", folders / "set", "saic")["fmse"][0] == pytest.approx(10.6**2, rel=1e-5)
+    np.save(path.with_suffix(".npy"), values * np.nan)
+    with pytest.raises(HarmonyError, match=r"b_1_1\.npy.*NaN"):
+        score_folder(folders / "ours", folders / "set", workers=2)  # across processes too
+    path.with_suffix(".npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(HarmonyError, match=r"b_1_1\.npy: not a readable array"):
+        score_folder(folders / "ours", folders / "set")
+
+
+def grey(path):
+    save(path, np.zeros((SIDE, SIDE), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "ours/HCOCO/b_1_1.png").unlink(), "1 of 4 predictions are missing (HCOCO/b_1_1); make them"),
+        (lambda f: shutil.rmtree(f / "ours/HCOCO"), "2 of 4 predictions are missing (HCOCO/b_1_1, HCOCO/a_1_2)"),
+        (lambda f: shutil.rmtree(f / "ours"), "no such folder of predictions"),
+        (lambda f: grey(f / "ours/HCOCO/c_1_1.png"), "belongs to no composite of the list"),
+        (lambda f: grey(f / "ours/HCOCO/b_1_1.jpg"), "a second prediction beside b_1_1.jpg"),
+        (lambda f: grey(f / "ours/HCOCO/b_1_1.png"), "b_1_1.png: mode L instead of RGB"),
+        (lambda f: (f / "ours/HCOCO/b_1_1.png").write_bytes(b"x"), "not a readable image"),
+        (lambda f: grey(f / "set/HCOCO/real_images/b.png") or (f / "set/HCOCO/masks/b_1.png").unlink(), "no masks/b_1"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(folders, capsys, spoil, message):
+    spoil(folders)
+    assert run(folders, "--json", folders / "a.json", "--csv", folders / "a.csv") == 1
+    captured = capsys.readouterr()
+    line = captured.err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and message in line and captured.out == ""
+    assert not (folders / "a.json").exists() and not (folders / "a.csv").exists()
+
+
+def test_flat_folders_need_names_that_differ(folders):
+    for path in list((folders / "ours").rglob("*.png")):
+        path.rename(folders / "ours" / path.name)
+    assert len(score_folder(folders / "ours", folders / "set")) == 4
+    lines = layout.read_lines(folders / "set/IHD_test.txt")
+    shutil.copy(folders / "set" / lines[0], folders / "set" / lines[0].replace("HCOCO", "HFlickr"))
+    layout.write_list(folders / "set", "test", [*lines, lines[0].replace("HCOCO", "HFlickr")])
+    with pytest.raises(HarmonyError, match="several subsets have a composite of this name"):
+        score_folder(folders / "ours", folders / "set")
+
+
+def test_masks_are_opened_as_the_protocol_opens_them(tmp_path):
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (64, 1))
+    save(tmp_path / "m.png", ramp)
+    assert np.array_equal(read_mask_as(tmp_path / "m.png", "hard"), ramp > 127)
+    assert np.array_equal(read_mask_as(tmp_path / "m.png", "soft"), ramp.astype(np.float32) / 255)
+    dithered = read_mask_as(tmp_path / "m.png", "dithered")
+    assert dithered.dtype == bool and dithered.mean() == pytest.approx(0.5, abs=0.01)
+    assert 0.1 < dithered[:, 32:64].mean() < 0.3  # greys near 48 of 255: neither black nor white
+
+
+def test_a_foreground_that_vanishes_is_left_out_and_said(folders):
+    speck = np.zeros((SIDE * 2, SIDE * 2), np.uint8)
+    speck[0, 0] = 255  # the nearest pixels to the centres of a 256-px grid are the odd ones
+    for path in (folders / "set").rglob("*.png"):
+        with Image.open(path) as image:
+            image.resize((512, 512), Image.Resampling.NEAREST).save(path)
+    save(folders / "set/HCOCO/masks/b_1.png", speck)
+    assert run(folders, "--protocol", "hdnet", "--json", folders / "a.json") == 0
+    whole = json.loads((folders / "a.json").read_text())["models"]["ours"]["all"]
+    assert whole["fmse"] is not None and "fmse: undefined, left out for 1 of 4 images" in whole["status"]
+
+
+SAMPLE = Path(os.environ.get("HARMONYLIB_SAMPLE", "/nonexistent"))
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="HARMONYLIB_SAMPLE does not name a folder in iHarmony4's layout")
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_genuine_composites(tmp_path, protocol):
+    """The composites as predictions, by the files and independently of `score`, under every protocol."""
+    import cv2
+
+    triples = layout.read_triples(SAMPLE, "train")
+    for triple in triples:
+        (tmp_path / triple.subset).mkdir(exist_ok=True)
+        shutil.copy(triple.composite, tmp_path / triple.subset)
+    table = score_folder(tmp_path, SAMPLE, protocol, "train").set_index("name")
+    filters = {"iih": Image.Resampling.BICUBIC}
+    for triple in triples:
+        row = table.loc[triple.name]
+        files = [Image.open(path).convert("RGB") for path in (triple.composite, triple.real)]
+        size, grey_mask = (256, 256), Image.open(triple.mask).convert("L")
+        if protocol == "standard":
+            a, b = (np.asarray(image, float) for image in files)
+            m = (np.asarray(grey_mask) > 127).astype(float)
+        elif protocol == "saic":
+            a, b = (cv2.resize(np.asarray(image), size).astype(float) for image in files)
+            m = cv2.resize(np.asarray(grey_mask) / 255, size)
+        else:
+            resampling = filters.get(protocol, Image.Resampling.BILINEAR)
+            a, b = (np.asarray(image.resize(size, resampling), float) for image in files)
+            m = np.asarray(grey_mask.convert("1").resize(size)).astype(float)
+        if protocol == "diffharmony":
+            a = np.where(m[..., None] > 0, a, b)
+        squared = ((a - b) ** 2).sum(-1)
+        mse, inside = squared.mean() / 3, (squared * m).sum() / (3 * m.sum())
+        peak = {"saic": b.max(), "dovenet": a.max() - a.min()}.get(protocol, 255)
+        assert row["mse"] == pytest.approx(mse, rel=1e-5)
+        assert row["fmse"] == pytest.approx(mse * m.size / m.sum() if protocol == "hdnet" else inside, rel=1e-5)
+        assert row["psnr"] == pytest.approx(10 * math.log10(peak**2 / mse), abs=1e-5)

@@ -1,0 +1,235 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from harmonylib.core.errors import HarmonyError
+from harmonylib.core.images import read_mask, write_image
+from harmonylib.data.audit import audit
+from harmonylib.data.layout import read_triples, write_composite, write_pair
+from harmonylib.data.readers import Runs, detect, imaterialist_pairs, photo_pairs, read_examples, scan
+
+MASK = np.zeros((12, 16), bool)
+MASK[3:9, 4:10] = True
+
+
+def noise(seed=0, shape=(12, 16)):
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+def photo(folder, name, seed=0, part="images"):
+    write_image(folder / part / f"{name}.png", noise(seed))
+    write_image(folder / "masks" / f"{name}.png", MASK)
+
+
+def test_iharmony4_by_its_own_or_its_subsets_lists(tmp_path):
+    for subset, name in (("HCOCO", "c1"), ("HFlickr", "f1")):
+        pair = write_pair(tmp_path, subset, name, 1, noise(), MASK)
+        write_composite(tmp_path, subset, pair, 2, noise(1))
+        (tmp_path / subset / f"{subset}_train.txt").write_text(f"{pair}_2.jpg\r\n")
+    (tmp_path / "HCOCO" / "HCOCO_test.txt").write_text("HCOCO\\composite_images\\c1_1_2.jpg")
+    examples = read_examples(tmp_path)
+    assert detect(tmp_path) == "iharmony4"
+    assert [(e.subset, e.split, e.name) for e in examples] == [
+        ("HCOCO", "train", "c1_1_2"), ("HFlickr", "train", "f1_1_2"), ("HCOCO", "test", "c1_1_2")]  # fmt: skip
+    assert [t.composite for t in read_triples(tmp_path, "train")] == [e.composite for e in examples[:2]]
+    (tmp_path / "IHD_train.txt").write_text("HFlickr/composite_images/f1_1_2.jpg\n")
+    assert [e.name for e in read_examples(tmp_path)] == ["f1_1_2", "c1_1_2"]  # the root's list comes first
+    (tmp_path / "IHD_train.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(HarmonyError, match="not a UTF-8 text file"):
+        read_examples(tmp_path)
+
+
+def test_a_folder_without_lists_says_so(tmp_path):
+    write_image(tmp_path / "HCOCO" / "composite_images" / "c1_1_1.png", noise())
+    with pytest.raises(HarmonyError, match="no IHD_train.txt or IHD_test.txt"):
+        read_examples(tmp_path)
+    with pytest.raises(HarmonyError, match="nowhere: no such data folder"):
+        read_examples(tmp_path / "nowhere")
+    with pytest.raises(HarmonyError, match="kind 'coco' is unknown"):
+        read_examples(tmp_path, "coco")
+
+
+def test_photos_with_and_without_an_index(tmp_path):
+    for name in ("one", "two"):
+        photo(tmp_path / "a", name)
+    assert [(e.subset, e.split, e.name, e.composite) for e in read_examples(tmp_path)] == [
+        ("a", "", "one", None), ("a", "", "two", None)]  # fmt: skip
+    index = tmp_path / "index.csv"
+    index.write_text(
+        "image,mask,split\na/images/one.png,a/masks/one.png,train\na/images/two.png,a/masks/two.png,test\n"
+    )
+    assert photo_pairs(tmp_path, index, "test") == [(tmp_path / "a/images/two.png", tmp_path / "a/masks/two.png")]
+    for text, message in (
+        ("image,mask\n", "no column split"),
+        ("image,mask,split\na/images/one.png,a/masks/one.png,val\n", "line 2: split 'val' is unknown"),
+        ("image,mask,split\na/images/three.png,a/masks/one.png,test\n", "line 2: .*three.png: no such file"),
+        ("image,mask,split\na/images/one.png,a/masks/one.png,test\n", "no row with split train"),
+        ("", "No columns"),
+    ):
+        index.write_text(text)
+        with pytest.raises(HarmonyError, match=message):
+            photo_pairs(tmp_path, index, "train")
+    (tmp_path / "a/masks/two.png").unlink()
+    with pytest.raises(HarmonyError, match=r"two\.png: no mask named two\.\*"):
+        photo_pairs(tmp_path)
+    assert [type(item).__name__ for item in scan(tmp_path)] == ["Example", "HarmonyError"]
+
+
+def test_pictures_that_would_be_passed_over_are_named(tmp_path):
+    photo(tmp_path, "one")
+    for name in (".hidden.jpg", "notes.txt", "two.heic"):
+        (tmp_path / "images" / name).write_bytes(b"x")
+    write_image(tmp_path / "masks/three.png", MASK)
+    write_image(tmp_path / "masks/one.bmp", MASK)
+    (double, example, *errors) = scan(tmp_path)
+    assert example.mask.name == "one.png"
+    assert str(double).endswith("masks/one.png: a second file beside one.bmp; keep the right one")
+    assert [str(error).split("/")[-1] for error in errors] == [
+        "two.heic: .heic is no type that is read; convert or remove it",
+        "images; add it or remove the mask",
+    ]
+    assert "masks/three.png: no picture named three.*" in str(errors[1])
+
+
+def test_folders_behind_links_are_read_once(tmp_path):
+    """The loop ends, and two sets may share one folder of pictures."""
+    photo(tmp_path / "elsewhere", "one")
+    for part in ("images", "masks"):
+        (tmp_path / "root/b").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root/b" / part).symlink_to(tmp_path / "elsewhere" / part)
+    (tmp_path / "root/a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/loop").symlink_to(tmp_path / "root")
+    assert [(e.subset, e.name) for e in read_examples(tmp_path / "root")] == [("a", "one"), ("b", "one")]
+    for part in ("composite", "gt", "mask"):
+        write_image(tmp_path / "elsewhere" / f"9_{part}.png", noise())
+    assert detect(tmp_path / "root") == "realhm" and len(read_examples(tmp_path / "root")) == 1
+
+
+def test_dih99_has_composites_and_no_real(tmp_path):
+    photo(tmp_path, "7")
+    (example,) = read_examples(tmp_path, "dih99")
+    assert (example.subset, example.name, example.real) == ("DIH99", "7", None)
+    assert example.composite == tmp_path / "images/7.png" and (example.read_mask() == MASK).all()
+
+
+def test_realhm(tmp_path):
+    folder = tmp_path / "vendor [1]" / "dog"
+    for part in ("composite", "gt", "small"):
+        write_image(folder / f"9_{part}.jpg", noise())
+    with pytest.raises(HarmonyError, match=r"9_composite\.jpg: no 9_mask"):
+        read_examples(tmp_path)
+    write_image(folder / "9_mask.png", MASK)
+    (example,) = read_examples(tmp_path)
+    assert (example.subset, example.split, example.name) == ("RealHM", "test", "9")
+    assert [p.name for p in (example.composite, example.mask, example.real)] == [
+        "9_composite.jpg", "9_mask.png", "9_gt.jpg"]  # fmt: skip
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """Two photos of 16 x 12 pixels; one has two segments that overlap."""
+    write_image(tmp_path / "train" / "street.jpg", noise())
+    write_image(tmp_path / "train" / "shop.jpg", noise(1))
+    rows = ["street,1 2 5 1,12,16,0", "street,2 2,12,16,31", "shop,40 6 52 6,12,16,1"]
+    (tmp_path / "train.csv").write_text("\n".join(["ImageId,EncodedPixels,Height,Width,ClassId", *rows]))
+    return tmp_path
+
+
+def test_imaterialist_unites_segments(fashion):
+    assert detect(fashion) == "imaterialist" and [e.name for e in read_examples(fashion)] == ["shop", "street"]
+    (fashion / "ids.txt").write_text("street\r\n")
+    assert imaterialist_pairs(fashion, fashion / "masks", workers=1) == [
+        (fashion / "train/street.jpg", fashion / "masks/street.png")]  # fmt: skip
+    expected = np.zeros((12, 16), bool)
+    expected[[0, 1, 2, 4], 0] = True  # runs go down the columns
+    np.testing.assert_array_equal(read_mask(fashion / "masks/street.png"), expected)
+
+
+def test_imaterialist_photos_turned_by_exif_are_refused(fashion):
+    """Run lengths speak of the stored pixels; a mask beside a turned photo would lie elsewhere."""
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down: the size stays
+    Image.fromarray(noise()).save(fashion / "train/street.jpg", exif=exif)
+    with pytest.raises(HarmonyError, match=r"street\.jpg: turned by its EXIF orientation"):
+        imaterialist_pairs(fashion, fashion / "masks", workers=1)
+
+
+def test_imaterialist_damage_is_named(fashion):
+    (fashion / "ids.txt").write_text("street\nhat\n")
+    with pytest.raises(HarmonyError, match=r"ids\.txt: hat is not in .*train\.csv"):
+        read_examples(fashion)
+    (fashion / "ids.txt").unlink()
+    write_image(fashion / "train/street.jpg", noise(shape=(9, 16)))
+    with pytest.raises(HarmonyError, match=r"street\.jpg: is 16x9, .*train\.csv, street says 16x12"):
+        imaterialist_pairs(fashion, fashion / "masks", workers=1)
+    assert [finding.kind for finding in audit(fashion, workers=1).findings] == ["size"]
+    (fashion / "train/street.jpg").unlink()
+    with pytest.raises(HarmonyError, match=r"street\.jpg: no such photo"):
+        read_examples(fashion)
+    (fashion / "train.csv").write_text("ImageId,Height\n")
+    with pytest.raises(HarmonyError, match=r"train\.csv: .*give the data set's train\.csv"):
+        read_examples(fashion)
+
+
+def test_names_that_lead_out_of_the_set_are_refused(fashion, tmp_path):
+    write_image(fashion.parent / "victim.jpg", noise())
+    (fashion / "train.csv").write_text("ImageId,EncodedPixels,Height,Width\n../../victim,1 2,12,16\n")
+    with pytest.raises(HarmonyError, match="no file inside it"):
+        imaterialist_pairs(fashion, fashion / "masks", workers=1)
+    (tmp_path / "index.csv").write_text("image,mask,split\n/etc/hostname,../x.png,train\n")
+    with pytest.raises(HarmonyError, match=r"index\.csv, line 2: .*'/etc/hostname' is no file inside it"):
+        read_examples(fashion, "photos", tmp_path / "index.csv")
+
+
+@pytest.mark.parametrize("size", ["abc,16", ",16", "12.5,16", "-1,16", "0,16", "12", "600000,800000"])
+def test_imaterialist_sizes_are_checked(fashion, size):
+    (fashion / "train.csv").write_text(f"ImageId,EncodedPixels,Height,Width\nstreet,1 2,{size}\nshop,1 2,12,16\n")
+    example, error = scan(fashion)
+    assert example.name == "shop" and "train.csv, street: " in str(error) and "no size of a photo" in str(error)
+
+
+def test_run_lengths_are_checked():
+    for text in ("12 2", "0 1", "3", "x 1", "1 0", "-1 2", "1 1.5", "", "99999999999999999999 1"):
+        with pytest.raises(HarmonyError, match="here: run lengths do not fit a 3x4 image"):
+            Runs((text,), (4, 3), "here").decode()
+    assert Runs(("1 12",), (4, 3), "here").decode().all()
+    np.testing.assert_array_equal(Runs(("5 2", "6 1"), (4, 3), "").decode()[:, 1], [True, True, False, False])
+
+
+ROWS = ["image,mask,split", *(f"a/images/{n}.png,a/masks/{n}.png,{s}" for n, s in (("one", "train"), ("two", "test")))]
+CSV = "\n".join(ROWS) + "\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        CSV.replace(",", ";").encode(),
+        b"\xef\xbb\xbf" + CSV.replace(",", ";").replace("\n", "\r\n").encode(),
+        b"sep=;\r\n" + CSV.replace(",", ";").encode() + b";;\n",
+        CSV.replace(",", "\t").encode(),
+        CSV.replace(",", "\t").replace("\n", "\r\n").encode("utf-16"),
+        CSV.replace("image,mask,split", "Image, Mask ,SPLIT").encode(),
+        CSV.replace(",", ", ").replace("test", "Test ").encode(),
+        CSV.replace("/", "\\").encode(),
+    ],
+)
+def test_indexes_as_spreadsheets_write_them(tmp_path, data):
+    for name in ("one", "two"):
+        photo(tmp_path / "a", name)
+    (tmp_path / "index.csv").write_bytes(data)
+    found = read_examples(tmp_path, "photos", tmp_path / "index.csv")
+    assert [(e.real, e.split) for e in found] == [
+        (tmp_path / "a/images/one.png", "train"),
+        (tmp_path / "a/images/two.png", "test"),
+    ]
+
+
+def test_unicode_of_both_forms_is_one_name(tmp_path):
+    photo(tmp_path, "caf\u00e9")
+    (tmp_path / "masks/caf\u00e9.png").rename(tmp_path / "masks/cafe\u0301.png")
+    (tmp_path / ".ipynb_checkpoints/images").mkdir(parents=True)
+    (tmp_path / ".ipynb_checkpoints/masks").mkdir()
+    (tmp_path / ".ipynb_checkpoints/images/a.png").touch()
+    assert len(read_examples(tmp_path, "photos")) == 1
+    (tmp_path / "index.csv").write_text("image,mask,split\nimages/cafe\u0301.png,masks/caf\u00e9.png,test\n", "utf-8")
+    assert len(photo_pairs(tmp_path, tmp_path / "index.csv", "test")) == 1

@@ -1,0 +1,357 @@
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from harmonylib.augmentation.candidates import Candidate, Choice, Pair, pairs_of
+from harmonylib.augmentation.sets import (
+    build_human_harmony,
+    clean_photos,
+    human_photos,
+    mix,
+    mix_count,
+    photo_pairs_of,
+)
+from harmonylib.core.cache import file_digest
+from harmonylib.core.errors import HarmonyError
+from harmonylib.core.images import resize_image, write_image
+from harmonylib.core.json_files import write_json
+from harmonylib.core.seeds import rng
+from harmonylib.data.audit import audit
+from harmonylib.data.layout import read_lines, read_triples, write_composite, write_list, write_pair
+
+K = 5
+VARIANTS = {("HFlickr", "f0_1"): 1, ("HFlickr", "f0_2"): 4, ("HFlickr", "f1_1"): 2, ("Hday2night", "d0_1"): 3}
+
+
+def photo(words, height=40, width=48):
+    mask = np.zeros((height, width), bool)
+    mask[8:30, 8:28] = True
+    return rng(words).integers(0, 256, (height, width, 3), dtype=np.uint8), mask
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """HFlickr: 3 pairs with 1, 4 and 2 composites (N1 = 3, N2 = 7). Hday2night: one pair with 3. One test composite."""
+    root = tmp_path_factory.mktemp("set")
+    lines = []
+    for (subset, name), variants in {**VARIANTS, ("HFlickr", "f9_1"): 1}.items():
+        stem, number = name.split("_")
+        real, mask = photo(stem)
+        write_pair(root, subset, stem, number, real, mask)
+        lines += [write_composite(root, subset, name, v, 255 - real) for v in range(variants)]
+    write_list(root, "train", lines[:-1])
+    write_list(root, "test", lines[-1:])
+    return root
+
+
+def write_candidates(root, source, shrink=1, unusable=()):
+    """Candidates of the pairs of `source`."""
+    records, pairs = [], {pair.key: pair for pair in pairs_of(read_triples(source, "train"))}
+    for subset, name in VARIANTS:
+        rows, pair = [], pairs[subset, name]
+        for index in range(K):
+            real, mask = photo(name.split("_")[0])
+            real[mask] = 10 * index
+            image = resize_image(real, (40 // shrink, 48 // shrink))
+            row = {"index": index, "status": "nan" if (name, index) in unusable else "ok", "strength": 10.0 * index}
+            if row["status"] == "ok":
+                row["file"] = write_composite(root, subset, name, f"g{index}", image, ".png")
+            rows.append(row)
+        inputs = [file_digest(pair.real), file_digest(pair.mask)]
+        records.append({"subset": subset, "pair": name, "inputs": inputs, "candidates": rows})
+    write_json(root / "manifest.json", {"settings": {"k": K}, "pairs": records})
+    return root
+
+
+@pytest.fixture(scope="module")
+def candidates(root, tmp_path_factory):
+    return write_candidates(tmp_path_factory.mktemp("candidates"), root)
+
+
+def generated(out, name):
+    return [line for line in read_lines(out / "IHD_train.txt") if f"/{name}_g" in line]
+
+
+@pytest.mark.parametrize(
+    ("gamma", "n2", "n1", "count"),
+    [(1, 7, 3, 3), (1.0, 6, 3, 2), (0, 7, 3, 0), (0.1, 10, 1, 1), (0.1, 30, 1, 3), (0.7, 100, 10, 7), (1.1, 10, 1, 11),
+     (1e-9, 1, 1000, 1), (1, 7449, 4400, 2)],
+)  # fmt: skip
+def test_mix_count(gamma, n2, n1, count):
+    assert mix_count(gamma, n2, n1) == count
+
+
+@pytest.mark.parametrize("gamma", [-0.1, float("nan"), float("inf")])
+def test_bad_gamma(gamma, root, candidates, tmp_path):
+    with pytest.raises(HarmonyError, match="gamma"):
+        mix(root, candidates, tmp_path / "out", gamma, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_counts_of_uneven_pairs(root, candidates, tmp_path):
+    report = mix(root, candidates, tmp_path / "out", 1.0, seed=0)
+    assert report["HFlickr"] == {"pairs": 3, "composites": 7, "per_pair": 3, "generated": 9}
+    assert report["Hday2night"] == {"pairs": 1, "composites": 3, "per_pair": 3, "generated": 3}
+    assert all(len(generated(tmp_path / "out", name)) == 3 for _, name in VARIANTS)
+    train = read_triples(tmp_path / "out", "train")
+    assert len(train) == 10 + 12 and set(read_lines(root / "IHD_train.txt")) < set(
+        read_lines(tmp_path / "out/IHD_train.txt")
+    )
+    assert (tmp_path / "out" / "IHD_test.txt").read_bytes() == (root / "IHD_test.txt").read_bytes()
+    assert len(read_triples(tmp_path / "out", "test")) == 1
+    for triple in train:
+        composite, mask, real = triple.load()
+        if "_g" in triple.name:
+            assert composite[mask].std() == 0 and real[mask].std() > 0
+    assert not [p for p in tmp_path.iterdir() if p.name != "out"]
+
+
+def test_choice_depends_on_the_seed_and_grows_with_gamma(root, candidates, tmp_path):
+    for name, gamma, seed in (("a", 0.5, 0), ("b", 0.5, 0), ("c", 1.0, 0), ("d", 0.5, 1)):
+        mix(root, candidates, tmp_path / name, gamma, seed)
+    a, b, c, d = (set(read_lines(tmp_path / name / "IHD_train.txt")) for name in "abcd")
+    assert a == b and a < c and a != d
+    subset = mix(root, candidates, tmp_path / "e", 0.5, 0, subsets=["HFlickr"])
+    assert list(subset) == ["HFlickr"] and set(read_lines(tmp_path / "e" / "IHD_train.txt")) < a
+
+
+def test_gamma_zero_needs_no_candidates(root, tmp_path):
+    assert mix(root, tmp_path / "nothing", tmp_path / "out", 0, 0)["HFlickr"]["generated"] == 0
+    assert read_lines(tmp_path / "out" / "IHD_train.txt") == read_lines(root / "IHD_train.txt")
+
+
+def test_more_than_k_is_an_error(root, candidates, tmp_path):
+    with pytest.raises(HarmonyError, match="asks for 7 .* but there are 5"):
+        mix(root, candidates, tmp_path / "out", 3.0, 0)
+    unusable = write_candidates(tmp_path / "unusable", root, unusable={("f1_1", i) for i in range(3)})
+    with pytest.raises(HarmonyError, match="f1_1: .* 3 .* 2 are usable"):
+        mix(root, unusable, tmp_path / "out", 1.0, 0)
+    assert mix(root, unusable, tmp_path / "out", 0.6, 0)["HFlickr"]["per_pair"] == 2
+    with pytest.raises(HarmonyError, match="strength"):
+        mix(root, candidates, tmp_path / "out2", 1.0, 0, strength=(25, 45))
+
+
+def test_pairs_can_be_left_out(root, tmp_path):
+    tiny = write_candidates(tmp_path / "tiny", root, unusable={("f1_1", i) for i in range(K)})
+    report = mix(root, tiny, tmp_path / "out", 1.0, 0, leave_out={("HFlickr", "f1_1")})
+    assert report["HFlickr"] == {"pairs": 3, "composites": 7, "per_pair": 3, "generated": 6}
+    assert not generated(tmp_path / "out", "f1_1") and len(generated(tmp_path / "out", "f0_1")) == 3
+
+
+def test_unfinished_candidates_and_mixed_sets_are_refused(root, candidates, tmp_path):
+    with pytest.raises(HarmonyError, match="incomplete"):
+        mix(root, tmp_path, tmp_path / "out", 1.0, 0)
+    write_json(tmp_path / "manifest.json", {"pairs": []})
+    with pytest.raises(HarmonyError, match="not a manifest of candidates"):
+        mix(root, tmp_path, tmp_path / "out", 1.0, 0)
+    mix(root, candidates, tmp_path / "out", 1.0, 0)
+    with pytest.raises(HarmonyError, match="already"):
+        mix(tmp_path / "out", candidates, tmp_path / "twice", 0.1, 0)
+
+
+def test_small_candidates_are_brought_to_the_reals_size(root, tmp_path):
+    small = write_candidates(tmp_path / "small", root, shrink=2)
+    mix(root, small, tmp_path / "out", 1.0, 0)
+    for triple in read_triples(tmp_path / "out", "train"):
+        composite, mask, real = triple.load()
+        if "_g" in triple.name:
+            assert np.array_equal(composite[~mask], real[~mask])
+            assert abs(int(composite[19, 18, 0]) - 10 * int(triple.name[-1])) <= 1
+
+
+def test_candidates_of_a_photo_that_changed_are_refused(root, tmp_path):
+    shutil.copytree(root, tmp_path / "set")
+    made = write_candidates(tmp_path / "made", tmp_path / "set")
+    real = next((tmp_path / "set/HFlickr/real_images").glob("f1.*"))
+    write_image(real, 255 - photo("f1")[0])
+    with pytest.raises(HarmonyError, match=r"f1\..*: changed .* run `harmonylib generate` again"):
+        mix(tmp_path / "set", made, tmp_path / "out", 1.0, 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_mix_leaves_the_old_set(root, candidates, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    mix(root, candidates, out, 0.2, 0)
+    before = (out / "IHD_train.txt").read_bytes()
+    monkeypatch.setattr(
+        "harmonylib.augmentation.sets.write_list", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"):
+        mix(root, candidates, out, 1.0, 0)
+    monkeypatch.undo()
+    assert (out / "IHD_train.txt").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    mix(root, candidates, out, 1.0, 0)
+    assert len(read_triples(out, "train")) == 22
+
+
+def test_foreign_folders_are_never_replaced(root, candidates, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for out in (tmp_path, root, root.parent, candidates):
+        with pytest.raises(HarmonyError, match="choose another folder"):
+            mix(root, candidates, out, 1.0, 0)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def human(folder, names):
+    pairs, choices = [], []
+    for name in names:
+        real, mask = photo(name)
+        write_image(folder / "images" / f"{name}.png", real)
+        write_image(folder / "masks" / f"{name}.png", mask)
+        pairs.append((folder / "images" / f"{name}.png", folder / "masks" / f"{name}.png"))
+    pairs = photo_pairs_of(pairs)
+    for number, pair in enumerate(pairs):
+        real, mask = pair.load(24)
+        real = real.copy()
+        real[mask] = number
+        line = write_composite(folder / "candidates", pair.subset, pair.name, "g3", real, ".png")
+        kept = Candidate(*pair.key, 3, folder / "candidates" / line, 9.0)
+        choices.append(Choice(kept, 0.9, ((Candidate(*pair.key, 0, kept.path, 1.0), 0.1),)))
+    return pairs, choices
+
+
+def test_human_harmony(tmp_path):
+    pairs, choices = human(tmp_path, [f"woman-{n:02d}" for n in range(25)])
+    sources, dropped = {"woman_03": ("a museum", "CC0")}, {"small": [], "plain": ["x", "y"]}
+    counts = build_human_harmony(pairs, choices, tmp_path / "out", 0, 24, sources, dropped=dropped)
+    assert (counts["photos"], counts["train"], counts["test"]) == (25, 22, 3)
+    train, test = (read_triples(tmp_path / "out", split) for split in ("train", "test"))
+    assert len({t.photo for t in train}) == 22 and not {t.photo for t in train} & {t.photo for t in test}
+    for triple in (*train, *test):
+        composite, mask, real = triple.load()
+        assert np.array_equal(composite[~mask], real[~mask]) and not np.array_equal(composite, real)
+    assert not audit(tmp_path / "out", workers=1).findings
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in ("| a museum | CC0 | 1 |", "| not stated | not stated | 24 |", "| 25 | 25 | 22 | 3 | 100% |",
+                 "left out: 2 plain.", "drew 2 usable", "7,404"):  # fmt: skip
+        assert text in card
+    again = tmp_path / "again"
+    build_human_harmony(pairs[::-1], choices[::-1], again, 0, size=24)
+    assert {t.name for t in read_triples(again, "test")} == {t.name for t in test}
+
+
+def test_human_harmony_split_is_the_papers(tmp_path):
+    assert round(29103 * 7404 / 73146) == 2946
+    pairs, choices = human(tmp_path, ["a", "b"])
+    assert build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24)["test"] == 1
+    with pytest.raises(HarmonyError, match="training list has no photo left of 1"):
+        build_human_harmony(pairs[:1], choices[:1], tmp_path / "one", 0, size=24)
+    with pytest.raises(HarmonyError, match="is 24x20, not 48x40; give its own size"):
+        build_human_harmony(pairs, choices, tmp_path / "big", 0)
+    assert not (tmp_path / "big").exists()
+
+
+def test_human_harmony_split_can_be_given(tmp_path):
+    pairs, choices = human(tmp_path, ["a", "b", "c"])
+    counts = build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24, test={"a", "b"})
+    assert (counts["train"], counts["test"]) == (1, 2)
+    assert {t.photo for t in read_triples(tmp_path / "out", "test")} == {"a", "b"}
+    assert "7,404" not in (tmp_path / "out" / "README.md").read_text()
+    for names, missing in (({"a", "b", "c"}, "training"), ({"x"}, "test")):
+        with pytest.raises(HarmonyError, match=f"the {missing} list has no photo"):
+            build_human_harmony(pairs, choices, tmp_path / "none", 0, size=24, test=names)
+
+
+def test_embedded_portraits(tmp_path):
+    settings = SimpleNamespace(source="embedded", path=None, pairs=5)
+    pairs, sources, test = human_photos(settings, tmp_path, 0)
+    assert [p.name for p in pairs] == [f"{n}_1" for n in ("astronaut-000", "gracehopper-000", "astronaut-001",
+                                                          "gracehopper-001", "astronaut-002")]  # fmt: skip
+    assert {p.photo for p in pairs} == set(sources) == {"astronaut", "gracehopper"} and test == {"gracehopper"}
+    windows = [pair.load() for pair in pairs]
+    assert len({real.tobytes() for real, _ in windows}) == 5
+    assert all(0.02 <= mask.mean() <= 0.8 for _, mask in windows)
+    again, _, _ = human_photos(settings, tmp_path / "again", 0)
+    assert all(np.array_equal(a.load()[0], b[0]) for a, b in zip(again, windows, strict=True))
+
+
+def test_people_of_a_folder(tmp_path):
+    human(tmp_path, ["a-1", "b"])
+    settings = SimpleNamespace(source="photos", path=str(tmp_path), pairs=0)
+    pairs, sources, test = human_photos(settings, tmp_path / "work", 0)
+    assert [p.photo for p in pairs] == ["a_1", "b"] == list(sources) and test is None
+    for source, path in (("photo", str(tmp_path)), ("photos", None)):
+        with pytest.raises(HarmonyError, match="human_harmony.source"):
+            human_photos(SimpleNamespace(source=source, path=path, pairs=0), tmp_path, 0)
+    with pytest.raises(HarmonyError, match="at least 1"):
+        human_photos(SimpleNamespace(source="embedded", path=None, pairs=0), tmp_path, 0)
+
+
+def test_photo_names_stay_apart():
+    (pair,) = photo_pairs_of([(Path("x/street-1.jpg"), Path("m/street-1.png"))])
+    assert (pair.photo, pair.name) == ("street_1", "street_1_1")
+    twins = photo_pairs_of([(Path(f"{where}/images/1.jpg"), Path("m")) for where in ("ccp", "coco")])
+    assert [pair.photo for pair in twins] == ["ccp_1", "coco_1"]
+    with pytest.raises(HarmonyError, match="2 photos are named a_1"):
+        photo_pairs_of([(Path("x/a-1.jpg"), Path("m")), (Path("x/a_1.jpg"), Path("m"))])
+
+
+def test_clean_photos(tmp_path):
+    def pair(name, real, mask):
+        write_image(tmp_path / f"{name}.png", real)
+        write_image(tmp_path / f"{name}_mask.png", mask)
+        return Pair("HumanHarmony", f"{name}_1", name, tmp_path / f"{name}.png", tmp_path / f"{name}_mask.png")
+
+    real, mask = photo("good", 80, 80)
+    white = np.full_like(real, 250)
+    tiny = np.zeros_like(mask)
+    tiny[1:7, 1:7] = True
+    pairs = [pair("good", real, mask), pair("tiny", real, tiny), pair("full", real, mask | True),
+             pair("studio", np.where(mask[..., None], real, white), mask),
+             pair("small", real[:40], mask[:40])]  # fmt: skip
+    kept, dropped = clean_photos(pairs, foreground=(0.001, 0.95))
+    assert [p.photo for p in kept] == ["good"]
+    assert dropped == {"small": ["small_1"], "foreground": ["tiny_1", "full_1"], "plain": ["studio_1"]}
+    kept, _ = clean_photos(pairs[:2], factor=4, foreground=(0.001, 0.95))  # a finer grid sees the tiny one
+    assert [p.photo for p in kept] == ["good", "tiny"]
+    with pytest.raises(HarmonyError, match="no photo is left after cleaning .0 small, 1 foreground, 0 plain"):
+        clean_photos(pairs[2:3])
+
+
+def test_imaterialist_photos(tmp_path):
+    for name in ("abc", "plain"):
+        write_image(tmp_path / "train" / f"{name}.jpg", photo(name, 80, 70)[0])
+    write_image(tmp_path / "train" / "plain.jpg", np.full((80, 70, 3), 250, np.uint8))
+    rows = "".join(f"{name},801 2000,80,70,0\n{name},3001 800,80,70,31\n" for name in ("abc", "plain"))
+    (tmp_path / "train.csv").write_text("ImageId,EncodedPixels,Height,Width,ClassId\n" + rows)
+    settings = SimpleNamespace(source="imaterialist", path=str(tmp_path), pairs=0)
+    pairs, sources, test = human_photos(settings, tmp_path / "work", 0)
+    assert [p.photo for p in pairs] == ["abc", "plain"] == list(sources) and test is None
+    assert "iMaterialist" in sources["abc"][0] and pairs[0].load()[1].sum() == 2800  # the union of two segments
+    kept, dropped = clean_photos(pairs)
+    assert [p.photo for p in kept] == ["abc"] and dropped["plain"] == ["plain_1"]
+
+
+def test_an_empty_training_list_is_refused(root, candidates, tmp_path):
+    shutil.copytree(root, tmp_path / "empty")
+    write_list(tmp_path / "empty", "train", [])
+    with pytest.raises(HarmonyError, match="the train list has no composites"):
+        mix(tmp_path / "empty", candidates, tmp_path / "out", 1.0, 0)
+    with pytest.raises(HarmonyError, match="the training list is empty"):
+        mix_count(1.0, 0, 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_human_harmony(tmp_path, monkeypatch):
+    pairs, choices = human(tmp_path, ["a", "b"])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("harmonylib.augmentation.sets.write_json", full)  # the last file of all
+    with pytest.raises(OSError, match="No space"):
+        build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24)
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+    with pytest.raises(HarmonyError, match="chosen, but its pair is not given"):
+        build_human_harmony(pairs[1:], choices, tmp_path / "out", 0, size=24)
+
+
+def test_summary_is_plain_json(root, candidates, tmp_path):
+    mix(root, candidates, tmp_path / "out", 1.0, 0)
+    summary = json.loads((tmp_path / "out" / "made_by_harmonylib.json").read_text())
+    assert summary["gamma"] == 1.0 and summary["strength"] == [0.0, None]

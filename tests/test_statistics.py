@@ -1,0 +1,110 @@
+import math
+
+import numpy as np
+import pytest
+
+from harmonylib.core.errors import HarmonyError
+from harmonylib.evaluation.statistics import bootstrap_mean, paired_difference, verdict
+
+
+def test_constant_values_have_no_spread():
+    assert bootstrap_mean([3.0] * 10, list("aabbccddee")) == (3.0, 3.0, 3.0)
+
+
+def test_mean_is_over_images_and_resampling_over_photos():
+    # Two photos with means 0 (3 images) and 8 (1 image): draws give 0, 2 or 8, so the interval spans them all.
+    mean, lo, hi = bootstrap_mean([0, 0, 0, 8], ["a", "a", "a", "b"])
+    assert (mean, lo, hi) == (2.0, 0.0, 8.0)
+
+
+def test_interval_of_independent_photos_matches_theory():
+    values = np.random.default_rng(1).normal(10, 2, 400)
+    mean, lo, hi = bootstrap_mean(values, np.arange(400))
+    error = values.std() / math.sqrt(400)
+    assert mean == pytest.approx(values.mean())
+    assert lo == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
+    assert hi == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
+
+
+def test_copies_of_a_photo_do_not_narrow_the_interval():
+    values = np.random.default_rng(2).normal(size=30)
+    once = bootstrap_mean(values, np.arange(30))
+    copied = bootstrap_mean(np.repeat(values, 10), np.repeat(np.arange(30), 10))
+    pretended = bootstrap_mean(np.repeat(values, 10), np.arange(300))
+    assert copied == pytest.approx(once)
+    assert pretended[2] - pretended[1] < 0.5 * (once[2] - once[1])
+
+
+def test_level_and_seed():
+    values = np.random.default_rng(3).normal(size=50)
+    photos = np.arange(50)
+    assert bootstrap_mean(values, photos, seed=1) == bootstrap_mean(values, photos, seed=1)
+    assert bootstrap_mean(values, photos, seed=1) != bootstrap_mean(values, photos, seed=2)
+    narrow, wide = (bootstrap_mean(values, photos, level=level) for level in (0.5, 0.99))
+    assert wide[1] < narrow[1] < narrow[2] < wide[2]
+
+
+def test_many_metrics_at_once_equal_one_by_one():
+    values = np.random.default_rng(4).normal(size=(40, 3))
+    photos = np.arange(40) // 2
+    together = np.transpose(bootstrap_mean(values, photos))
+    assert together == pytest.approx(np.array([bootstrap_mean(column, photos) for column in values.T]))
+
+
+def test_blocks_of_resamples_cover_every_photo():
+    photos = np.arange(3000)  # 1333 repeats a block, so 2000 take two
+    mean, lo, hi = bootstrap_mean(photos.astype(float), photos)
+    assert lo < mean < hi and hi - lo == pytest.approx(2 * 1.96 * 3000 / math.sqrt(12 * 3000), rel=0.1)
+
+
+def test_undefined_infinite_and_single():
+    assert bootstrap_mean([1.0, math.nan, 1.0], ["a", "b", "c"])[0] == 1.0
+    mean, lo, hi = bootstrap_mean([1.0, math.inf], ["a", "b"])
+    assert mean == math.inf and math.isnan(lo) and math.isnan(hi)
+    mean, lo, hi = bootstrap_mean([1.0, 3.0], ["a", "a"])
+    assert mean == 2.0 and math.isnan(lo) and math.isnan(hi)
+    assert all(map(math.isnan, bootstrap_mean([math.nan, math.nan], ["a", "b"])))
+
+
+def test_paired_difference():
+    rng = np.random.default_rng(5)
+    hard = rng.normal(scale=100, size=60)  # images differ far more than models do
+    a, b, photos = hard + 2, hard + rng.normal(scale=0.1, size=60), np.arange(60)
+    mean, lo, hi = paired_difference(a, b, photos)
+    assert 1.9 < lo < mean < hi < 2.1
+    assert mean == pytest.approx((a - b).mean())
+    assert paired_difference(b, a, photos) == pytest.approx((-mean, -hi, -lo))
+    assert paired_difference([math.inf, 3, 4], [math.inf, 1, 2], ["a", "b", "c"])[0] == 2.0  # inf - inf is left out
+
+
+def test_bad_input():
+    for call in (
+        lambda: bootstrap_mean([], []),
+        lambda: bootstrap_mean([1, 2], ["a"]),
+        lambda: bootstrap_mean([1, 2], ["a", "b"], level=95),
+        lambda: paired_difference([1, 2], [1], ["a", "b"]),
+    ):
+        with pytest.raises(HarmonyError):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("effect", "photos", "words"),
+    [
+        ((1.0, 0.5, 1.5), 20, "holds here"),
+        ((1.0, -0.1, 2.1), 20, "does not show at this scale"),
+        ((1.0, 0.0, 2.0), 20, "does not show at this scale"),
+        ((-1.0, -1.5, -0.5), 200, "does not show at this scale"),
+        ((1.0, 0.5, 1.5), 19, "too few photos for a verdict"),
+        ((1.0, math.nan, math.nan), 30, "does not show at this scale"),
+        ((1.0, None, None), 30, "does not show at this scale"),
+        ((None, None, None), 100, "not run"),
+        ((math.nan, math.nan, math.nan), 0, "not run"),
+    ],
+)
+def test_verdict(effect, photos, words):
+    assert verdict(*effect, photos) == words
+
+
+def test_verdict_minimum():
+    assert verdict(1, 0.5, 1.5, 5, minimum_photos=5) == "holds here"
