@@ -1,10 +1,12 @@
 import copy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from harmonylib.core import checkpoints
 from harmonylib.core.checkpoints import Checkpoints, discard_all, discard_finished
 from harmonylib.core.errors import HarmonyError
 from harmonylib.core.files import only_one
@@ -148,3 +150,15 @@ def test_resume_points_that_nobody_needs_are_removed(tmp_path):
         discard_all(tmp_path)
     assert discard_all(tmp_path) > 1000 and not any(path.is_dir() for path in tmp_path.iterdir())
     assert discard_all(tmp_path / "nowhere") == 0
+
+
+@pytest.mark.parametrize(("file", "counts"), [("core/files.py", True), ("training.py", True), ("models/vae.py", True),
+                                              ("tools/app.py", False), ("evaluation/figures.py", False)])  # fmt: skip
+def test_code_that_training_runs_through_decides_the_resume_point(file, counts, tmp_path, monkeypatch):
+    library = tmp_path / "harmonylib"
+    shutil.copytree(Path(checkpoints.__file__).parents[1], library, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(checkpoints, "__file__", str(library / "core/checkpoints.py"))
+    before = checkpoints.code_hash.__wrapped__()
+    with open(library / file, "a", encoding="utf-8") as source:
+        source.write("# edited\n")
+    assert (checkpoints.code_hash.__wrapped__() != before) == counts

@@ -12,6 +12,7 @@ from .files import atomic_path, only_one
 FINISHED = "finished.pt"
 KEY = "key.json"
 WORDS = {"settings": "settings", "start": "starting weights", "key": "photos or options", "code": "code"}
+TRAINED_BY = ("core", "data", "models", "training.py", "trainers.py")  # of this library; see code_hash
 
 
 class Checkpoints:
@@ -101,10 +102,17 @@ def discard_all(root) -> int:
     return size
 
 
+def training_sources() -> list[Path]:
+    """The files of this library that a training runs through; a test follows the imports and finds no others."""
+    library = Path(__file__).parents[1]
+    found = [path for part in TRAINED_BY for path in (library / part, *(library / part).rglob("*.py"))]
+    return sorted(path for path in found if path.is_file())
+
+
 @functools.cache
 def code_hash() -> str:
-    """Hash of harmonylib's own source, so that changed code never resumes an older run."""
+    """Hash of what trainings run through, so that changed code never resumes an older run; other code may change."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    for path in training_sources():
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
