@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .files import atomic_path, only_one
 
+RESUME_POINTS = "artifacts/checkpoints"  # where notebooks keep them
 FINISHED = "finished.pt"
 KEY = "key.json"
 WORDS = {"settings": "settings", "start": "starting weights", "key": "photos or options", "code": "code"}

@@ -328,9 +328,8 @@ def cache_clear(
 ) -> None:
     """Delete the caches of this repository; they are made again when needed."""
     from ..core.cache import clear
-    from ..core.checkpoints import discard_all
+    from ..core.checkpoints import RESUME_POINTS, discard_all
     from ..core.settings import enter_root
-    from .notebooks import RESUME_POINTS
 
     enter_root()
     freed = clear() + (discard_all(RESUME_POINTS) if checkpoints else 0)

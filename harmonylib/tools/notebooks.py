@@ -24,14 +24,13 @@ from pathlib import Path
 
 import typer
 
-from ..core.checkpoints import discard_finished
+from ..core.checkpoints import RESUME_POINTS, discard_finished
 from ..core.errors import HarmonyError
 from ..core.progress import PROGRESS_FILE, Appender, relay
 from ..core.settings import did_you_mean, find_root, parse_yaml, same_type, type_name
 from .terminal import run as run_application
 
 EXECUTED = Path("reports/notebooks")
-RESUME_POINTS = "artifacts/checkpoints"
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},

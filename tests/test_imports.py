@@ -1,0 +1,45 @@
+"""The rooms of the library: no import cycles, and what may import what."""
+
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from imports import EMPTY, FILES, MODULES, ROOT, graph, reached
+
+from harmonylib.core.checkpoints import training_sources
+
+ROOMS = ("core", "training", "data", "models", "trainers", "augmentation", "evaluation", "inference", "tools", "report")
+ROOMS += ("ablations",)
+
+
+def room(module: str) -> str:
+    """The folder or top-level module that a module stands in."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "harmonylib" else parts[0]
+
+
+def test_no_module_imports_itself_through_others():
+    assert "harmonylib.core.files" in graph()["harmonylib.core.cache"]  # the graph is there
+    assert "harmonylib.tools.app" in graph()["harmonylib.tools.cli"]  # with imports within functions
+    list(TopologicalSorter(graph()).static_order())  # raises CycleError with the modules of a cycle
+
+
+def test_folders_import_only_from_those_before_them():
+    for module, others in graph().items():
+        allowed = ROOMS[: ROOMS.index(room(module)) + 1]
+        wrong = {other for other in others if room(other) not in allowed}
+        assert not wrong, f"{module} imports {wrong}"
+        assert not {"report", "ablations"} & {room(other) for other in others} - {room(module)}
+
+
+def test_packages_export_nothing_of_their_modules():
+    packages = {name for name, path in FILES.items() if path.name == "__init__.py"}
+    assert packages - EMPTY == {"harmonylib", "harmonylib.evaluation.published"}
+
+
+def test_the_resume_key_covers_what_training_runs_through_and_no_tools():
+    covered = {path.relative_to(ROOT).as_posix() for path in training_sources()}
+    starts = {"harmonylib.training", "harmonylib.trainers", "harmonylib.models.base"}
+    needed = {MODULES[name].relative_to(ROOT).as_posix() for name in reached(starts)}
+    assert needed <= covered
+    others = covered - {Path(name).as_posix() for name in needed}
+    assert not [name for name in others if name.split("/")[1] not in ("core", "data", "models")]
