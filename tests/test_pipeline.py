@@ -15,7 +15,7 @@ from test_vae import legacy
 
 import harmonylib.models.pipeline as pipeline_module
 from harmonylib.core.errors import HarmonyError
-from harmonylib.inference import harmonize
+from harmonylib.inference import harmonize, load_model
 from harmonylib.models import diffusion
 from harmonylib.models.base import build_autoencoder, build_unet, open_base
 from harmonylib.models.diffusion import (
@@ -277,6 +277,21 @@ def test_a_large_photo(tiny_pipeline, tmp_path):
     output = np.asarray(harmonize(image, mask, model=tmp_path, device="cpu"))
     assert output.shape == image.shape and np.array_equal(output[~mask], image[~mask])
     assert tiny_pipeline(image, mask, height=24, width=32).images[0].size == (32, 24)
+
+
+def test_a_folder_that_names_modules_as_they_were_once(tiny_pipeline, tmp_path):
+    """What was saved before modules moved loads as it is: the classes of the parts are known without their names."""
+    tiny_pipeline.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    written = json.loads(index.read_text())
+    assert written["prompt"] == ["harmonylib.models.pipeline", "PromptEmbedding"]
+    old = {"prompt": ["harmonylib.pipeline", "PromptEmbedding"], "vae": ["harmonylib.vae", written["vae"][1]]}
+    index.write_text(json.dumps(written | old))
+    loaded = load_model(tmp_path, "cpu")
+    for name, tensor in tiny_pipeline.unet.state_dict().items():
+        assert torch.equal(loaded.unet.state_dict()[name], tensor)
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/model_index.json").read_text()) == written
 
 
 class Encoder:
