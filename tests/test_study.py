@@ -164,6 +164,7 @@ def test_composites_of_a_folder_and_of_the_embedded_photos(tmp_path):
     write_image(tmp_path / "masks/x.png", np.zeros((30, 20), bool))
     with pytest.raises(HarmonyError, match=r"x\.png: no foreground"):
         study.read_composites(tmp_path, 16)
-    embedded = study.read_composites(size=32)
+    embedded = study.read_composites("harmonylib/data/embedded_masks.json", size=32)
+    assert [name for name, _, _ in embedded] == [name for name, _, _ in study.read_composites(size=32)]
     assert len({name for name, _, _ in embedded}) == len(embedded) == 4
     assert all(0 < mask.mean() < 1 and composite.shape == (32, 32, 3) for _, composite, mask in embedded)

@@ -30,7 +30,7 @@ LIKE_COLOUR = 40.0  # levels of a channel that count as much as a quarter of the
 FITS = 1.25  # factor within which a mask's share of the picture is near enough to the wanted one
 CROP_FOREGROUND = (0.02, 0.8)
 CROP_TRIES = 30
-_CATALOGUE = Path(__file__).with_name("embedded_masks.json")
+CATALOGUE = Path(__file__).with_name("embedded_masks.json")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def load_photos(split: str | None = None) -> list[Photo]:
     """
     if split is not None and split not in SPLITS:
         raise HarmonyError(f"photos: split {split!r} is unknown; use one of {', '.join(SPLITS)}")
-    entries = json.loads(_CATALOGUE.read_text(encoding="utf-8"))
+    entries = json.loads(CATALOGUE.read_text(encoding="utf-8"))
     return [_load(entry) for entry in entries if split in (None, entry["split"])]
 
 

@@ -19,7 +19,7 @@ from ..core.files import atomic_path, stem_of
 from ..core.images import paste, read_image, resize_image, resize_mask
 from ..core.json_files import read_json
 from ..core.seeds import rng
-from ..data.embedded_photos import load_photos
+from ..data.embedded_photos import CATALOGUE, load_photos
 from ..data.readers import detect, read_examples
 
 _PAGE = Path(__file__).with_name("study.html")
@@ -27,12 +27,13 @@ _PAGE = Path(__file__).with_name("study.html")
 
 def read_composites(folder=None, size: int = 256) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """(name, composite SxSx3 uint8, mask SxS bool) of RealHM's folder or of images/ + masks/ (DIH99, your own), as
-    squares. None: each embedded test photo's first object laid on every other test photo that is no portrait.
+    squares. None or the embedded photos' file: each embedded test photo's first object laid on every other test photo
+    that is no portrait.
 
     Raises HarmonyError for missing or empty masks and as `read_examples`.
     """
     square, found = (size, size), []
-    if folder is None:
+    if folder is None or Path(folder).name == CATALOGUE.name:
         for front, back in itertools.permutations(load_photos("test"), 2):
             if not back.portrait:
                 thing, mask = next(iter(front.masks.items()))
