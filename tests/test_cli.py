@@ -90,6 +90,12 @@ def test_installed_command(tmp_path):
     assert ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1
 
 
+def test_the_module_under_its_former_name():
+    words = [sys.executable, "-m", "harmonylib.cli", "profile", "--help"]
+    ran = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+    assert ran.returncode == 0 and "Usage: harmonylib profile" in ran.stdout, ran.stderr
+
+
 @pytest.mark.parametrize(
     "command", [[], *([command.name or command.callback.__name__] for command in cli.app.registered_commands)]
 )
