@@ -93,11 +93,16 @@ def test_iharmony4_is_pointed_at(tmp_path):
     genuine, root = iharmony4(tmp_path / "iHarmony4"), tmp_path / "benchmark"
     (root / "HCOCO").mkdir(parents=True)
     manifest = sources.prepare(data("iharmony4", genuine, ["HFlickr"]), root, seed=0)
-    assert {path.name for path in root.iterdir()} == {"IHD_train.txt", "IHD_test.txt", "ROOT"}
+    assert {path.name for path in root.iterdir()} == {"IHD_train.txt", "IHD_test.txt", "ROOT", "PICTURES"}
     assert (root / "ROOT").read_text() == f"{genuine.resolve()}\n"
     assert read_triples(root, "test") == read_triples(genuine, "test", ["HFlickr"])
     assert list(manifest["name"]) == ["c1_1_1", "c2_1_1"] and list(manifest["split"]) == ["train", "test"]
     assert manifest["plausible"].all() and (manifest["tries"] == 0).all()
+    before = (root / "PICTURES").read_text()
+    with open(read_triples(root, "test")[0].mask, "ab") as file:
+        file.write(b"another")
+    sources.prepare(data("iharmony4", genuine, ["HFlickr"]), root, seed=0)
+    assert (root / "PICTURES").read_text() != before
 
 
 def test_both_kinds_have_the_same_first_columns(folder, tmp_path):

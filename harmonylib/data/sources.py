@@ -4,6 +4,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -132,8 +133,9 @@ def prepare(data, root, seed: int) -> pd.DataFrame:
     """Fill root with the benchmark that the settings section `data` asks for, replacing what is there.
 
     data.source: "embedded" and "photos" (a folder, data.path) make composites by our recipes; "iharmony4" writes only
-    the lists, with the subsets of data.subsets, and a file ROOT that names data.path; numbers and sizes are then the
-    data set's own. Returns one row per composite: subset, split, name, photo, plausible, tries (0: not ours), reason.
+    the lists, with the subsets of data.subsets, a file ROOT that names data.path, and a file PICTURES that changes with
+    the pictures, so that what is made of them knows; numbers and sizes are then the data set's own.
+    Returns one row per composite: subset, split, name, photo, plausible, tries (0: not ours), reason.
     Raises HarmonyError for an unknown source, a missing or unfit folder, or a broken list.
     """
     root = Path(root)
@@ -176,8 +178,17 @@ def _point(root: Path, path: Path, data) -> pd.DataFrame:
         write_list(root, split, triples[split])
     with atomic_path(root / "ROOT") as temporary:
         temporary.write_text(f"{path}\n", encoding="utf-8")
+    with atomic_path(root / "PICTURES") as temporary:
+        temporary.write_text(f"{_digest(path, triples)}\n", encoding="utf-8")
     rows = pd.DataFrame([_about(triple, split) for split in SPLITS for triple in triples[split]])
     return rows.assign(plausible=True, tries=0, reason="")
+
+
+def _digest(path: Path, triples: dict[str, list[Triple]]) -> str:
+    """Of the names and sizes of all pictures below `path`: a look at each file, not into it."""
+    files = {file for split in triples.values() for t in split for file in (t.composite, t.mask, t.real)}
+    lines = [f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n" for file in sorted(files)]
+    return blake2b("".join(lines).encode(), digest_size=16).hexdigest()
 
 
 def _about(triple: Triple, split: str) -> dict:
