@@ -2,7 +2,7 @@
 
 import importlib
 
-from . import compat  # noqa: F401  (first: it makes torchvision importable beside a CPU-only torch)
+from .core import torchvision_guard  # noqa: F401  (first: it makes torchvision importable beside a CPU-only torch)
 
 __version__ = "0.1.0"
 

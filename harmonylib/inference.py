@@ -20,9 +20,8 @@ from .models.colour_map import apply_map
 from .models.pipeline import DiffHarmonyPipeline
 from .models.resunet import ContrastiveResUNet
 from .models.vae import HarmonyVAE
-from .models.weights import load_strict
+from .models.weights import SHIPPED, load_strict
 
-SHIPPED = Path(__file__).resolve().parent.parent / "pretrained"
 MODELS = ("contrastive-resunet", "diffharmony++", "diffharmony")
 BLOCK = 1_000_000  # pixels that are recoloured at a time
 SMALL_FOREGROUND = 0.01  # share of the picture below which a model is shown a window instead of everything

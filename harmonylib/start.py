@@ -6,10 +6,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from .core.errors import HarmonyError
-from .inference import SHIPPED
 from .models.resunet import ContrastiveResUNet
 from .models.vae import HarmonyVAE
-from .models.weights import load_strict
+from .models.weights import SHIPPED, load_strict
 
 RESUNET = "contrastive-resunet"
 PIPELINES = {"harmonize": "diffharmony++", "inverse": "diffharmony++-inverse"}

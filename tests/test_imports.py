@@ -7,8 +7,8 @@ from imports import EMPTY, FILES, MODULES, ROOT, graph, reached
 
 from harmonylib.core.checkpoints import training_sources
 
-ROOMS = ("core", "training", "data", "models", "trainers", "augmentation", "evaluation", "inference", "tools", "report")
-ROOMS += ("ablations", "cli")
+ROOMS = ("core", "training", "data", "models", "trainers", "augmentation", "evaluation", "inference", "start", "tools")
+ROOMS += ("report", "ablations", "cli")
 
 
 def room(module: str) -> str:

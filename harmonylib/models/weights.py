@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from ..core.errors import HarmonyError
 from ..core.files import atomic_path
 
+SHIPPED = Path(__file__).resolve().parents[2] / "pretrained"
+
 
 def first_line(error: Exception) -> str:
     """What an error of another library says, in one line."""
