@@ -52,7 +52,7 @@ pretrained: .venv  ## train what pretrained/ ships: make pretrained PHOTOS=folde
 	@if test -f data/shipped/IHD_train.txt; then \
 	  echo "data/shipped is there and is used as it is; remove it to make it of other photos"; \
 	else \
-	  .venv/bin/harmonylib make-data "$(PHOTOS)" data/shipped $(if $(INDEX),--index "$(INDEX)") --variants 1 --size 256; \
+	  .venv/bin/harmonylib make-data "$(PHOTOS)" data/shipped $(if $(INDEX),--index "$(INDEX)") --pairs 6000 --leave-out histogram; \
 	fi
 	.venv/bin/harmonylib profile shipped
 	.venv/bin/dvc repro resunet diffharmony@harmonize

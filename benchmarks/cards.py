@@ -1,6 +1,8 @@
-"""`python -m benchmarks.cards`: writes the figures of pretrained/scores.json into the model cards and README.
+"""`python -m benchmarks.cards`: writes the figures of pretrained/scores.json into the model cards and README, and those
+of the last run (reports/metrics/evaluation.json) into README.
 
-What stands between `<!-- figures -->` and `<!-- end of figures -->` is replaced; the text around it is by hand.
+What stands between `<!-- figures -->` and `<!-- end of figures -->` is replaced (`<!-- run -->` likewise); the text
+around it is by hand.
 """
 
 import json
@@ -12,7 +14,7 @@ from harmonylib.core.files import atomic_path
 from .shipped import SCORES
 
 ROOT = Path(__file__).parents[1]
-MARKS = re.compile(r"(?s)(<!-- figures -->\n).*?(<!-- end of figures -->)")
+MARKS = {name: re.compile(rf"(?s)(<!-- {name} -->\n).*?(<!-- end of {name} -->)") for name in ("figures", "run")}
 TITLES = {"subset": "by recipe", "strength": "by the composite's fMSE", "share": "by the foreground's share"}
 
 
@@ -51,16 +53,30 @@ def overview(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def last_run() -> str:
+    """README's table of the last run's evaluation, with intervals of the PSNR."""
+    models = json.loads((ROOT / "reports/metrics/evaluation.json").read_text(encoding="utf-8"))["models"]
+    details = json.loads((ROOT / "reports/metrics/evaluation_details.json").read_text(encoding="utf-8"))
+    lines = ["| method | PSNR ↑ (95 % interval) | MSE ↓ | fMSE ↓ | SSIM ↑ | fSSIM ↑ |", "|---|---|---|---|---|---|"]
+    for name, parts in models.items():
+        part, (low, high) = parts["all"], details["models"][name]["all"]["interval"]["psnr"]
+        errors = f"{part['mse']:.0f} | {part['fmse']:.0f} | {part['ssim']:.3f} | {part['fssim']:.3f}"
+        lines.append(f"| {name} | {part['psnr']:.2f} ({low:.2f} – {high:.2f}) | {errors} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     found = json.loads(SCORES.read_text(encoding="utf-8"))
     models = {name.partition(":")[0]: name for name in next(iter(found["sets"].values()))["real_photos"]}
-    texts = {ROOT / "README.md": overview(found)}
-    texts |= {ROOT / "pretrained" / name / "README.md": card(found, key) for name, key in models.items()
+    texts = {ROOT / "README.md": {"figures": overview(found), "run": last_run()}}
+    texts |= {ROOT / "pretrained" / name / "README.md": {"figures": card(found, key)} for name, key in models.items()
               if name != "diffharmony"}  # fmt: skip
-    for path, text in texts.items():
-        before = path.read_text(encoding="utf-8")
+    for path, parts in texts.items():
+        written = path.read_text(encoding="utf-8")
+        for name, text in parts.items():
+            written = MARKS[name].sub(lambda mark, text=text: mark[1] + text + mark[2], written)
         with atomic_path(path) as temporary:
-            temporary.write_text(MARKS.sub(lambda mark, text=text: mark[1] + text + mark[2], before), encoding="utf-8")
+            temporary.write_text(written, encoding="utf-8")
 
 
 if __name__ == "__main__":

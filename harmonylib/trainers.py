@@ -62,7 +62,7 @@ def harmony_vae(
         device=device,
         observe=lambda vae: {"skip_norms": [conv.weight.norm().item() for conv in vae.skip_convs()]},
         checkpoints=checkpoints,
-        key=[data.key, loss, decoder, crop, repr(anew)],
+        key=[data.key(recolor < 1), loss, decoder, crop, repr(anew)],
     )
     return model.requires_grad_(True), history
 
@@ -119,7 +119,15 @@ def diffharmony(
         seed=seed,
         device=device,
         checkpoints=checkpoints,
-        key=[data.key, foreground, crop, repr(anew), weights_digest(vae), weights_digest(base.prompt), noise],
+        key=[
+            data.key(recolor < 1),
+            foreground,
+            crop,
+            repr(anew),
+            weights_digest(vae),
+            weights_digest(base.prompt),
+            noise,
+        ],
     )
     return base.unet, history
 
@@ -150,7 +158,7 @@ def refinement(
         mirrored = rng(seed, "refinement", "flip", step).random() < 0.5
         return {name: value.flip(-1) if mirrored else value for name, value in batch.items()}
 
-    key = [data.key, Path(outputs.filename).stem]
+    key = [data.key(), Path(outputs.filename).stem]
     loop = {"name": "refinement", "seed": seed, "device": device, "checkpoints": checkpoints, "key": key}
     return model, train(model, refinement_loss, make_batch, settings, **loop)
 
@@ -223,6 +231,18 @@ def contrastive_resunet(
         extra_modules=(contrast,) if contrast else (),
         observe=observe,
         checkpoints=checkpoints,
-        key=[data.key, style, weights, error, reading, patches, crop, recolor, restyle, jitter, repr(recipes)],
+        key=[
+            data.key(recolor < 1),
+            style,
+            weights,
+            error,
+            reading,
+            patches,
+            crop,
+            recolor,
+            restyle,
+            jitter,
+            repr(recipes),
+        ],
     )
     return model, history

@@ -64,7 +64,8 @@ class TrainSettings:
         prefix = {"harmonize": "", "inverse": "inverse_"}[task]
         names = [field.name for field in fields(cls)]
         values = {name: getattr(section, name) for name in names if hasattr(section, name)}
-        values |= {name: getattr(section, prefix + name) for name in ("steps", "learning_rate")}
+        own = ("steps", "learning_rate")
+        values |= {name: getattr(section, prefix + name) for name in own if hasattr(section, prefix + name)}
         return cls(**values | {"precision": run.precision, "compile": run.compile})
 
     def __post_init__(self):

@@ -44,7 +44,7 @@ def test_two_processes_train_as_one(root, trainer):
     away = sum((two[name] - value).square().sum() for name, value in one.items())
     moved = sum((start[name] - value).square().sum() for name, value in one.items())
     # Adam turns the rounding of gradients near zero into whole steps, so single weights may differ; their norm may not.
-    assert (away / moved).sqrt() < 0.02  # pretrain saves fp16
+    assert (away / moved).sqrt() < (0.1 if trainer == "pretrain" else 0.02)  # two models in turn, saved in fp16
 
 
 def test_processes_share_out_what_is_encoded_into_the_cache(root):

@@ -1,5 +1,6 @@
 """Where a killed training run goes on: durable resume points in folders keyed by what decides the result."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -39,23 +40,18 @@ class Checkpoints:
     def stopped_otherwise(self) -> list[str]:
         """In what stopped runs of the same name differ from this one: lines to tell before it starts anew."""
         lines = []
-        for path in sorted(self.folder.parent.glob(f"*/{KEY}")):
-            other = json.loads(path.read_text(encoding="utf-8"))
-            if (
-                path.parent != self.folder
-                and other.get("name") == self.key.get("name")
-                and any(path.parent.glob("step-*.pt"))
-            ):
+        for path in sorted({step.parent for step in self.folder.parent.glob("*/step-*.pt")} - {self.folder}):
+            with contextlib.suppress(OSError, ValueError):  # of a run killed while it wrote its key
+                other = json.loads((path / KEY).read_text(encoding="utf-8"))
                 changed = [word for name, word in WORDS.items() if other.get(name) != self.key.get(name)]
-                lines.append(
-                    f"{self.key['name']}: {path.parent} is not resumed, since it had other {' and '.join(changed)}"
-                )
+                if other.get("name") == self.key.get("name"):
+                    lines.append(f"{other['name']}: {path} is not resumed, since it had other {' and '.join(changed)}")
         return lines
 
     def save(self, state: dict) -> None:
         if not (self.folder / KEY).is_file():
-            with atomic_path(self.folder / KEY) as temporary:
-                temporary.write_text(json.dumps(self.key, indent=1), encoding="utf-8")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / KEY).write_text(json.dumps(self.key), encoding="utf-8")
         self._write(f"step-{state['step']:08d}.pt", state)
         for old in sorted(self.folder.glob("step-*.pt"))[:-2]:
             old.unlink()

@@ -88,13 +88,12 @@ class TripleSet:
         """N x S x S x 3 uint8, decoded when first asked for: training on composites made on the fly needs none."""
         return cache.pixels([triple.composite for triple in self.triples], self.size, self.geometry)
 
-    @property
-    def key(self) -> str:
-        """What identifies the data to checkpoints: a hash of the cache entries' names (contents) and the pairs.
+    def key(self, composites: bool = True) -> str:
+        """What identifies the data to caches and checkpoints: a hash of the cache entries' names and of the pairs.
 
-        Composites count where they are used, that is once they are decoded.
+        composites: whether the composites' contents count; they do not where all are made anew.
         """
-        arrays = [self.reals, self.masks, *([self.composites] if "composites" in vars(self) else [])]
+        arrays = [self.reals, self.masks, *([self.composites] if composites else [])]
         names = "".join(Path(array.filename).stem for array in arrays)
         return blake2b(names.encode() + self.real_of.tobytes() + self.mask_of.tobytes(), digest_size=16).hexdigest()
 

@@ -122,7 +122,12 @@ class RefinementUNet(LegacyAttention, ModelMixin, ConfigMixin):
 def sample_latents(pipeline: DiffHarmonyPipeline, data: TripleSet, seed: int, steps=5, batch_size=16) -> np.ndarray:
     """Scaled latents (N x C x h x w float32) of every composite of `data` at its size, cached; noise seeded by name."""
     parts = [weights_digest(part) for part in (pipeline.unet, pipeline.vae, pipeline.prompt)]
-    key = {"latents": data.key, "weights": parts, "scheduler": dict(pipeline.scheduler.config), "draws": [seed, steps]}
+    key = {
+        "latents": data.key(),
+        "weights": parts,
+        "scheduler": dict(pipeline.scheduler.config),
+        "draws": [seed, steps],
+    }
     side = -(-data.composites.shape[1] // pipeline.factor)
 
     def fill(array):
