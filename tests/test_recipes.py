@@ -187,3 +187,12 @@ def test_soften_mixes_both_sides_of_the_edge_and_nothing_else():
     row = soften(changed, real, mask, sigma=0.8)[15, :16, 0].astype(int)
     assert (np.diff(row) >= 0).all() and row[2] == 50 and row[-1] == 150
     assert 50 < row[4] < 100 < row[5] < 150  # the pixels beside the edge
+
+
+def test_a_reference_without_foreground_gives_the_colours_of_the_whole_photo():
+    real, mask = scene(0)
+    reference, region = scene(1)
+    whole, empty = (
+        recolor("HCOCO", real, mask, np.random.default_rng(0), (reference, m)) for m in (region >= 0, region < 0)
+    )
+    np.testing.assert_array_equal(whole, empty)

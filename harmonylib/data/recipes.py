@@ -162,7 +162,7 @@ def _transferred(pixels, places, rng, reference, settings):
     if reference is None:
         raise HarmonyError("this recipe takes its colours from another photo; give reference=(image, mask)")
     image, region = reference
-    source = image[region]
+    source = image[region] if region.any() else image.reshape(-1, 3)  # an object too small for this size
     if len(source) > REFERENCE:
         source = source[rng.integers(len(source), size=REFERENCE)]
     transfer = TRANSFERS[settings.transfers[rng.integers(len(settings.transfers))]]
