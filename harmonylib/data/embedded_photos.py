@@ -116,8 +116,8 @@ def foreground_of_share(image: np.ndarray, mask: np.ndarray, share: float, seed:
         place = np.stack(features, axis=1) / ([SUPERPIXEL_SIDE / 4] * 2 + [like] * 3)
         nearest = np.argsort(((place - place[first]) ** 2).sum(1), kind="stable")
         count = 1 + int(np.abs(np.log(np.cumsum(areas[nearest]) / labels.size / share)).argmin())
-        part = connected(np.isin(labels, names[nearest[:count]]))[0]
-        parts.append(binary_fill_holes(part == part[labels == names[first]].max()))
+        joined = connected(np.isin(labels, names[nearest[:count]]))[0]
+        parts.append(binary_fill_holes(joined == 1 + np.bincount(joined.ravel())[1:].argmax()))  # the largest piece
     part = resize_mask(min(parts, key=lambda found: abs(np.log(found.mean() / share))), mask.shape)
     if part.any() and not part.all():
         return part

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..core.errors import HarmonyError
 from ..core.files import atomic_path
@@ -104,7 +104,7 @@ def ship(source, target) -> None:
                 shutil.copyfile(path, temporary)
                 continue
             tensors = {name: t.half() if t.is_floating_point() else t for name, t in load_file(path).items()}
-            save_file(tensors, temporary, {"format": "pt"})
+            temporary.write_bytes(save(tensors, {"format": "pt"}))  # save_file would let only its owner read it
 
 
 if __name__ == "__main__":
