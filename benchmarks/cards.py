@@ -18,6 +18,14 @@ MARKS = {name: re.compile(rf"(?s)(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
 TITLES = {"subset": "by recipe", "strength": "by the composite's fMSE", "share": "by the foreground's share"}
 
 
+def _plain(label: str) -> str:
+    """ "[260.0, 500.0)" of a table's cut as "260 to 500"."""
+    if "," not in label:
+        return label
+    low, high = (float(end) for end in label.strip("[](").rstrip(")").split(","))
+    return f"{max(low, 0):g} to {high:g}" if high < float("inf") else f"over {low:g}"
+
+
 def _row(name: str, part: dict) -> str:
     (gain, low, high), (less, least, most) = part["psnr"], part["reduction"]
     figures = f"{gain:+.2f} ({low:+.2f} to {high:+.2f}) | {-less:+.0%} ({-most:+.0%} to {-least:+.0%})"
@@ -33,7 +41,7 @@ def card(found: dict, model: str) -> str:
     for group, title in TITLES.items():
         name, result = next(iter(sets.items()))
         lines += ["", f"On `{name}` {title}:", "", *head]
-        lines += [_row(label, part) for label, part in result["against_composite"][model][group].items()]
+        lines += [_row(_plain(label), part) for label, part in result["against_composite"][model][group].items()]
     lines += ["", "A real photo given with its own mask comes back at: " + ", ".join(
         f"{r['real_photos'][model]['psnr']:.1f} dB (fMSE {r['real_photos'][model]['fmse']:.1f}) on `{n}`"
         for n, r in sets.items()) + "."]  # fmt: skip

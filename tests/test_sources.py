@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from harmonylib.core.errors import HarmonyError
-from harmonylib.core.images import write_image
+from harmonylib.core.images import read_mask, write_image
 from harmonylib.data import sources
 from harmonylib.data.audit import audit
 from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
@@ -200,3 +200,9 @@ def test_measures_of_a_hand_made_triple(tmp_path):
     write_image(tmp_path / "HCOCO" / "masks" / "c1_1.png", np.zeros((64, 64), bool))
     with pytest.raises(HarmonyError, match=r"c1_1\.png: the mask has no foreground"):
         sources.measure(tmp_path, at_most=1, seed=0, workers=1)
+
+
+def test_the_masks_of_a_few_photos_stay_whole(folder, tmp_path):
+    sources.make_data(folder, tmp_path / "set", size=80, workers=1)
+    masks = {read_mask(path).sum() for path in (tmp_path / "set").rglob("masks/*.png")}
+    assert masks <= {read_mask(path).sum() for path in folder.rglob("masks/*")}

@@ -26,6 +26,7 @@ class BenchmarkSettings:
 
     restyle_share: share of training pairs whose photo is restyled as a whole first (`recipes.restyle`).
     min_crop: shortest side of a pair's random window of its photo, as a share of the longest one; 1: the whole photo.
+    parts: whether masks that do not cover what genuine ones do give way to a part of them or a piece of the picture.
     jitter: up to so many pixels are masks dilated or eroded before composites are made (`recipes.jitter`).
     """
 
@@ -36,6 +37,7 @@ class BenchmarkSettings:
     size: int = 192
     restyle_share: float = 0.0
     min_crop: float = 0.6
+    parts: bool = True
     jitter: int = 0
 
 
@@ -151,7 +153,9 @@ def draw_pair(photo: Photo, number: int, share: float, settings: BenchmarkSettin
     if settings.min_crop < 1:
         image, mask = random_crop(image, mask, random, settings.min_crop)
     image, mask = shrink(photo, image, mask, settings.size)
-    return image, foreground_of_share(image, mask, share, seed_for(*words, photo.name, number, "part"))
+    if settings.parts:
+        mask = foreground_of_share(image, mask, share, seed_for(*words, photo.name, number, "part"))
+    return image, mask
 
 
 def shrink(photo: Photo, image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

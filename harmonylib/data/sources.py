@@ -24,6 +24,7 @@ from .readers import Example, read_examples
 from .recipes import DEFAULTS, RecipeSettings, foreground_delta_e, foreground_mse
 
 TEST_SHARE = 0.1  # of a folder's photos
+FEW = 50  # pairs a subset: with fewer there is no speaking of a distribution of sizes, and masks stay whole
 PSNR_SIDE = 256  # pixels; the papers score composites at this size
 
 
@@ -113,8 +114,8 @@ def make_data(photos, out, index=None, pairs: int | None = None, variants: int =
     """An iHarmony4-layout set at `out` made of whole photos with masks; rows as `build.make_benchmark`.
 
     index and mask_from as in `folder_photos`. pairs: photos per subset and split (None: all of them); variants:
-    composites of each; size: long side in pixels; jitter as in `build.BenchmarkSettings`. Raises HarmonyError where
-    `out` exists (with force: where it is no data set) or holds the photos.
+    composites of each; size: long side in pixels; jitter as in `build.BenchmarkSettings`. Of fewer than FEW pairs the
+    masks stay whole. Raises HarmonyError where `out` exists (with force: where it is no data set) or holds the photos.
     """
     photos, out = Path(photos).resolve(), Path(out)
     if out.resolve() in (photos, *photos.parents):
@@ -125,7 +126,8 @@ def make_data(photos, out, index=None, pairs: int | None = None, variants: int =
     files = folder_photos(photos, seed, index, mask_from)
     counts = [sum(file.split == split for file in files) for split in SPLITS]
     counts = counts if pairs is None else [min(pairs, count) for count in counts]
-    amounts = BenchmarkSettings(*counts, variants, variants, size, min_crop=1.0, jitter=jitter)
+    how = {"min_crop": 1.0, "parts": max(counts) >= FEW, "jitter": jitter}
+    amounts = BenchmarkSettings(*counts, variants, variants, size, **how)
     return make_benchmark(out, files, amounts, recipes, seed, workers=workers)
 
 
