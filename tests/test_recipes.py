@@ -151,8 +151,6 @@ def test_errors():
         make_composite("HCOCO", real, mask, (0,))
     with pytest.raises(HarmonyError, match="empty"):
         make_composite("HAdobe5k", real, mask & False, (0,))
-    with pytest.raises(HarmonyError, match="empty"):
-        make_composite("HCOCO", real, mask, (0,), reference=(real, mask & False))
     with pytest.raises(HarmonyError, match="retouch_tone"):
         RecipeSettings(retouch_tone=-1)
     for transfers in ([], ["reinhard", "magic"]):
