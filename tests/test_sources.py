@@ -206,3 +206,15 @@ def test_the_masks_of_a_few_photos_stay_whole(folder, tmp_path):
     sources.make_data(folder, tmp_path / "set", size=80, workers=1)
     masks = {read_mask(path).sum() for path in (tmp_path / "set").rglob("masks/*.png")}
     assert masks <= {read_mask(path).sum() for path in folder.rglob("masks/*")}
+
+
+def test_bad_photos_are_left_out_and_named(folder, tmp_path, capsys):
+    first, second = [photo for photo in sources.folder_photos(folder, seed=0) if photo.split == "train"][:2]
+    first.image_file.write_bytes(b"no picture")
+    write_image(second.mask_file, np.zeros((60, 80), bool))
+    code = run(app, "harmonylib", ["make-data", str(folder), str(tmp_path / "set"), "--size", "64", "--workers", "1"])
+    err = capsys.readouterr().err
+    assert code == 1 and err.count("left out: ") == 2
+    assert str(first.image_file) in err and str(second.mask_file) in err
+    photos = {triple.photo for triple in read_triples(tmp_path / "set", "train")}
+    assert len(photos) == 2 and not photos & {first.name, second.name}

@@ -6,6 +6,7 @@ pair depends on (seed, subset, pair, i), the weights and the settings; not on or
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 from collections import deque
@@ -27,7 +28,7 @@ from ..core.images import read_image, read_mask, read_pair, resize_image, resize
 from ..core.json_files import read_json, write_json
 from ..core.progress import progress
 from ..core.seeds import generator
-from ..data.layout import Triple, write_composite
+from ..data.layout import COMPOSITES, Triple, write_composite
 from ..data.recipes import foreground_delta_e
 from ..models.diffusion import latent_mask
 from ..models.pipeline import DiffHarmonyPipeline, pad_to_multiple
@@ -205,8 +206,10 @@ def _record_path(root: Path, pair: Pair) -> Path:
 
 
 def _discard(root: Path, pair: Pair) -> None:
-    """Remove what an earlier run with other settings left of a pair, its record first."""
+    """Remove what an earlier run with other settings, or one that was killed while writing, left of a pair."""
     path = _record_path(root, pair)
+    for half_written in (root / pair.subset / COMPOSITES).glob(f".{glob.escape(pair.name)}_g*"):
+        half_written.unlink(missing_ok=True)
     rows = (_read_record(path) or {"candidates": []})["candidates"]
     path.unlink(missing_ok=True)
     for row in rows:

@@ -3,7 +3,7 @@
 import shutil
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..core.files import atomic_path, stamp
 from ..core.images import read_image, read_pair, resize_image
 from ..core.parallel import parallel_map
 from ..core.seeds import rng, seed_for
-from .build import BenchmarkSettings, make_benchmark
+from .build import BenchmarkSettings, make_benchmark, shrink
 from .embedded_photos import foreground_of_share, load_photos
 from .layout import SPLITS, Triple, plain_name, read_triples, write_list
 from .readers import Example, read_examples
@@ -115,7 +115,8 @@ def make_data(photos, out, index=None, pairs: int | None = None, variants: int =
 
     index and mask_from as in `folder_photos`. pairs: photos per subset and split (None: all of them); variants:
     composites of each; size: long side in pixels; jitter as in `build.BenchmarkSettings`. Of fewer than FEW pairs the
-    masks stay whole. Raises HarmonyError where `out` exists (with force: where it is no data set) or holds the photos.
+    masks stay whole. A photo that cannot be used is left out: rows.attrs["left_out"] has a line of why for each. Raises
+    HarmonyError where `out` exists (with force: where it is no data set) or holds the photos, or no photo can be used.
     """
     photos, out = Path(photos).resolve(), Path(out)
     if out.resolve() in (photos, *photos.parents):
@@ -124,11 +125,27 @@ def make_data(photos, out, index=None, pairs: int | None = None, variants: int =
         mend = "is no data set; choose another folder" if force else "exists; choose another folder or add --force"
         raise HarmonyError(f"{out}: {mend}")
     files = folder_photos(photos, seed, index, mask_from)
+    problems = list(parallel_map(partial(_problem, size), files, "reading photos", "photo", workers))
+    left_out = [problem for problem in problems if problem]
+    files = [file for file, problem in zip(files, problems, strict=True) if not problem]
+    if not files:
+        raise HarmonyError(left_out[0])
     counts = [sum(file.split == split for file in files) for split in SPLITS]
     counts = counts if pairs is None else [min(pairs, count) for count in counts]
     how = {"min_crop": 1.0, "parts": max(counts) >= FEW, "jitter": jitter}
     amounts = BenchmarkSettings(*counts, variants, variants, size, **how)
-    return make_benchmark(out, files, amounts, recipes, seed, workers=workers)
+    rows = make_benchmark(out, files, amounts, recipes, seed, workers=workers)
+    rows.attrs["left_out"] = left_out
+    return rows
+
+
+def _problem(size: int, file: PhotoFile) -> str:
+    """Why a photo cannot be used at `size`, or ""."""
+    try:
+        shrink(file, file.image, file.masks["foreground"], size)
+    except HarmonyError as error:
+        return str(error)
+    return ""
 
 
 def prepare(data, root, seed: int) -> pd.DataFrame:

@@ -311,6 +311,10 @@ def make_data(
     typer.echo(f"{(~rows['plausible']).sum()} of {len(rows)} composites kept although no draw was plausible")
     typer.echo("Strength (fMSE) and size (share of the picture) of the foregrounds, beside iHarmony4's own:")
     typer.echo(beside(rows).to_string(float_format="{:.3g}".format))
+    for line in rows.attrs["left_out"]:
+        typer.echo(f"left out: {line}", err=True)
+    if rows.attrs["left_out"]:
+        raise typer.Exit(1)
 
 
 cache_app = typer.Typer(help="The caches of resized images and posterior moments.")
