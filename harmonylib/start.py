@@ -6,10 +6,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from .core.errors import HarmonyError
-from .models.resunet import ContrastiveResUNet
+from .models.resunet import ContrastiveResUNet, build
 from .models.vae import HarmonyVAE
 from .models.weights import SHIPPED, load_strict
 
+SHAPE = ["base_channels", "depth", "residual_convs"]
 RESUNET = "contrastive-resunet"
 PIPELINES = {"harmonize": "diffharmony++", "inverse": "diffharmony++-inverse"}
 
@@ -40,11 +41,11 @@ def resunet(section, size: int) -> ContrastiveResUNet | None:
     model = load_strict(ContrastiveResUNet.from_pretrained, folder)
     alone = model.config.head == section.head == "colour" and model.config.view == 0
     if alone and section.view:
-        grown = new_resunet(section, size)
+        grown = build(size, **{name: getattr(section, name) for name in (*SHAPE, "style", "head", "encoder", "view")})
         grown.colour_head.load_state_dict(model.colour_head.state_dict(), strict=False)
         return grown
     names = ["style", "head", "encoder", *(["view"] if section.head == "colour" else [])]
-    names += [] if section.encoder or alone else ["base_channels", "depth", "residual_convs"]
+    names += [] if section.encoder or alone else SHAPE
     for name in names:
         wanted, found = getattr(section, name), model.config[name]
         if wanted != found:
@@ -52,15 +53,6 @@ def resunet(section, size: int) -> ContrastiveResUNet | None:
                 f"params.yaml: resunet.{name} is {wanted}, but the network in {folder} has {found}; "
                 "set that, or start: null for a new network"
             )
-    return model
-
-
-def new_resunet(section, size: int) -> ContrastiveResUNet:
-    """The network that section `resunet` describes, with random weights and a pre-trained encoder's ImageNet ones."""
-    names = ("base_channels", "depth", "residual_convs", "style", "head", "encoder", "view")
-    model = ContrastiveResUNet(**{name: getattr(section, name) for name in names}, sample_size=size)
-    if section.encoder:
-        model.pretrained.load_imagenet_weights()
     return model
 
 

@@ -14,7 +14,7 @@ from .data.recipes import DEFAULTS, RecipeSettings
 from .models.contrastive import RegionContrastiveLoss, harmonization_loss
 from .models.diffusion import denoising_loss, latent_mask, scale_latents, training_scheduler
 from .models.refinement import RefinementUNet, refinement_loss
-from .models.resunet import ContrastiveResUNet
+from .models.resunet import ContrastiveResUNet, build
 from .models.vae import HarmonyVAE, harmony_vae_loss
 from .training import TrainSettings, batch_indices, train
 
@@ -206,11 +206,8 @@ def contrastive_resunet(
     """
     device = pick_device(device)
     torch.manual_seed(seed)
-    model = start or ContrastiveResUNet(
-        base_channels, depth, residual_convs, style, sample_size=data.size, head=head, encoder=encoder, view=view
-    )
-    if encoder and start is None:
-        model.pretrained.load_imagenet_weights()
+    shape = {"base_channels": base_channels, "depth": depth, "residual_convs": residual_convs, "style": style}
+    model = start or build(data.size, head=head, encoder=encoder, view=view, **shape)
     contrast = RegionContrastiveLoss(reading, patches) if weights[2] else None
     words = (seed, "resunet")
     batches = PixelBatches(data, settings.batch_size, words, crop, recolor, restyle, jitter, recipes)

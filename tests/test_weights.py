@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -18,11 +19,14 @@ def test_shipped_weights_are_halves_that_load(tmp_path):
     torch.nn.init.normal_(model.residual_head.weight)
     model.save_pretrained(tmp_path / "trained")
     (tmp_path / "trained/training.json").write_text("[]")
+    config = json.loads((tmp_path / "trained/config.json").read_text())
+    (tmp_path / "trained/config.json").write_text(json.dumps(config | {"_name_or_path": "/home/someone/model"}))
     (tmp_path / "shipped").mkdir()
     (tmp_path / "shipped/README.md").write_text("a card")
     ship(tmp_path / "trained", tmp_path / "shipped")
     names = {path.name for path in (tmp_path / "shipped").iterdir()}
     assert names == {"README.md", "config.json", "diffusion_pytorch_model.safetensors", "training.json"}
+    assert "someone" not in (tmp_path / "shipped/config.json").read_text()
     stored = load_file(tmp_path / "shipped/diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16, torch.int64}
     loaded = load_model(str(tmp_path / "shipped"), "cpu")

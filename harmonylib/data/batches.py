@@ -9,7 +9,7 @@ import torch
 
 from ..core import cache
 from ..core.errors import HarmonyError
-from ..core.images import fit, read_image, read_mask, to_tensor
+from ..core.images import fit, read_pair, to_tensor
 from ..core.progress import progress
 from ..core.seeds import rng
 from ..training import batch_indices
@@ -19,15 +19,8 @@ from .recipes import DEFAULTS, RECIPES, RecipeSettings, jitter, recolor, restyle
 
 def load_pairs(pairs, longest: int = 256) -> list[tuple[np.ndarray, np.ndarray]]:
     """Read (image, mask) paths into memory, shrunk to `longest`. Raises HarmonyError where their sizes differ."""
-    loaded = []
-    for image_path, mask_path in progress(pairs, desc="reading photos", unit="photo"):
-        image, mask = read_image(image_path), read_mask(mask_path)
-        if image.shape[:2] != mask.shape:
-            raise HarmonyError(
-                f"{mask_path}: mask is {mask.shape[::-1]} but its photo is {image.shape[1::-1]}; resize it"
-            )
-        loaded.append(fit(image, mask, longest))
-    return loaded
+    paths = progress(pairs, desc="reading photos", unit="photo")
+    return [fit(*read_pair(image, mask), longest) for image, mask in paths]
 
 
 class PhotoBatches:

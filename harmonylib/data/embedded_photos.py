@@ -103,8 +103,10 @@ def foreground_of_share(image: np.ndarray, mask: np.ndarray, share: float, seed:
     Depends on the arguments only.
     """
     own = mask.mean()
+    if share / FITS <= own <= share * FITS:
+        return mask
     small, inside = fit(image, mask, SUPERPIXEL_SIDE)
-    if share / FITS <= own <= share * FITS or not inside.any():
+    if not inside.any():
         return mask
     labels = slic(small, n_segments=int(np.clip(3 / share, 24, SUPERPIXELS)), compactness=10, start_label=1)
     labels = labels * inside if own > share else labels

@@ -54,8 +54,8 @@ class RecipeSettings:
     """Which way the recipes go, and the filter's bound; how far they go follows `genuine.GENUINE`.
 
     Parameters of the edits are relative to one another (stops are doublings of light). transfers: those of
-    `color.TRANSFERS` that HCOCO and HFlickr draw from. clipped: share of foreground pixels that may newly reach 0
-    or 255. restyle_*: strength of `restyle`.
+    `transfers.TRANSFERS` that HCOCO and HFlickr draw from. clipped: share of foreground pixels that may newly reach 0
+    or 255.
     """
 
     transfers: tuple[str, ...] = tuple(TRANSFERS)

@@ -312,6 +312,14 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
         return decoded
 
 
+def build(size: int, **architecture) -> ContrastiveResUNet:
+    """A network to train on images of `size` pixels: random weights, and a pre-trained encoder's ImageNet ones."""
+    model = ContrastiveResUNet(**architecture, sample_size=size)
+    if model.config.encoder:
+        model.pretrained.load_imagenet_weights()
+    return model
+
+
 def soft_statistics(features: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation (BxC each, float32) of BxCxHxW features by weights Bx1xHxW in [0, 1]; 0 where all are 0."""
     features, weight = features.float(), weight.float()

@@ -4,7 +4,7 @@ python -m harmonylib.models.weights artifacts/contrastive_resunet pretrained/con
 """
 
 import contextlib
-import shutil
+import json
 import sys
 from pathlib import Path
 
@@ -101,7 +101,10 @@ def ship(source, target) -> None:
     for path in files:
         with atomic_path(target / path.relative_to(source)) as temporary:
             if path.suffix == ".json":
-                shutil.copyfile(path, temporary)
+                values = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(values, dict):
+                    values.pop("_name_or_path", None)  # where the trainer had read it: a path of its machine
+                temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
                 continue
             tensors = {name: t.half() if t.is_floating_point() else t for name, t in load_file(path).items()}
             temporary.write_bytes(save(tensors, {"format": "pt"}))  # save_file would let only its owner read it
