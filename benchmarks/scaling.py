@@ -9,7 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from harmonylib.core.settings import read_yaml
+from harmonylib.core.settings import read_profile
 from harmonylib.models.resunet import ContrastiveResUNet
 from harmonylib.models.vae import HarmonyVAE
 
@@ -63,16 +63,16 @@ def count() -> dict[str, float]:
 
 def work(one: dict[str, float]) -> dict[str, float]:
     """FLOPs of each part of the `paper` profile."""
-    paper = read_yaml("profiles/paper.yaml")
-    vae, unet, resunet = paper["harmony_vae"], paper["diffharmony"], paper["resunet"]
-    k, steps = paper["human_harmony"]["candidates"], unet["inference_steps"]
+    paper = read_profile("paper")
+    vae, unet, resunet = paper.harmony_vae, paper.diffharmony, paper.resunet
+    k, steps = paper.human_harmony.candidates, unet.inference_steps
     sample = steps * one["UNet pass, 1024 px"] + one["Harmony-VAE decode, 1024 px"]
-    both = vae["steps"] + vae["inverse_steps"], unet["steps"] + unet["inverse_steps"]
+    both = vae.steps + vae.inverse_steps, unet.steps + unet.inverse_steps
     return {
         "caches (256 and 512 px, mirrored)": 4 * COMPOSITES * (one["encode, 256 px"] + one["encode, 512 px"]),
-        "Harmony-VAE, both tasks": both[0] * vae["batch_size"] * one["Harmony-VAE training step, 256 px"],
-        "DiffHarmony, both tasks": both[1] * unet["batch_size"] * one["UNet training step, 512 px"],
-        "contrastive ResUNet": resunet["steps"] * resunet["batch_size"] * one["ResUNet training step, 256 px"],
+        "Harmony-VAE, both tasks": both[0] * vae.batch_size * one["Harmony-VAE training step, 256 px"],
+        "DiffHarmony, both tasks": both[1] * unet.batch_size * one["UNet training step, 512 px"],
+        "contrastive ResUNet": resunet.steps * resunet.batch_size * one["ResUNet training step, 256 px"],
         f"{k * CANDIDATE_PAIRS:,} candidates, 1024 px": CANDIDATE_PAIRS * (k * sample + one["encode, 1024 px"]),
         "evaluation, 1024 px": TEST * (sample + one["encode, 1024 px"]),
     }

@@ -1,3 +1,5 @@
+from types import SimpleNamespace as Settings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,6 @@ from harmonylib import HarmonyError
 from harmonylib.core import cache
 from harmonylib.core.images import write_image
 from harmonylib.core.json_files import read_json, write_json
-from harmonylib.core.settings import Settings
 from harmonylib.data.batches import TripleSet
 from harmonylib.data.layout import Triple
 from harmonylib.training import TrainingDiverged

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    (tmp_path / "profiles").mkdir()
+    shutil.copytree(REPOSITORY / "profiles", tmp_path / "profiles")
     (tmp_path / "dvc.yaml").touch()
-    for name in ("mini", "smoke"):
-        (tmp_path / f"profiles/{name}.yaml").write_text(f"profile: {name}\nsteps: 3\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

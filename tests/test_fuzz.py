@@ -26,7 +26,8 @@ from harmonylib.core.errors import HarmonyError
 from harmonylib.core.images import read_image, read_mask
 from harmonylib.core.json_files import read_json, write_json
 from harmonylib.core.picture_metadata import open_picture, write_picture
-from harmonylib.core.settings import load_params, parse_yaml
+from harmonylib.core.settings import parse_yaml
+from harmonylib.core.settings import settings as load_settings
 from harmonylib.data.layout import read_triples
 from harmonylib.data.readers import Runs
 from harmonylib.evaluation.metrics import METRICS, PROTOCOLS, score
@@ -284,7 +285,7 @@ def profiles(draw):
 @target(st.one_of(profiles(), st.text(max_size=60)))
 def loads_settings(text):
     Path("params.yaml").write_text(text, encoding="utf-8", errors="replace", newline="")
-    assert isinstance(load_params(), dict)
+    assert load_settings().profile
 
 
 @target(st.one_of(st.text(max_size=40), st.text("[]{}:,-&*!|>'\"%@`#? \n\ta1", max_size=40)))

@@ -1,121 +1,111 @@
-"""Settings: what is accepted, and that each kind of mistake is named."""
+"""Settings: what is accepted, that each kind of mistake is named, and profiles."""
 
 import os
+import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from ruamel.yaml import YAML
 
-from harmonylib.core import settings
+from harmonylib.core import sections, settings
 from harmonylib.core.errors import HarmonyError
+from harmonylib.data import layout, transfers
+from harmonylib.models import resunet
+from harmonylib.tools import notebooks
 
-MINI = """\
-# the schema
-seed: 0
-train:
-  steps: 100
-  rate: 1e-4   # YAML 1.2: a number
-  ema: true
-  sizes: [64, 128]
-data:
-  path: null
-  name: photos
-"""
 REPOSITORY = Path(__file__).parents[1]
+MINI = (REPOSITORY / "profiles/mini.yaml").read_text(encoding="utf-8")
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    (tmp_path / "profiles").mkdir()
+    shutil.copytree(REPOSITORY / "profiles", tmp_path / "profiles")
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "dvc.yaml").touch()
-    (tmp_path / "profiles/mini.yaml").write_text(MINI)
-    (tmp_path / "profiles/gpu.yaml").write_text(MINI.replace("null", "/photos").replace("steps: 100", "steps: 9"))
-    (tmp_path / "params.yaml").write_text(MINI)
+    (tmp_path / "params.yaml").write_text(MINI, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_root_is_found_from_below(root, monkeypatch):
     monkeypatch.chdir(root / "notebooks")
-    assert settings.find_root() == root
     assert settings.enter_root() == root == Path(os.getcwd())
-
-
-def test_outside_a_repository(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(root.parent)
     with pytest.raises(HarmonyError, match=r"no params.yaml and dvc.yaml"):
         settings.find_root()
 
 
 def test_values_are_typed_as_dvc_types_them(root):
-    values = settings.load_params()
-    assert values["train"] == {"steps": 100, "rate": 1e-4, "ema": True, "sizes": [64, 128]}
-    assert values["data"]["path"] is None
-
-
-def test_settings_have_attributes(root):
+    (root / "params.yaml").write_text(MINI.replace("3e-05", "1e-4").replace("gamma: 1.0", "gamma: 1"), encoding="utf-8")
     run = settings.settings()
-    assert (run.seed, run.train.steps, run.train.rate, run.data.path) == (0, 100, 1e-4, None)
+    assert (run.diffharmony.learning_rate, run.augmentation.gamma) == (1e-4, 1)  # YAML 1.2; an int for a float
+    assert run.base.vae is None and run.base.unet_channels == [64, 128] and vars(run.resunet)["style"] == "style-fusion"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("  steps: 100", "  stepz: 100", "unknown key train.stepz; did you mean train.steps"),
-        ("seed: 0", "seed: 0\nextra: {a: 1}", "unknown key extra"),
-        ("  name: photos\n", "", "missing key data.name"),
-        ("steps: 100", "steps: many", r"train.steps must be an int, not 'many' \(a string\)"),
-        ("steps: 100", "steps: 1.5", "train.steps must be an int"),
-        ("steps: 100", "steps: true", "train.steps must be an int"),
-        ("ema: true", "ema: 1", "train.ema must be true or false, not 1"),
-        ("ema: true", "ema: yes", "train.ema must be true or false, not 'yes'"),
-        ("rate: 1e-4", "rate: null", "train.rate must be a float, not None"),
-        ("[64, 128]", "[64, big]", "train.sizes must be a list"),
-        ("[64, 128]", "64", "train.sizes must be a list"),
-        (MINI.split("train:")[1].split("data:")[0], " 3\n", "unknown|must be a mapping|missing key train.steps"),
-        ("seed: 0", "seed: [0", "line 3: not valid YAML"),
-        ("seed: 0", "seed: 0\nseed: 1", "duplicate key"),
-        (MINI, "", "must be a mapping"),
+        ("style: style-fusion", "style: adian", r"resunet.style is 'adian'; it must be .*; did you mean adain"),
+        ("steps: 300", "steps: -3", "harmony_vae.steps is -3; it must be greater than or equal to 0"),
+        ("steps: 300", "stepz: 300", r"unknown key harmony_vae.stepz; did you mean harmony_vae.steps"),
+        ("seed: 0", "seed: 0\nresunets: {a: 1}", r"unknown key resunets; did you mean resunet"),
+        ("seed: 0", "seed: 0\n1: 2", "unknown key 1"),
+        ("  train_decoder: true", "", "missing key harmony_vae.train_decoder; profiles/mini.yaml shows it"),
+        ("steps: 300", "steps: 1.5", "harmony_vae.steps is 1.5; it must be a valid integer"),
+        ("train_decoder: true", "train_decoder: yes", "train_decoder is 'yes'; it must be a valid boolean"),
+        ("[HFlickr, Hday2night]", "[HFlikr]", "augmentation.subsets has 'HFlikr'; it must be some of HAdobe5k, HC"),
+        ("[reinhard, xiao-ma,", "[reinhart,", r"data.transfers.0 is 'reinhart'; .*; did you mean reinhard\?"),
+        ("weights: [0.0, 1.0, 0.0]", "weights: [1.0]", r"weights is \[1.0\]; it must have at least 3 items$"),
+        ("strength: [0.0, 100.0]", "strength: [9, 1]", r"strength is \[9, 1\]; the first must not be above"),
+        ("crop: 48", "crop: 97", "harmony_vae.crop is 97; it must not be above size, 96"),
+        ("pairs: 24", "pairs: 0", "human_harmony.pairs is 0; source: embedded needs at least 1"),
+        ("device: auto", "device: gpu", "device is 'gpu'; it must match"),
+        (MINI[MINI.index("\nevaluation:") :], "\nevaluation: 3", "evaluation must be a mapping of settings"),
+        ("seed: 0", "seed: [0", "line 5: not valid YAML"),
+        (MINI, "", "^params.yaml: must be a mapping of settings; `harmonylib profile NAME` writes a full file"),
     ],
 )
-def test_mistakes_are_named(root, old, new, message):
+def test_mistakes_are_named_in_one_line(root, old, new, message):
     assert old in MINI
-    (root / "params.yaml").write_text(MINI.replace(old, new))
+    (root / "params.yaml").write_text(MINI.replace(old, new), encoding="utf-8")
     with pytest.raises(HarmonyError, match=message) as caught:
-        settings.load_params()
+        settings.settings()
     assert "\n" not in str(caught.value) and "params.yaml" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [("rate: 1e-4", "rate: 1"), ("path: null", "path: {a: [1]}"), ("[64, 128]", "[]")]
-)
-def test_what_may_differ(root, old, new):
-    (root / "params.yaml").write_text(MINI.replace(old, new))
-    settings.load_params()
+def test_a_stage_begins_with_a_check_of_all_settings(root, capfd):
+    (root / "params.yaml").write_text(MINI.replace("style: style-fusion", "style: adian"), encoding="utf-8")
+    assert notebooks.run_application(notebooks.app, "notebooks", ["run", "notebooks/none.ipynb"]) == 1
+    assert capfd.readouterr().err.startswith("error: params.yaml: resunet.style is 'adian'")
 
 
-def test_profile_is_written_with_its_comments(root):
+def test_names_are_those_that_the_code_offers():
+    ours = sections.ResUNet.model_fields | sections.Data.model_fields
+    for key, offered in (("style", resunet.STYLES), ("head", resunet.HEADS), ("transfers", transfers.TRANSFERS)):
+        accepted = get_args(ours[key].annotation)
+        assert set(accepted) == set(offered) or set(get_args(accepted[0])) == set(offered), key
+    assert layout.SUBSETS == sections.SUBSETS
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((REPOSITORY / "profiles").glob("*.yaml"))])
+def test_a_profile_holds_what_differs_and_is_written_in_full(root, name):
     (root / "params.yaml").unlink()
-    assert settings.write_profile("gpu") == root / "params.yaml"
-    text = (root / "params.yaml").read_text()
-    assert text.startswith("# Written by") and "# the schema" in text
-    assert settings.load_params()["data"]["path"] == "/photos"
+    assert settings.write_profile(name) == root / "params.yaml"
+    assert settings.settings() == settings.read_profile(name) and settings.settings().profile == name
+    assert (root / settings.SCHEMA).read_bytes() == (REPOSITORY / settings.SCHEMA).read_bytes()  # else commit it
+    text = (root / "params.yaml").read_text(encoding="utf-8")
+    assert all(line.partition("#")[2] in text for line in MINI[MINI.index("profile:") :].splitlines())  # comments, too
+    own, mini = (YAML(typ="safe").load(root / f"profiles/{which}.yaml") for which in (name, "mini"))
+    same = [f"{s}.{k}" for s in own for k in own[s] if own[s][k] == mini[s][k]] if name != "mini" else []
+    assert not same, f"{name}.yaml repeats mini.yaml: {same}"
 
 
 def test_bad_profiles_leave_params_alone(root):
-    before = (root / "params.yaml").read_bytes()
-    with pytest.raises(HarmonyError, match=r"no profile mina; did you mean mini\? \(profiles/ has gpu, mini\)"):
+    with pytest.raises(HarmonyError, match=r"no profile mina; did you mean mini\? \(profiles/ has gpu, mini"):
         settings.write_profile("mina")
-    (root / "profiles/odd.yaml").write_text(MINI + "color: red\n")
-    with pytest.raises(HarmonyError, match="profiles/odd.yaml: unknown key color"):
+    (root / "profiles/odd.yaml").write_text("data: {colour: red}\n")
+    with pytest.raises(HarmonyError, match="profiles/odd.yaml: unknown key data.colour"):
         settings.write_profile("odd")
-    with pytest.raises(HarmonyError, match="profiles/odd.yaml"):
-        settings.check_profiles()
-    assert (root / "params.yaml").read_bytes() == before
+    assert (root / "params.yaml").read_text(encoding="utf-8") == MINI
     assert sorted(path.name for path in root.iterdir()) == ["dvc.yaml", "notebooks", "params.yaml", "profiles"]
-
-
-def test_the_repository_has_four_alike_profiles(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    assert set(settings.check_profiles()) >= {"smoke", "mini", "gpu", "paper"}
-    settings.load_params()

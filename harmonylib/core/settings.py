@@ -1,18 +1,22 @@
-"""The settings of a run: params.yaml, its presets in profiles/, and the schema of them all, profiles/mini.yaml."""
+"""The settings of a run: params.yaml, checked, and the profiles that it is written from (`sections` has the keys)."""
 
 import difflib
+import io
 import os
+import re
+import reprlib
 from pathlib import Path
-from types import SimpleNamespace
+
+from pydantic import ValidationError
 
 from .errors import HarmonyError
+from .files import atomic_path
+from .json_files import write_json
+from .sections import Settings
 
-SCHEMA_PROFILE = "mini"  # its keys and types are those of every profile and of params.yaml
-MAY_BE_NULL = {"harmony_vae.start", "diffharmony.start", "resunet.start", "resunet.encoder"}
-
-
-class Settings(SimpleNamespace):
-    """Settings with their keys as attributes; nested mappings are Settings too."""
+PROFILES = ("profiles", "dvc.yaml")  # params.yaml itself may be missing
+COMPLETE = "mini"  # the profile with every key; the others hold what differs from it
+SCHEMA = "profiles/schema.json"  # for editors; written anew with params.yaml, which names it
 
 
 def _folder_above(names: tuple[str, ...]) -> Path:
@@ -35,23 +39,109 @@ def enter_root() -> Path:
     return root
 
 
-def read_yaml(path):
+def settings(path=None) -> Settings:
+    """The settings of params.yaml (or another file), keys as attributes: settings().resunet.steps. They are frozen.
+
+    Raises HarmonyError naming the file, the key, its value and what it must be.
+    """
+    path = find_root() / "params.yaml" if path is None else Path(path)
+    return _checked(read_yaml(path), path.name)
+
+
+def read_profile(name: str) -> Settings:
+    """The settings of profile `name`. Raises HarmonyError as `write_profile` does."""
+    return _profile(name)[1]
+
+
+def write_profile(name: str) -> Path:
+    """Write params.yaml, profiles/mini.yaml with what profiles/NAME.yaml has instead, and return its path.
+
+    Raises HarmonyError for a profile that does not exist, and as `settings` does.
+    """
+    text, _ = _profile(name)
+    root = _folder_above(PROFILES)
+    write_json(root / SCHEMA, Settings.model_json_schema())
+    with atomic_path(root / "params.yaml") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return root / "params.yaml"
+
+
+def _profile(name: str) -> tuple[str, Settings]:
+    """params.yaml as a profile has it, as text and checked."""
+    from ruamel.yaml import YAML
+
+    folder = _folder_above(PROFILES) / "profiles"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise HarmonyError(f"no profile {name}{did_you_mean(name, names)} (profiles/ has {', '.join(names)})")
+    mini, own = (read_yaml(folder / f"{which}.yaml", "rt") or {} for which in (COMPLETE, name))
+    values = _changed(_changed(mini, own), {"profile": name})
+    checked = _checked(values, f"profiles/{name}.yaml")
+    written = f"Written by `harmonylib profile {name}` from profiles/{name}.yaml; change values here as you like."
+    values.yaml_set_start_comment(f"yaml-language-server: $schema={SCHEMA}\n{written}")
+    yaml, text = YAML(), io.StringIO()
+    yaml.width = 1000  # no line is broken
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    yaml.dump(values, text)
+    return text.getvalue(), checked
+
+
+def _changed(base, changes):
+    """`base` with the values of `changes`, in place where it can be: that keeps the comments."""
+    if isinstance(base, dict) and isinstance(changes, dict):
+        for key, value in changes.items():
+            base[key] = _changed(base.get(key), value)
+        return base
+    if isinstance(base, list) and isinstance(changes, list):
+        base[:] = changes
+        return base
+    return changes
+
+
+def _checked(values, source) -> Settings:
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        found = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")  # a misspelt key first
+        raise HarmonyError(f"{source}: {_in_words(found)}") from None
+
+
+def _in_words(mistake: dict) -> str:
+    """A mistake that pydantic found, for readers of the file."""
+    key, value, kind = ".".join(map(str, mistake["loc"])), mistake["input"], mistake["type"]
+    if kind in ("extra_forbidden", "invalid_key"):
+        fields = Settings.model_fields
+        below = [f"{name}.{own}" for name in fields for own in getattr(fields[name].annotation, "model_fields", ())]
+        return f"unknown key {key}{did_you_mean(key, [*fields, *below])}"
+    if kind == "missing":
+        return f"missing key {key}; profiles/{COMPLETE}.yaml shows it"
+    if kind == "model_type":
+        return f"{key} must be a mapping of settings; `harmonylib profile NAME` writes a full file".lstrip()
+    if kind == "value_error":  # of our own checks; those of several keys begin with one
+        rule = str(mistake["ctx"]["error"])
+        return ".".join(filter(None, [key, rule])) if isinstance(value, dict) else f"{key} is {value}; {rule}"
+    rule = re.sub(r".* should (.*?)( after validation.*)?$", r"it must \1", mistake["msg"])
+    hint = did_you_mean(str(value), re.findall("'(.+?)'", rule)) if kind == "literal_error" else ""
+    return f"{key} is {reprlib.repr(value)}; {rule}{hint}"
+
+
+def read_yaml(path, typ: str = "safe"):
     """Parse a YAML 1.2 file, as DVC does: 1e-4 is a number and `no` a string. Raises HarmonyError naming the line."""
     try:
-        return parse_yaml(Path(path).read_text(encoding="utf-8"), path)
+        return parse_yaml(Path(path).read_text(encoding="utf-8"), path, typ)
     except FileNotFoundError:
         raise HarmonyError(f"{path}: no such file; `harmonylib profile NAME` writes params.yaml") from None
     except UnicodeDecodeError:
         raise HarmonyError(f"{path}: not a UTF-8 text file") from None
 
 
-def parse_yaml(text: str, source):
-    """Parse YAML 1.2 text; `source` names it in the HarmonyError raised when it is not valid."""
+def parse_yaml(text: str, source, typ: str = "safe"):
+    """Parse YAML 1.2 text. Raises HarmonyError naming `source` when it is not valid. typ "rt" keeps the comments."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        return YAML(typ=typ, pure=True).load(text)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -67,15 +157,9 @@ def did_you_mean(name: str, known) -> str:
 
 def same_type(value, example) -> bool:
     """Whether `value` may stand where `example` stands: equal types, an int for a float, anything for None."""
-    if example is None:
-        return True
-    if isinstance(example, bool) or isinstance(value, bool):
-        return isinstance(example, bool) and isinstance(value, bool)
-    if isinstance(example, float):
-        return isinstance(value, (int, float))
     if isinstance(example, list) and isinstance(value, list):
         return not example or all(any(same_type(item, kind) for kind in example) for item in value)
-    return isinstance(value, type(example))
+    return example is None or type(value) is type(example) or (type(value), type(example)) == (int, float)
 
 
 def type_name(value) -> str:
@@ -84,87 +168,3 @@ def type_name(value) -> str:
         return f"a list (of {type_name(value[0])})"
     names = {bool: "true or false", int: "an int", float: "a float", str: "a string", list: "a list", dict: "a mapping"}
     return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a": {"b": 1}, "a.b": 1}: every key by its dotted name."""
-    flat = {}
-    for key, value in values.items():
-        flat[f"{prefix}{key}"] = value
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-    return flat
-
-
-def _check(values, schema: dict, source) -> None:
-    if not isinstance(values, dict):
-        raise HarmonyError(f"{source}: must be a mapping of settings; `harmonylib profile NAME` writes a full one")
-    flat, known = _flat(values), _flat(schema)
-    free = tuple(f"{name}." for name, example in known.items() if example is None)  # below a null all is allowed
-    for name in flat:
-        if name not in known and not name.startswith(free):
-            raise HarmonyError(f"{source}: unknown key {name}{did_you_mean(name, known)}")
-    for name, example in known.items():
-        if name not in flat:
-            raise HarmonyError(f"{source}: missing key {name}; profiles/{SCHEMA_PROFILE}.yaml shows it")
-        if not same_type(flat[name], example) and not (flat[name] is None and name in MAY_BE_NULL):
-            found = f"{flat[name]!r} ({type_name(flat[name])})"
-            raise HarmonyError(f"{source}: {name} must be {type_name(example)}, not {found}")
-
-
-def _profiles(root: Path) -> dict[str, Path]:
-    return {path.stem: path for path in sorted((root / "profiles").glob("*.yaml"))}
-
-
-def _schema(root: Path) -> dict:
-    return read_yaml(root / "profiles" / f"{SCHEMA_PROFILE}.yaml")
-
-
-def load_params(path=None) -> dict:
-    """params.yaml (or another file) of this repository as a nested dict.
-
-    Raises HarmonyError naming the dotted key that is unknown, missing or of another type than in profiles/mini.yaml.
-    """
-    root = find_root()
-    path = root / "params.yaml" if path is None else Path(path)
-    values = read_yaml(path)
-    _check(values, _schema(root), path.name)
-    return values
-
-
-def settings(path=None) -> Settings:
-    """`load_params` with its keys as attributes: settings().train.steps."""
-    return _settings(load_params(path))
-
-
-def _settings(value):
-    if isinstance(value, dict):
-        return Settings(**{key: _settings(item) for key, item in value.items()})
-    return value
-
-
-def write_profile(name: str) -> Path:
-    """Write params.yaml from profiles/NAME.yaml, comments included, and return its path.
-
-    Raises HarmonyError for a profile that does not exist or does not have the keys and types of profiles/mini.yaml.
-    """
-    from .files import atomic_path
-
-    root = _folder_above(("profiles", "dvc.yaml"))  # params.yaml itself may be missing
-    profiles = _profiles(root)
-    if name not in profiles:
-        raise HarmonyError(f"no profile {name}{did_you_mean(name, profiles)} (profiles/ has {', '.join(profiles)})")
-    _check(read_yaml(profiles[name]), _schema(root), f"profiles/{name}.yaml")
-    header = f"# Written by `harmonylib profile {name}` from profiles/{name}.yaml; change values here as you like.\n"
-    with atomic_path(root / "params.yaml") as temporary:
-        temporary.write_text(header + profiles[name].read_text(encoding="utf-8"), encoding="utf-8")
-    return root / "params.yaml"
-
-
-def check_profiles() -> list[str]:
-    """The names of all profiles. Raises HarmonyError when one differs from profiles/mini.yaml in its keys or types."""
-    root = find_root()
-    schema = _schema(root)
-    for name, path in _profiles(root).items():
-        _check(read_yaml(path), schema, f"profiles/{name}.yaml")
-    return list(_profiles(root))

@@ -27,7 +27,7 @@ import typer
 from ..core.checkpoints import RESUME_POINTS, discard_finished
 from ..core.errors import HarmonyError
 from ..core.progress import PROGRESS_FILE, Appender, relay
-from ..core.settings import did_you_mean, find_root, parse_yaml, same_type, type_name
+from ..core.settings import did_you_mean, find_root, parse_yaml, same_type, settings, type_name
 from .terminal import run as run_application
 
 EXECUTED = Path("reports/notebooks")
@@ -295,6 +295,8 @@ def run_command(
 ) -> None:
     """Execute a notebook in the repository root."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # unwind: no kernel or file left over
+    if (find_root() / "profiles").is_dir():  # our repository: a mistake in any section is named before the first stage
+        settings()
     started = time.monotonic()
     target = run_notebook(notebook, parse_parameters(parameter), output)
     typer.echo(f"{notebook} -> {os.path.relpath(target)} ({time.monotonic() - started:.0f} s)", err=True)
