@@ -64,16 +64,9 @@ class TrainSettings:
     def of(cls, run, name: str, task: str = "harmonize") -> "TrainSettings":
         """The training fields of section `name` of the run's settings; <task>_steps goes before steps, and so on."""
         section = vars(getattr(run, name))
-        values = {field.name: section[field.name] for field in fields(cls) if field.name in section}
-        for key in ("steps", "learning_rate"):
-            values |= {key: section[f"{task}_{key}"]} if f"{task}_{key}" in section else {}
+        names = [field.name for field in fields(cls)]
+        values = {name: section[key] for name in names for key in (name, f"{task}_{name}") if key in section}
         return cls(**values | {"precision": run.precision, "compile": run.compile})
-
-    def __post_init__(self):
-        if self.steps < 0 or self.batch_size < 1:
-            raise HarmonyError(f"steps must be >= 0 and batch_size >= 1, not {self.steps} and {self.batch_size}")
-        if self.schedule not in ("constant", "cosine"):
-            raise HarmonyError(f"schedule {self.schedule!r} is unknown; use constant or cosine")
 
 
 def learning_rate_at(step: int, settings: TrainSettings) -> float:
@@ -91,15 +84,13 @@ def learning_rate_at(step: int, settings: TrainSettings) -> float:
 
 
 class _Step(nn.Module):
-    """The loss of a batch as a module's forward pass: what DistributedDataParallel wraps to average gradients.
-
-    compiled: the loss calls the model through torch.compile (its methods beside forward stay as they are).
-    """
+    """The loss of a batch as a module's forward pass: what DistributedDataParallel wraps to average gradients."""
 
     def __init__(self, model, loss, compiled: bool):
         super().__init__()
         self.model, self.loss = model, loss
-        self.called = (torch.compile(model) if compiled else model,)  # in a tuple: no second owner of the weights
+        # In a tuple: no second owner of the weights. Methods of the model beside forward stay as they are.
+        self.called = (torch.compile(model) if compiled else model,)
 
     def forward(self, batch, generator):
         return self.loss(*self.called, batch, generator)
@@ -122,14 +113,12 @@ class _Run:
         self.loss = _Step(model, loss, settings.compile)
         self.rank, self.world = rank_and_world()
 
-    def weights(self) -> dict:
-        return {"modules": [module.state_dict() for module in self.modules]}
-
-    def state(self) -> dict:
-        return self.weights() | {"others": [part.state_dict() for part in self.others]}
+    def state(self, finished: bool = False) -> dict:
+        modules = {"modules": [module.state_dict() for module in self.modules]}
+        return modules | ({} if finished else {"others": [part.state_dict() for part in self.others]})
 
     def restore(self, state: dict) -> None:
-        """Take up a `state`, or the `weights` of a finished run."""
+        """Take up a `state`; that of a finished run has weights alone."""
         for part, saved in zip([*self.modules, *self.others], state["modules"] + state.get("others", []), strict=False):
             part.load_state_dict(saved)
         if self.ema:
@@ -187,12 +176,15 @@ class _Run:
 # ---- the loop ----
 
 
+def _start(module) -> list:
+    """A module's weights, its architecture, and which of its parameters are trained."""
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return [weights_digest(module), settings_of(module.config) if hasattr(module, "config") else repr(module), trained]
+
+
 def _key(modules, loss, batches, settings: TrainSettings, name: str, seed: int) -> dict:
     """All that decides a run's result: a resume point is taken up by a run with the same key only.
-
-    Batches and loss may have a `key` of their own, for data and options that neither the first batch nor the loss's
-    source shows.
-    """
+    Batches and loss may have a `key` of their own, for what neither the first batch nor the loss's source shows."""
     first = {name: value.contiguous() for name, value in batches(0).items()} if settings.steps else {}
     source = ""
     with contextlib.suppress(OSError, TypeError):  # typed at a prompt, or no function
@@ -201,7 +193,7 @@ def _key(modules, loss, batches, settings: TrainSettings, name: str, seed: int) 
         "name": name,
         "seed": seed,
         "settings": asdict(settings),
-        "start": [(weights_digest(m), settings_of(m.config) if hasattr(m, "config") else repr(m)) for m in modules],
+        "start": [_start(module) for module in modules],
         "batches": [getattr(batches, "key", None), hashlib.sha256(save(first)).hexdigest()],
         "loss": [getattr(loss, "key", None), source],
         "code": code_hash(),
@@ -219,9 +211,8 @@ def train(model, loss, batches, settings: TrainSettings, *, name: str, seed: int
     each the mean over 1/50 of the run.
 
     Killed at any moment and called again, it ends with the same weights, bit by bit on one machine. Ctrl-C and SIGTERM
-    end the step, save and raise KeyboardInterrupt. Under torchrun the first process writes, and the checkpoints' folder
-    must be one that all see. Models without BatchNorm end as with one process, up to rounding, if the loss is a plain
-    mean over images.
+    end the step, save and raise KeyboardInterrupt. Under torchrun the checkpoints' folder must be one that all see;
+    models without BatchNorm end as with one process, up to rounding, if the loss is a plain mean over images.
     Raises TrainingDiverged when loss or gradient is not finite (the batch lies with the checkpoints), and HarmonyError
     when another process trains the same or the batch does not divide by the number of processes.
     """
@@ -287,15 +278,14 @@ def _loop(run: _Run, batches, name: str, seed: int, observe, store) -> list[dict
             if writes and not last and (caught or (due and look)):
                 started = time.monotonic()
                 store.save(state | run.state())
-                last_save = time.monotonic()
-                save_seconds = last_save - started
+                last_save, save_seconds = time.monotonic(), time.monotonic() - started
             if caught and not last:
                 raise KeyboardInterrupt(f"{name}: stopped after step {done}; run it again to go on")
 
     if run.ema:
         run.ema.copy_to(run.model.parameters())
     if writes:
-        store.finish(state | run.weights())
+        store.finish(state | run.state(finished=True))
     if caught:
         raise KeyboardInterrupt
     return state["history"]

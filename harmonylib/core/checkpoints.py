@@ -18,7 +18,7 @@ FINISHED = "finished.pt"
 KEY = "key.json"
 WORDS = {
     "settings": "settings",
-    "start": "starting weights",
+    "start": "network or starting weights",
     "batches": "photos or options",
     "loss": "loss",
     "code": "code",
@@ -29,8 +29,7 @@ TRAINED_BY = ("core", "data", "models", "training.py")  # of this library; see c
 class Checkpoints:
     """Resume points of one run in a folder named after the hash of `key`; the last two are kept.
 
-    A finished run leaves `finished.pt`, so that a stage that fails later does not train again; what succeeds as a whole
-    (the notebook runner, `harmonylib pretrain`) removes it.
+    A finished run leaves `finished.pt`, so that a stage that fails later does not train again (`discard_finished`).
     """
 
     def __init__(self, root, key: dict):
@@ -79,10 +78,9 @@ class Checkpoints:
         for path in sorted({step.parent for step in self.folder.parent.glob("*/step-*.pt")} - {self.folder}):
             with contextlib.suppress(OSError, ValueError):  # of a run killed while it wrote its key
                 other = json.loads((path / KEY).read_text(encoding="utf-8"))
-                changed = [word for name, word in WORDS.items() if other.get(name) != self.key[name]]
+                changed = " and ".join(word for name, word in WORDS.items() if other.get(name) != self.key[name])
                 if other["name"] == self.key["name"]:
-                    text = f"{other['name']}: {path} is not resumed, since it had other {' and '.join(changed)}"
-                    print(text, file=sys.stderr)
+                    print(f"{other['name']}: {path} is not resumed, since it had other {changed}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -136,6 +136,7 @@ def show(figure, name: str) -> None:
     """Save a figure (see `save`) and display it in the notebook."""
     from IPython.display import display  # here: only notebooks have it
 
-    figure.tight_layout()
+    if not figure.legends:  # a grid of seaborn's leaves room for its legend itself
+        figure.tight_layout()
     save(figure, name)
     display(figure)

@@ -235,10 +235,11 @@ def pretrain(
     device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
 ) -> None:
     """Train the small latent-diffusion base (autoencoder, then inpainting UNet) on photos with masks."""
+    from types import SimpleNamespace
+
     from ..core.checkpoints import discard_finished
     from ..core.distributed import by_first
     from ..core.json_files import write_json
-    from ..core.settings import Settings
     from ..data.batches import load_pairs
     from ..data.readers import photo_pairs
     from ..models.base import open_base, train_base
@@ -249,7 +250,7 @@ def pretrain(
     section = {name: given[name] for name in (*names, "batch_size", "chroma_weight")}
     section |= {"source": "pipeline" if start else "small", "path": start, "size": unet_size}
     section |= {"autoencoder_channels": [16, 32, 64, 128], "unet_channels": [64, 128]}
-    run = Settings(seed=seed, device=device, precision="auto", compile=False, base=Settings(**section))
+    run = SimpleNamespace(seed=seed, device=device, precision="auto", compile=False, base=SimpleNamespace(**section))
 
     photos = load_pairs(photo_pairs(photos, index, "train" if index else None))
     pipeline = open_base(run.base, seed)
