@@ -6,20 +6,23 @@ it (columns subset, name, photo and metrics; others are ignored): it trains and 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from harmonylib import trainers
+from harmonylib.core.checkpoints import RESUME_POINTS
 from harmonylib.core.errors import HarmonyError
 from harmonylib.data.batches import TripleSet
 from harmonylib.evaluation.metrics import METRICS, summarise
 from harmonylib.evaluation.published import load
 from harmonylib.evaluation.statistics import paired_difference, verdict
-from harmonylib.training import TrainingDiverged, TrainSettings
+from harmonylib.models.contrastive import ResUNetLoss, resunet_batches
+from harmonylib.models.start import initial_resunet
+from harmonylib.training import TrainingDiverged, TrainSettings, train
 
-PAPERS = {"start": None, "head": "residual", "encoder": None, "error": "l1", "weights": (0.4, 0.5, 0.1), "jitter": 0.0}
+PAPERS = {"head": "residual", "encoder": None, "error": "l1", "weights": (0.4, 0.5, 0.1), "jitter": 0.0}
 HIGHER_IS_BETTER = ("psnr", "ssim", "fssim")
 IMAGE = ["subset", "name", "photo"]
 
@@ -48,40 +51,36 @@ class Ablation:
         return table.groupby(IMAGE, sort=False)[[m for m in METRICS if m in table]].mean().reset_index()
 
     def rows(self, metrics: Iterable[str], subsets=("all",)) -> dict:
-        """{variant: row}, each row a mean over images of their means over seeds.
+        """{variant: row}, of the images' means over seeds; None for what no run measured.
 
         row = {metric: mean, "interval": {metric: [lo, hi] over photos}, "n", "photos", "status", "runs": each run's
-        means}; with subsets other than ("all",) the summaries lie one deeper, under the subset's name. What no run
-        measured is None. Raises HarmonyError when the variants cover different images.
+        means}; with subsets other than ("all",) the summaries lie one deeper, under the subset's name.
         """
-        names, metrics = [name for name in self.variants if self.finished(name)], list(metrics)
-        scores = [self.scores(name, self.finished(name)).assign(model=name) for name in names]
-        means = summarise(pd.concat(scores)) if scores else {}
-        rows = {}
+        done = {name: seeds for name in self.variants if (seeds := self.finished(name))}
+        scores = [self.scores(name, seeds).assign(model=name) for name, seeds in done.items()]
+        means, metrics, rows = summarise(pd.concat(scores)) if scores else {}, list(metrics), {}
         for name in self.variants:
             parts = {subset: _part(means.get(name, {}).get(subset), metrics) for subset in subsets}
-            runs = []
+            row = parts["all"] if tuple(subsets) == ("all",) else parts
+            status = f"{len(done.get(name, ()))} of {len(self.seeds)} seeds finished"
+            rows[name] = row | {"status": "; ".join(filter(None, (status, row.get("status")))), "runs": []}
             for seed in self.seeds:
-                done = self.runs.get((name, seed))
-                run = dict.fromkeys(metrics) if done is None else done[metrics].mean().to_dict()
-                runs.append({"seed": seed, **run, "status": self.failures.get((name, seed), "ok")})
-            rows[name] = parts["all"] if tuple(subsets) == ("all",) else parts
-            status = [f"{len(self.finished(name))} of {len(self.seeds)} seeds finished", rows[name].get("status")]
-            rows[name] |= {"status": "; ".join(filter(None, status)), "runs": runs}
+                table = self.runs.get((name, seed))
+                run = dict.fromkeys(metrics) if table is None else table[metrics].mean().to_dict()
+                rows[name]["runs"].append({"seed": seed, **run, "status": self.failures.get((name, seed), "ok")})
         return rows
 
     def difference(self, after: str, before: str, metric: str, subset="all", terms: dict | None = None) -> dict:
-        """By how much `after` is better than `before` on the same images and seeds, interval over photos.
+        """By how much `after` is better than `before` (positive, for errors too) on the same images and seeds.
 
-        Positive is better, for errors (MSE) too; None where no seed has both. terms: {variant: weight} for another
-        effect than after - before, such as the difference of two gains; `after` and `before` then only name it.
+        None where no seed has both; the interval is over photos. terms: {variant: weight} for another effect than
+        after - before, such as the difference of two gains; `after` and `before` then only name it.
         """
         terms = terms or {after: 1, before: -1}
         seeds, sign = self.finished(*terms), 1 if metric in HIGHER_IS_BETTER else -1
         effect, photos = (None, None, None), 0
         if seeds:
-            columns = {name: self.scores(name, seeds).set_index(IMAGE)[metric] for name in terms}
-            value = sum(sign * weight * columns[name] for name, weight in terms.items())
+            value = sum(sign * w * self.scores(name, seeds).set_index(IMAGE)[metric] for name, w in terms.items())
             value = value if subset == "all" else value.xs(subset, level="subset", drop_level=False)
             labels = value.index.get_level_values("photo")
             effect, photos = paired_difference(value, np.zeros(len(value)), labels), labels.nunique()
@@ -102,7 +101,7 @@ def _part(summary: dict | None, metrics: list[str]) -> dict:
 def run_variants(variants: dict[str, Callable[[int], pd.DataFrame]], seeds: Iterable[int]) -> Ablation:
     """Run every variant with every seed. A run that diverges is recorded, and the others go on.
 
-    Raises HarmonyError when there is nothing to run; other errors of a run pass through.
+    Raises HarmonyError when there is nothing to run.
     """
     seeds = tuple(seeds)
     if not variants or not seeds:
@@ -117,19 +116,23 @@ def run_variants(variants: dict[str, Callable[[int], pd.DataFrame]], seeds: Iter
     return Ablation(tuple(variants), seeds, runs, failures)
 
 
+def changed(section, **changes) -> SimpleNamespace:
+    """A copy of a section of the settings with other values."""
+    return SimpleNamespace(**vars(section) | changes)
+
+
 def train_resunet(run, data: TripleSet, seed: int, observe=None, **changes):
     """(model, history) of the paper's ResUNet, trained from nothing for the ablations' steps, some settings changed.
 
-    run: the settings of params.yaml; changes: options of `trainers.contrastive_resunet`. The rest are those of
-    run.resunet, but for its head, encoder and losses, which are the paper's.
+    run: the settings of params.yaml; changes: of its section `resunet`, whose head, encoder and losses are the paper's.
     """
+    section = changed(run.resunet, size=data.size, **PAPERS | changes)
+    model = initial_resunet(section, None, seed)
+    loss = ResUNetLoss(section.weights, section.error, section.reading, section.patches)
     settings = replace(TrainSettings.of(run, "resunet"), steps=run.ablations.resunet_steps)
-    known = trainers.contrastive_resunet.__kwdefaults__
-    options = {name: value for name, value in vars(run.resunet).items() if name in known}
-    options |= PAPERS | changes
-    return trainers.contrastive_resunet(
-        data, settings, seed=seed, device=run.device, observe=observe, checkpoints="artifacts/checkpoints", **options
-    )
+    options = {"seed": seed, "device": run.device, "observe": observe, "checkpoints": RESUME_POINTS}
+    history = train(model, loss, resunet_batches(data, section, seed), settings, name="contrastive resunet", **options)
+    return model, history
 
 
 def printed(table: str) -> dict:
@@ -140,7 +143,7 @@ def printed(table: str) -> dict:
 
 
 def report(table: str, ablation: Ablation, metrics, pairs, subsets=("all",), **about) -> dict:
-    """What a table's notebook writes to reports/metrics/table_<table>.json, in the form that `claims` reads.
+    """What a table's notebook writes to reports/metrics/table_<table>.json, in the form that the report reads.
 
     pairs: (after, before) or (after, before, terms), as `Ablation.difference` takes them, tested on every metric and
     subset. Rows and differences carry "published" where the paper has the values. about: more top-level keys.
@@ -185,11 +188,10 @@ def side_by_side(data: dict, metrics) -> pd.DataFrame:
 
 def gains(data: dict, metric: str = "psnr") -> pd.DataFrame:
     """A report's differences in one metric as a table, one row a pair: ours with its interval, published, verdict."""
-    found = [d for d in data["differences"] if d["metric"] == metric]
+    found = [d | dict(zip(("low", "high"), d["interval"], strict=True)) for d in data["differences"]]
     numbers = ["improvement", "low", "high", "published"]
-    table = pd.DataFrame(found, columns=["after", "before", "subset", *numbers, "verdict"])
-    table[["low", "high"]] = [d["interval"] for d in found]
-    return table.astype(dict.fromkeys(numbers, float))
+    table = pd.DataFrame(found).query("metric == @metric")[["after", "before", "subset", *numbers, "verdict"]]
+    return table.astype(dict.fromkeys(numbers, float)).reset_index(drop=True)
 
 
 def plot(data: dict, metric: str = "psnr", label: str = "PSNR, dB"):
@@ -197,25 +199,25 @@ def plot(data: dict, metric: str = "psnr", label: str = "PSNR, dB"):
     rows, gains = _flat(data["rows"]), [d for d in data["differences"] if d["metric"] == metric]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.5 * max(len(rows), len(gains)) + 1.4))
     for place, row in enumerate(rows.values()):
-        for run in row.get("runs", ()):
-            left.plot(np.nan if run[metric] is None else run[metric], place, "o", color="grey", markersize=4)
-        _bar(left, place, row[metric], row["interval"][metric])
-    for place, gain in enumerate(gains):
-        _bar(right, place, gain["improvement"], gain["interval"])
-        right.plot(gain["published"], place, "D", color="C1")
+        runs = np.array([run[metric] for run in row.get("runs", ())], float)
+        left.plot(runs, [place] * len(runs), "o", color="grey", markersize=4)
+    _bars(left, list(rows), [(row[metric], row["interval"][metric]) for row in rows.values()], label)
     if "composite" in data:
         left.axvline(data["composite"][metric], color="black", linestyle=":")
-    right.axvline(0, color="black", linewidth=1)
     names = [f"{g['after']}\nover {g['before']}" + (f", {g['subset']}" if g["subset"] != "all" else "") for g in gains]
-    for axis, ticks, text in ((left, list(rows), label), (right, names, f"gain in {label} (◆ published)")):
-        axis.set(yticks=range(len(ticks)), yticklabels=ticks, ylim=(len(ticks) - 0.5, -0.5), xlabel=text)
-        axis.tick_params(axis="y", labelsize=8)
+    effects = [(gain["improvement"], gain["interval"]) for gain in gains]
+    _bars(right, names, effects, f"gain in {label} (◆ published)")
+    right.plot([gain["published"] for gain in gains], range(len(gains)), "D", color="C1")
+    right.axvline(0, color="black", linewidth=1)
     figure.tight_layout()
     plt.close(figure)
     return figure
 
 
-def _bar(axis, place, value, interval):
-    if value is not None:
-        axis.plot([x if x is not None else np.nan for x in interval], [place, place], color="C0", linewidth=2)
-        axis.plot(value, place, "s", color="C0")
+def _bars(axis, names: list[str], found: list[tuple], label: str) -> None:
+    """found: (value, interval) a name; what is None is left out."""
+    places = range(len(names))
+    axis.hlines(places, *np.array([interval or (None, None) for _, interval in found], float).T, linewidth=2)
+    axis.plot(np.array([value for value, _ in found], float), places, "s", color="C0")
+    axis.set(yticks=places, yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=label)
+    axis.tick_params(axis="y", labelsize=8)

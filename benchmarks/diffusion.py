@@ -9,12 +9,18 @@ import torch
 from torch import nn
 
 from harmonylib.core.devices import autocast, has_bf16, pick_device
-from harmonylib.models.base import BaseSettings, build_autoencoder, build_unet
-from harmonylib.models.diffusion import base_scheduler, denoising_loss, latent_mask, scale_latents, training_attention
+from harmonylib.models.base import build_autoencoder, build_unet
+from harmonylib.models.diffusion import (
+    base_scheduler,
+    denoising_loss,
+    latent_mask,
+    sample_posterior,
+    scale_latents,
+    training_attention,
+)
 from harmonylib.models.pipeline import DiffHarmonyPipeline, PromptEmbedding
 from harmonylib.models.refinement import RefinementUNet, refinement_loss
 from harmonylib.models.vae import HarmonyVAE, harmony_vae_loss
-from harmonylib.trainers import sample_posterior
 
 from .paired import paired, paired_memory
 
@@ -32,8 +38,8 @@ class System:
             layer = nn.TransformerEncoderLayer(768, 12, 3072, batch_first=True)
             self.text = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False).to(device).eval()
         else:
-            vae = HarmonyVAE.from_vae(build_autoencoder(BaseSettings.autoencoder_channels))
-            unet, prompt, self.text = build_unet(BaseSettings.unet_channels), PromptEmbedding(1, 32), None
+            vae = HarmonyVAE.from_vae(build_autoencoder((16, 32, 64, 128)))
+            unet, prompt, self.text = build_unet((64, 128)), PromptEmbedding(1, 32), None
         self.pipeline = DiffHarmonyPipeline(vae, unet, base_scheduler("epsilon"), prompt).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.vae, self.unet, self.prompt = vae, unet, prompt.embeds

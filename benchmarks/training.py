@@ -23,7 +23,7 @@ from harmonylib.data.batches import PixelBatches, TripleSet
 from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
 from harmonylib.models import diffusion
 from harmonylib.models.classifier import HarmonyClassifier
-from harmonylib.models.contrastive import harmonization_loss
+from harmonylib.models.contrastive import ResUNetLoss
 from harmonylib.models.diffusion import denoising_loss, training_scheduler
 from harmonylib.models.pipeline import DiffHarmonyPipeline
 from harmonylib.models.resunet import ContrastiveResUNet
@@ -57,17 +57,16 @@ def prefetching(device) -> dict:
         settings = training.TrainSettings(12, 8)
         model = ContrastiveResUNet(16, 4, 1)
 
-        def loss(net, batch, draws):
-            return harmonization_loss(net(batch["composite"], batch["mask"]), batch["real"], batch["mask"])
+        loss = ResUNetLoss((0.4, 0.5, 0.0))
 
         def train():
             training.train(model, loss, batches, settings, name="resunet", seed=0, device=device)
 
         def in_line():
-            ahead = training._prefetched
-            training._prefetched = lambda make_batch, steps, pinned: ((step, make_batch(step)) for step in steps)
+            ahead = training.prefetched
+            training.prefetched = lambda batches, steps, pinned: ((step, batches(step)) for step in steps)
             train()
-            training._prefetched = ahead
+            training.prefetched = ahead
 
         return {"name": f"12 training steps of a small ResUNet, {device}: next batch in a thread / in line",
                 **paired(train, in_line, 5)}  # fmt: skip
@@ -128,10 +127,8 @@ def unet_run(device, batch: int, size: int = SIZE, **options):
         return {"loss": denoising_loss(unet, scheduler, batch["target"], batch["condition"], batch["mask"], prompt,
                                        draws)}  # fmt: skip
 
-    run = training._Run(
-        (base.unet.requires_grad_(True).train(),), loss, training.TrainSettings(100, batch, **options), device
-    )
-    return run, tensors
+    settings = training.TrainSettings(100, batch, **options)
+    return training._Run(base.unet.requires_grad_(True), loss, settings, device), tensors
 
 
 def attention(device) -> dict:

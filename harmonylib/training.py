@@ -1,17 +1,18 @@
 """The one training loop: optimiser, schedule, EMA, mixed precision, logging, checkpoint and exact resume.
 
-A stage gives it a model, a function from step to batch and a loss closure. Every random draw of a step is seeded by
-(seed, step), so the state of a run is its weights, optimiser, EMA and step number, and nothing else. Under torchrun the
-processes share each step's batch (`torchrun --nproc-per-node 8 -m harmonylib.tools.cli pretrain ...`).
+A notebook gives it a model, a loss and batches. Every random draw of a step is seeded by (seed, name, step), so the
+state of a run is its weights, optimiser, EMA and step number, and nothing else. Under torchrun the processes share each
+step's batch. As a program it trains a stage without its notebook (`tools/train.py`):
+
+    python -m harmonylib.training params.yaml harmony_vae --task inverse
+    torchrun --nproc-per-node 8 -m harmonylib.training params.yaml diffharmony
 """
 
 import contextlib
 import hashlib
-import signal
-import sys
-import threading
+import inspect
+import runpy
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -19,18 +20,24 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import save, save_file
 from torch import nn
 
-from .core.cache import weights_digest
-from .core.checkpoints import Checkpoints, code_hash
+from .core.cache import settings_of, weights_digest
+from .core.checkpoints import Checkpoints, code_hash, stop_signals
 from .core.devices import autocast, pick_device
 from .core.distributed import ShareOfDraws, join_group, rank_and_world
 from .core.errors import HarmonyError
 from .core.files import atomic_path, only_one
 from .core.progress import progress
-from .core.seeds import generator, rng
+from .core.seeds import generator
+from .data.batches import prefetched
+
+CHECK = 20  # steps between looks at the loss on a GPU, which must wait for each look
 
 
 class TrainingDiverged(HarmonyError):
     """The loss or its gradient became NaN or infinite."""
+
+
+# ---- settings ----
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,7 @@ class TrainSettings:
     """Optimiser and schedule of one training run (DiffHarmony++ Sec. 5.2 unless a stage says otherwise).
 
     warmup is a share of steps; schedule is "constant" or "cosine" (to zero) after it; ema_decay 0 switches EMA off.
-    compile: run the model through torch.compile, which needs a C++ compiler or, on CUDA, Triton, and takes its time at
-    the start of a run.
+    compile: through torch.compile, which needs a C++ compiler or Triton and takes its time at the start of a run.
     """
 
     steps: int
@@ -56,23 +62,11 @@ class TrainSettings:
 
     @classmethod
     def of(cls, run, name: str, task: str = "harmonize") -> "TrainSettings":
-        """The training fields of section `name` of the run's settings; the section's other keys are the stage's own.
-
-        Of the two tasks "harmonize" takes `steps` and `learning_rate`, "inverse" the keys with that name before them.
-        """
-        section = getattr(run, name)
-        prefix = {"harmonize": "", "inverse": "inverse_"}[task]
+        """The training fields of section `name` of the run's settings; <task>_steps goes before steps, and so on."""
+        section = vars(getattr(run, name))
         names = [field.name for field in fields(cls)]
-        values = {name: getattr(section, name) for name in names if hasattr(section, name)}
-        own = ("steps", "learning_rate")
-        values |= {name: getattr(section, prefix + name) for name in own if hasattr(section, prefix + name)}
+        values = {name: section[key] for name in names for key in (name, f"{task}_{name}") if key in section}
         return cls(**values | {"precision": run.precision, "compile": run.compile})
-
-    def __post_init__(self):
-        if self.steps < 0 or self.batch_size < 1:
-            raise HarmonyError(f"steps must be >= 0 and batch_size >= 1, not {self.steps} and {self.batch_size}")
-        if self.schedule not in ("constant", "cosine"):
-            raise HarmonyError(f"schedule {self.schedule!r} is unknown; use constant or cosine")
 
 
 def learning_rate_at(step: int, settings: TrainSettings) -> float:
@@ -86,118 +80,48 @@ def learning_rate_at(step: int, settings: TrainSettings) -> float:
     return settings.learning_rate * 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi)).item())
 
 
-def batch_indices(step: int, count: int, batch_size: int, seed) -> list[int]:
-    """The data-set indices of one step: shuffled epochs laid end to end, a pure function of (seed, step)."""
-    if count < 1:
-        raise HarmonyError("the training list is empty; check the data folder with `harmonylib check-data`")
-    indices, position = [], step * batch_size
-    while len(indices) < batch_size:
-        epoch, offset = divmod(position, count)
-        order = rng(seed, "order", epoch).permutation(count)[offset : offset + batch_size - len(indices)]
-        indices += order.tolist()
-        position += len(order)
-    return indices
-
-
-@contextlib.contextmanager
-def ema_weights(model, ema):
-    """Swap the EMA weights in for validation or saving, and the training weights back afterwards."""
-    if ema is None:
-        yield
-        return
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
-    try:
-        yield
-    finally:
-        ema.restore(model.parameters())
-
-
-@contextlib.contextmanager
-def _signals():
-    """Yield a list that Ctrl-C and SIGTERM add to, so that a step is never cut in two; the second one interrupts."""
-    caught = []
-
-    def catch(number, frame):
-        caught.append(number)
-        if len(caught) > 1:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _prefetched(make_batch, steps: range, pinned: bool):
-    """(step, batch) in order; a thread makes the next batch, in pinned memory if asked, while the caller uses this."""
-
-    def prepare(step):
-        batch = make_batch(step)
-        return {name: value.pin_memory() for name, value in batch.items()} if pinned else batch
-
-    with ThreadPoolExecutor(1, "prefetch") as pool:
-        ahead = pool.submit(prepare, steps[0]) if steps else None
-        for step in steps:
-            batch = ahead.result()
-            ahead = pool.submit(prepare, step + 1) if step + 1 in steps else None
-            yield step, batch
+# ---- one step ----
 
 
 class _Step(nn.Module):
-    """The loss of a batch as a module's forward pass: what DistributedDataParallel wraps to average gradients.
+    """The loss of a batch as a module's forward pass: what DistributedDataParallel wraps to average gradients."""
 
-    compiled: the loss calls the first module through torch.compile (its methods beside forward stay as they are).
-    """
-
-    def __init__(self, modules, loss, compiled: bool):
+    def __init__(self, model, loss, compiled: bool):
         super().__init__()
-        self.parts, self.loss = nn.ModuleList(modules), loss
-        self.called = (torch.compile(modules[0]) if compiled else modules[0],)  # in a tuple: no second owner of weights
+        self.model, self.loss = model, loss
+        # In a tuple: no second owner of the weights. Methods of the model beside forward stay as they are.
+        self.called = (torch.compile(model) if compiled else model,)
 
     def forward(self, batch, generator):
         return self.loss(*self.called, batch, generator)
 
 
 class _Run:
-    """What one training run changes as it goes: modules, optimiser, EMA and loss scale, saved and restored together."""
+    """What one training run changes as it goes: weights, optimiser, EMA and loss scale, saved and restored together."""
 
-    def __init__(self, modules, loss, settings: TrainSettings, device: torch.device):
-        self.settings, self.device = settings, device
-        self.modules = [module.to(device, memory_format=torch.channels_last) for module in modules]
-        self.model = self.modules[0]
+    def __init__(self, model, loss, settings: TrainSettings, device: torch.device):
+        self.settings, self.device, self.model = settings, device, model
+        self.modules = [model, *([loss] if isinstance(loss, nn.Module) else [])]  # a loss may have weights, too
+        for module in self.modules:
+            module.to(device, memory_format=torch.channels_last).train()
         self.parameters = [p for module in self.modules for p in module.parameters() if p.requires_grad]
-        fused = device.type != "mps"
-        self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
-        )
-        self.ema = EMAModel(self.model.parameters(), decay=settings.ema_decay) if settings.ema_decay else None
+        rates = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+        self.optimiser = torch.optim.AdamW(self.parameters, fused=device.type != "mps", **rates)
+        self.ema = EMAModel(model.parameters(), decay=settings.ema_decay) if settings.ema_decay else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self.loss = _Step(self.modules, loss, settings.compile)
+        self.others = [self.optimiser, self.scaler, *([self.ema] if self.ema else [])]
+        self.loss = _Step(model, loss, settings.compile)
         self.rank, self.world = rank_and_world()
 
-    def state(self) -> dict:
-        return {
-            "modules": [module.state_dict() for module in self.modules],
-            "optimiser": self.optimiser.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "scaler": self.scaler.state_dict(),
-        }
+    def state(self, finished: bool = False) -> dict:
+        modules = {"modules": [module.state_dict() for module in self.modules]}
+        return modules | ({} if finished else {"others": [part.state_dict() for part in self.others]})
 
     def restore(self, state: dict) -> None:
-        for module, saved in zip(self.modules, state["modules"], strict=True):
-            module.load_state_dict(saved)
-        if "optimiser" not in state:  # finished
-            return
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.scaler.load_state_dict(state["scaler"])
+        """Take up a `state`; that of a finished run has weights alone."""
+        for part, saved in zip([*self.modules, *self.others], state["modules"] + state.get("others", []), strict=False):
+            part.load_state_dict(saved)
         if self.ema:
-            self.ema.load_state_dict(state["ema"])
             self.ema.to(self.device)
 
     def share_out(self, step: int) -> None:
@@ -220,10 +144,8 @@ class _Run:
         batch = {name: value[share].to(self.device, non_blocking=True) for name, value in batch.items()}
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate_at(step, self.settings)
-        with (
-            autocast(self.device, self.settings.precision),
-            ShareOfDraws(draws, rows) if self.world > 1 else contextlib.nullcontext(),
-        ):
+        shared = ShareOfDraws(draws, rows) if self.world > 1 else contextlib.nullcontext()
+        with autocast(self.device, self.settings.precision), shared:
             terms = self.loss(batch, draws)
         self.scaler.scale(terms["loss"]).backward()
         self.scaler.unscale_(self.optimiser)
@@ -234,135 +156,152 @@ class _Run:
         if self.ema:
             self.ema.step(self.model.parameters())
         terms = {name: value.detach().float() for name, value in terms.items()}
+        # fp16's loss scale makes gradients overflow now and then, and skips such a step: there the loss alone counts
         return terms, terms["loss"] if self.scaler.is_enabled() else terms["loss"] + 0 * norm
 
-    def mean(self, sums: dict, count: int) -> dict:
-        """The terms' means over `count` steps and all processes, as numbers."""
-        values = torch.stack(list(sums.values())) / count
-        if self.world > 1:
-            torch.distributed.all_reduce(values)
-        return dict(zip(sums, (values / self.world).tolist(), strict=True))
+    def observed(self, observe) -> dict:
+        """What `observe` says of the model with its EMA weights; the training weights come back afterwards."""
+        self.model.eval()
+        if self.ema:
+            self.ema.store(self.model.parameters())
+            self.ema.copy_to(self.model.parameters())
+        with torch.no_grad():
+            found = observe(self.model)
+        if self.ema:
+            self.ema.restore(self.model.parameters())
+        self.model.train()
+        return found
 
 
-CHECK = 20  # steps between looks at the loss on a GPU, which must wait for each look
+# ---- the loop ----
 
 
-def train(
-    model,
-    loss,
-    make_batch,
-    settings: TrainSettings,
-    *,
-    name: str,
-    seed: int,
-    device="auto",
-    extra_modules=(),
-    observe=None,
-    observations: int = 10,
-    checkpoints=None,
-    key=None,
-) -> list[dict]:
+def _start(module) -> list:
+    """A module's weights, its architecture, and which of its parameters are trained."""
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return [weights_digest(module), settings_of(module.config) if hasattr(module, "config") else repr(module), trained]
+
+
+def _key(modules, loss, batches, settings: TrainSettings, name: str, seed: int) -> dict:
+    """All that decides a run's result: a resume point is taken up by a run with the same key only.
+    Batches and loss may have a `key` of their own, for what neither the first batch nor the loss's source shows."""
+    first = {name: value.contiguous() for name, value in batches(0).items()} if settings.steps else {}
+    source = ""
+    with contextlib.suppress(OSError, TypeError):  # typed at a prompt, or no function
+        source = inspect.getsource(type(loss) if isinstance(loss, nn.Module) else loss)  # it may stand in a notebook
+    return {
+        "name": name,
+        "seed": seed,
+        "settings": asdict(settings),
+        "start": [_start(module) for module in modules],
+        "batches": [getattr(batches, "key", None), hashlib.sha256(save(first)).hexdigest()],
+        "loss": [getattr(loss, "key", None), source],
+        "code": code_hash(),
+    }
+
+
+def train(model, loss, batches, settings: TrainSettings, *, name: str, seed: int, device="auto", observe=None,
+          checkpoints=None) -> list[dict]:  # fmt: skip
     """Train `model` in place and leave the EMA weights in it, in eval mode.
 
     loss(model, batch, generator) returns a dict of scalar tensors with "loss", means over the batch, and draws only
-    from `generator`; make_batch(step) returns a dict of CPU tensors, their first dimension the batch, and is called one
-    step ahead in a thread. extra_modules are trained along (a loss's own MLP). observe(model) -> dict of numbers is
-    called `observations` times with the EMA weights. checkpoints: a folder for resume points, keyed by settings,
-    starting weights, first batch, code and `key` (data and options of the loss). Returns the history: a list of
-    {"step", "loss", ...}, each the mean over 1/50 of the run.
+    from `generator`; a loss that is a Module is trained along. batches(step) returns a dict of CPU tensors, their first
+    dimension the batch, and is called one step ahead in a thread. observe(model) -> dict of numbers is called ten times
+    with the EMA weights. checkpoints: a folder for resume points. Returns the history: a list of {"step", "loss", ...},
+    each the mean over 1/50 of the run.
 
     Killed at any moment and called again, it ends with the same weights, bit by bit on one machine. Ctrl-C and SIGTERM
-    end the step, save and raise KeyboardInterrupt. Under torchrun each process takes an equal share of every batch and
-    the first one writes; the checkpoints' folder must be one that all see. Models without BatchNorm end as with one
-    process, up to rounding, if the loss is a plain mean over images.
+    end the step, save and raise KeyboardInterrupt. Under torchrun the checkpoints' folder must be one that all see;
+    models without BatchNorm end as with one process, up to rounding, if the loss is a plain mean over images.
     Raises TrainingDiverged when loss or gradient is not finite (the batch lies with the checkpoints), and HarmonyError
     when another process trains the same or the batch does not divide by the number of processes.
     """
-    run = _Run((model, *extra_modules), loss, settings, pick_device(device))
-    with contextlib.ExitStack() as stack:
-        store = None
-        if checkpoints:
-            words = {"settings": asdict(settings), "name": name, "seed": seed, "start": weights_digest(model)}
-            first = {k: v.contiguous() for k, v in make_batch(0).items()} if settings.steps else {}
-            words |= {"batch": hashlib.sha256(save(first)).hexdigest(), "key": key, "code": code_hash()}
-            store = Checkpoints(checkpoints, words)
-            if run.rank == 0:
-                stack.enter_context(only_one(store.folder))
-        history = _loop(run, make_batch, name, seed, observe, observations, store)
+    run = _Run(model, loss, settings, pick_device(device))
+    store = Checkpoints(checkpoints, _key(run.modules, loss, batches, settings, name, seed)) if checkpoints else None
+    with only_one(store.folder) if store and run.rank == 0 else contextlib.nullcontext():
+        history = _loop(run, batches, name, seed, observe, store)
     for module in run.modules:
         module.eval()
     return history
 
 
-def _loop(run: _Run, make_batch, name: str, seed: int, observe, observations: int, store) -> list[dict]:
-    settings, on_cpu = run.settings, run.device.type == "cpu"
+def _loop(run: _Run, batches, name: str, seed: int, observe, store) -> list[dict]:
+    steps, on_cpu, writes = run.settings.steps, run.device.type == "cpu", store is not None and run.rank == 0
+
+    # Go on where an earlier run of the same key stopped; a finished one is only read.
     state = {"step": 0, "history": [], "sums": {}}
-    saved = store.load() if store else None
-    if store and not saved and run.rank == 0:
-        for line in store.stopped_otherwise():
-            print(line, file=sys.stderr)
-    if saved:
+    if saved := store.load() if store else None:
         run.restore(saved)
         state = {key: saved[key] for key in state}
-        state["sums"] = {term: value.to(run.device) for term, value in state["sums"].items()}
-        if "optimiser" not in saved:
+        if "others" not in saved:
             return state["history"]
+        state["sums"] = {term: value.to(run.device) for term, value in state["sums"].items()}
+    elif writes:
+        store.tell_of_others()
     run.share_out(state["step"])
-    for module in run.modules:
-        module.train()
-    window = max(1, settings.steps // 50)
-    first_bad = torch.full((), float("inf"), device=run.device)
-    last_save, save_seconds = time.monotonic(), 0.0
-    began = state["step"], last_save
-    bar = progress(total=settings.steps, desc=name, unit="step")
-    bar.update(state["step"])
-    batches = _prefetched(make_batch, range(state["step"], settings.steps), run.device.type == "cuda")
-    with _signals() as caught, bar, contextlib.closing(batches):
-        for step, batch in batches:
+
+    window = max(1, steps // 50)  # steps of an entry in the history
+    first_bad = torch.full((), float("inf"), device=run.device)  # stays on the GPU, which needs not wait for it
+    began, began_at = time.monotonic(), state["step"]
+    last_save, save_seconds = began, 0.0
+    bar = progress(total=steps, desc=name, unit="step")
+    bar.update(began_at)
+    ahead = prefetched(batches, range(began_at, steps), run.device.type == "cuda")
+    with stop_signals() as caught, bar, contextlib.closing(ahead):
+        for step, batch in ahead:
             terms, health = run.step(step, batch, generator(seed, name, "step", step))
             first_bad = torch.where(health.isfinite(), first_bad, first_bad.clamp(max=step))
             for term, value in terms.items():
                 state["sums"][term] = state["sums"].get(term, 0) + value
             state["step"] = done = step + 1
             bar.update()
-            last = done == settings.steps
-            if (on_cpu or last or caught or done % CHECK == 0 or done % window == 0) and first_bad.isfinite():
-                raise TrainingDiverged(_diverged(int(first_bad), make_batch, name, seed, store))
+            last, look = done == steps, on_cpu or done % CHECK == 0
+
+            # No entry and no resume point may hold what a NaN has touched.
+            if (look or last or caught or done % window == 0) and first_bad.isfinite():
+                raise TrainingDiverged(_diverged(int(first_bad), batches, name, seed, store))
+
             if done % window == 0 or last:
-                entry = {"step": done, **run.mean(state["sums"], done % window or window)}
+                means = torch.stack(list(state["sums"].values())) / (done % window or window)
+                if run.world > 1:
+                    torch.distributed.all_reduce(means)
+                entry = {"step": done, **dict(zip(state["sums"], (means / run.world).tolist(), strict=True))}
                 state["sums"] = {}
-                if observe and (done % max(1, settings.steps // observations) < window or last):
-                    run.model.eval()
-                    with ema_weights(run.model, run.ema), torch.no_grad():
-                        entry |= observe(run.model)
-                    run.model.train()
+                if observe and (done % max(1, steps // 10) < window or last):
+                    entry |= run.observed(observe)
                 state["history"].append(entry)
-                rate = (done - began[0]) * settings.batch_size / (time.monotonic() - began[1])
+                rate = (done - began_at) * run.settings.batch_size / (time.monotonic() - began)
                 bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:.3g} images/s")
+
             # A large state takes its time to save: with the default, at most a sixtieth of the whole.
-            due = time.monotonic() - last_save > settings.checkpoint_seconds * max(1.0, save_seconds)
-            if store and run.rank == 0 and not last and (caught or (due and (on_cpu or done % CHECK == 0))):
+            due = time.monotonic() - last_save > run.settings.checkpoint_seconds * max(1.0, save_seconds)
+            if writes and not last and (caught or (due and look)):
                 started = time.monotonic()
                 store.save(state | run.state())
-                last_save = time.monotonic()
-                save_seconds = last_save - started
+                last_save, save_seconds = time.monotonic(), time.monotonic() - started
             if caught and not last:
                 raise KeyboardInterrupt(f"{name}: stopped after step {done}; run it again to go on")
+
     if run.ema:
         run.ema.copy_to(run.model.parameters())
-    if store and run.rank == 0:
-        store.finish(state | {"modules": [module.state_dict() for module in run.modules]})
+    if writes:
+        store.finish(state | run.state(finished=True))
     if caught:
         raise KeyboardInterrupt
     return state["history"]
 
 
-def _diverged(step: int, make_batch, name: str, seed: int, store) -> str:
+def _diverged(step: int, batches, name: str, seed: int, store) -> str:
     """What to tell of a loss that is not finite; the step's batch is made again and saved with the checkpoints."""
     where = ""
     if store:
-        with atomic_path(store.folder / f"diverged-{step:08d}.safetensors") as temporary:
-            batch = {key: value.contiguous() for key, value in make_batch(step).items()}
+        path = store.folder / f"diverged-{step:08d}.safetensors"
+        with atomic_path(path) as temporary:
+            batch = {key: value.contiguous() for key, value in batches(step).items()}
             save_file(batch, temporary, {"name": name, "seed": str(seed), "step": str(step)})
-        where = f"; its batch is in {store.folder}/diverged-{step:08d}.safetensors"
+        where = f"; its batch is in {path}"
     return f"{name}: loss or gradient is not finite at step {step + 1}{where}; lower learning_rate"
+
+
+if __name__ == "__main__":  # by name: training imports no model, and none of the tools
+    runpy.run_module("harmonylib.tools.train", run_name="__main__")

@@ -6,7 +6,7 @@ import os
 import socket
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["harmonylib.trainers", "harmonylib.augmentation.candidates", "harmonylib.models.base"])
+CONTEXT.set_forkserver_preload(["harmonylib.models.base", "harmonylib.augmentation.candidates"])
 
 
 def start(function, *arguments):

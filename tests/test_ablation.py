@@ -1,8 +1,9 @@
-from types import SimpleNamespace as Settings
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from ablations import common
 from harmonylib import HarmonyError
@@ -118,27 +119,25 @@ def test_nothing_to_run_is_named_and_other_errors_pass():
 def test_the_resunet_trains_with_the_runs_settings_and_the_rows_changes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cache, "ROOT", tmp_path / "cache")
-    draw = np.random.default_rng(0)
     paths = [tmp_path / name for name in ("composite.png", "mask.png", "real.png")]
-    for path, array in zip(
-        paths, (draw.integers(256, size=(16, 16, 3)), np.eye(16) * 255, np.zeros((16, 16, 3))), strict=True
-    ):
+    picture = np.random.default_rng(0).integers(256, size=(16, 16, 3))
+    for path, array in zip(paths, (picture, np.eye(16) * 255, np.zeros((16, 16, 3))), strict=True):
         write_image(path, array.astype(np.uint8))
-    section = Settings(
-        steps=9, batch_size=2, size=16, base_channels=2, depth=2, residual_convs=0, style="none", patches=4
-    )
-    run = Settings(resunet=section, ablations=Settings(resunet_steps=3), device="cpu", precision="fp32", compile=False)
+    section = SimpleNamespace(steps=9, batch_size=2, size=64, base_channels=2, depth=2, residual_convs=0, style="none",
+                              patches=4, reading="B", view=0, crop=0, recolor=0.0, restyle=0.0)  # fmt: skip
+    run = SimpleNamespace(resunet=section, ablations=SimpleNamespace(resunet_steps=3), device="cpu", precision="fp32",
+                          compile=False)  # fmt: skip
     data, seen = TripleSet([Triple("a", "x", *paths)], 16), []
 
-    def observe(model):
-        seen.append(model.config.style)
-        return {"psnr": float(len(seen))}
+    def trained(**changes):
+        model, history = common.train_resunet(
+            run, data, 0, lambda m: seen.append(m.config.style) or {"psnr": 1.0}, **changes
+        )
+        return model, history, torch.cat([parameter.flatten() for parameter in model.parameters()])
 
-    model, history = common.train_resunet(run, data, 0, observe, style="rain")
+    model, history, weights = trained(style="rain")
     assert model.config.style == "rain" and model.config.base_channels == 2 and not model.training
-    assert [entry["psnr"] for entry in history] == [1.0, 2.0, 3.0] and "contrastive" in history[0]
-    again, _ = common.train_resunet(run, data, 0, style="rain")
-    assert all((a == b).all() for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert "contrastive" not in common.train_resunet(run, data, 0, weights=(0.4, 0.5, 0.0))[1][0]
-    other, _ = common.train_resunet(run, data, 0, style="adain")  # starts with the same weights, and must not resume
-    assert any((a != b).any() for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert seen == ["rain"] * 3 and len(history) == 3 and "contrastive" in history[0]
+    assert torch.equal(trained(style="rain")[2], weights)
+    assert "contrastive" not in trained(weights=(0.4, 0.5, 0.0))[1][0]
+    assert not torch.equal(trained(style="adain")[2], weights)  # starts with the same weights, and must not resume

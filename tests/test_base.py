@@ -35,7 +35,7 @@ def test_a_base_and_its_continuation(tmp_path):
     assert all(kept) and not all(changed)
     assert further.vae.config.latents_std == base.vae.config.latents_std
     about = json.loads((tmp_path / "further/training.json").read_text())
-    assert about["start"] == str(tmp_path / "base") and about["seed"] == 1
+    assert about["start"] == str(tmp_path / "base") and about["seed"] == 1 and about["settings"]["unet_steps"] == 2
     assert about["histories"]["autoencoder"] == [] and len(about["histories"]["unet"]) == 2
     assert not list(tmp_path.glob("*/.checkpoints/*/*.pt"))
 

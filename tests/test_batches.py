@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,15 +7,7 @@ import torch
 from harmonylib.core import cache
 from harmonylib.core.errors import HarmonyError
 from harmonylib.core.images import write_image
-from harmonylib.data.batches import (
-    LatentBatches,
-    PhotoBatches,
-    PixelBatches,
-    TripleSet,
-    inpainting_masks,
-    load_pairs,
-    to_tensors,
-)
+from harmonylib.data.batches import LatentBatches, PhotoBatches, PixelBatches, TripleSet, load_pairs, to_tensors
 from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
 from harmonylib.data.readers import photo_pairs
 from harmonylib.data.recipes import RecipeSettings
@@ -70,41 +64,30 @@ def test_moments_of_mirror_images(data, tiny_vae):
 
 
 @pytest.mark.parametrize("task", ["harmonize", "inverse"])
-def test_latent_batches_keep_pixels_and_moments_together(data, tiny_vae, task):
+@pytest.mark.parametrize(("recolor", "crop", "tolerance"), [(0.0, 0, 5e-3), (1.0, 16, 1e-5)])
+def test_latent_batches_keep_pixels_and_moments_together(data, tiny_vae, task, recolor, crop, tolerance):
     """Encoding a batch's own pixels gives its moments, mirrored or not; target and condition swap with the task."""
-    batches = LatentBatches(TripleSet(data, 32), tiny_vae, task, 8, "test", "cpu")
-    batch = batches(3)
+    options = {"batch_size": 8, "seed": "test", "crop": crop}
+    batches = LatentBatches(TripleSet(data, 32), tiny_vae, task, recolor=recolor, **options)
+    batch, again = batches(3), batches(3)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
     with torch.no_grad():
         for image, moments in ((batch["target"], batch["moments"]), (batch["condition"], batch["condition_moments"])):
-            assert torch.allclose(tiny_vae.encode(image).latent_dist.parameters, moments, atol=5e-3)
-    again = batches(3)
-    assert all(torch.equal(batch[name], again[name]) for name in batch)
+            assert torch.allclose(tiny_vae.encode(image).latent_dist.parameters, moments, atol=tolerance)
+    real, made = ("target", "condition") if task == "harmonize" else ("condition", "target")
+    fixed = LatentBatches(TripleSet(data, 32), tiny_vae, task, **options)(3)
+    assert torch.equal(batch[real], fixed[real]) and torch.equal(batch[made], fixed[made]) == (recolor == 0)
     inside = (batch["mask"] > 0).expand(-1, 3, -1, -1)
-    assert (batch["target"] - batch["condition"]).abs()[inside].mean() > 0.1
+    assert recolor or (batch["target"] - batch["condition"]).abs()[inside].mean() > 0.1
+    bare = LatentBatches(TripleSet(data, 32), tiny_vae, task, pixels=False, recolor=recolor, **options)(3)
+    assert set(bare) == {"mask", "moments", "condition_moments"} and torch.equal(bare["moments"], batch["moments"])
 
 
-def test_latent_crops_are_aligned(data, tiny_vae):
-    batch = LatentBatches(TripleSet(data, 32), tiny_vae, "harmonize", 4, "test", "cpu", crop=16)(0)
+def test_latent_crops_are_aligned_and_tasks_known(data, tiny_vae):
+    batch = LatentBatches(TripleSet(data, 32), tiny_vae, "harmonize", 4, "test", crop=16)(0)
     assert batch["target"].shape[-2:] == (16, 16) and batch["moments"].shape[-2:] == (2, 2)
     with pytest.raises(HarmonyError, match="task"):
-        LatentBatches(TripleSet(data, 32), tiny_vae, "harmonise", 4, "test", "cpu")
-
-
-@pytest.mark.parametrize("task", ["harmonize", "inverse"])
-def test_latent_batches_of_composites_made_on_the_fly(data, tiny_vae, task):
-    """Their moments are those of the batch's own pixels; the real image stays, the composite is new in every step."""
-    options = {"batch_size": 4, "seed": "test", "device": "cpu", "crop": 16, "recolor": 1.0}
-    batches = LatentBatches(TripleSet(data, 32), tiny_vae, task, **options)
-    batch, again = batches(0), batches(0)
-    assert all(torch.equal(batch[name], again[name]) for name in batch)
-    with torch.no_grad():
-        for image, moments in ((batch["target"], batch["moments"]), (batch["condition"], batch["condition_moments"])):
-            assert torch.allclose(tiny_vae.encode(image).latent_dist.parameters, moments, atol=1e-5)
-    fixed = LatentBatches(TripleSet(data, 32), tiny_vae, task, **options | {"recolor": 0.0})(0)
-    real, made = ("target", "condition") if task == "harmonize" else ("condition", "target")
-    assert torch.equal(batch[real], fixed[real]) and not torch.equal(batch[made], fixed[made])
-    bare = LatentBatches(TripleSet(data, 32), tiny_vae, task, **options, pixels=False)(0)
-    assert set(bare) == {"mask", "moments", "condition_moments"} and torch.equal(bare["moments"], batch["moments"])
+        LatentBatches(TripleSet(data, 32), tiny_vae, "harmonise", 4, "test")
 
 
 def test_arrays_become_tensors():
@@ -114,14 +97,23 @@ def test_arrays_become_tensors():
     torch.testing.assert_close(tensors["real"], torch.tensor([-1, 1, -0.6]).view(1, 3, 1, 1).expand(1, 3, 1, 2))
 
 
-def test_composites_are_decoded_only_where_they_are_used(data, monkeypatch):
+def test_composites_are_decoded_only_where_they_are_used(data):
     triples = TripleSet(data, 32)
     key = triples.key(composites=False)
     batch = PixelBatches(triples, 4, "test", recolor=1.0)(0)
     assert "composites" not in vars(triples) and not torch.equal(batch["composite"], batch["real"])
-    assert np.array_equal(*(triples.arrays([1], composites=False)[name] for name in ("real", "composite")))
     PixelBatches(triples, 4, "test", recolor=0.5)
     assert "composites" in vars(triples) and triples.key() != key == triples.key(composites=False)
+
+
+def test_a_key_tells_data_and_options_apart(data):
+    options = [{}, {"recolor": 1.0}, {"recolor": 1.0, "recipes": RecipeSettings(transfers=["xiao-ma"])}, {"crop": 16}]
+    batches = [PixelBatches(TripleSet(data, 32), 4, "test", **some) for some in options]
+    batches += [PixelBatches(TripleSet(data, 24), 4, "test"), PixelBatches(TripleSet(data[:2], 32), 4, "test")]
+    renamed = [replace(triple, subset="HCOCO") for triple in data]  # whose composites another recipe makes
+    batches += [PixelBatches(TripleSet(renamed, 32), 4, "test")]
+    assert len({str(some.key) for some in batches}) == len(batches)
+    assert PixelBatches(TripleSet(data, 32), 4, "test").key == batches[0].key
 
 
 def test_a_share_is_recoloured_by_the_subsets_recipe_and_the_settings(data, monkeypatch):
@@ -153,18 +145,10 @@ def test_jittered_masks_move_and_edges_are_soft(data):
 def test_restyled_photos_keep_composite_and_background_together(data):
     plain, restyled = (PixelBatches(TripleSet(data, 32), 4, "test", recolor=1.0, restyle=s)(0) for s in (0.0, 1.0))
     assert not torch.equal(plain["real"], restyled["real"]) and torch.equal(plain["mask"], restyled["mask"])
-    outside = (restyled["mask"] == 0).expand_as(restyled["real"])
-    assert torch.equal(restyled["composite"][outside], restyled["real"][outside])
-
-
-def test_pixel_batches_recolour_only_the_foreground(data):
-    batch = PixelBatches(TripleSet(data, 32), 4, "test", recolor=1.0)(0)
-    outside = (batch["mask"] == 0).expand(-1, 3, -1, -1)
-    assert torch.equal(batch["composite"][outside], batch["real"][outside])
-    assert not torch.equal(batch["composite"], batch["real"])
-    assert PixelBatches(TripleSet(data, 32), 4, "test", crop=24)(0)["real"].shape == (4, 3, 24, 24)
-    with pytest.raises(HarmonyError, match="crop 33"):
-        PixelBatches(TripleSet(data, 32), 4, "test", crop=33)
+    for batch in (plain, restyled):
+        outside = (batch["mask"] == 0).expand_as(batch["real"])
+        assert torch.equal(batch["composite"][outside], batch["real"][outside])
+        assert not torch.equal(batch["composite"], batch["real"])
 
 
 def test_pixel_batches_crop_and_flip_each_triple_by_itself(data):
@@ -175,19 +159,20 @@ def test_pixel_batches_crop_and_flip_each_triple_by_itself(data):
     batch = PixelBatches(triples, 8, "test", crop=24)(0)
     assert torch.equal(batch["composite"], batch["real"]) and batch["mask"].shape == (8, 1, 24, 24)
     assert len({tuple(image.flatten().tolist()) for image in batch["real"]}) > 2  # not one window, mirrored or not
+    with pytest.raises(HarmonyError, match="crop 33"):
+        PixelBatches(triples, 4, "test", crop=33)
 
 
-def test_photos_with_masks(tmp_path):
-    draw = np.random.default_rng(0)
-    for name in ("one", "two"):
-        write_image(tmp_path / "images" / f"{name}.png", draw.integers(0, 256, (30, 40, 3), dtype=np.uint8))
-        write_image(tmp_path / "masks" / f"{name}.png", np.eye(30, 40) > 0)
-    pairs = load_pairs(photo_pairs(tmp_path), longest=20)
-    assert len(pairs) == 2 and pairs[0][0].shape == (15, 20, 3)
-    batch = PhotoBatches(pairs, 16, 4, "test")(0)
-    assert batch["real"].shape == (4, 3, 16, 16) and set(batch["mask"].unique().tolist()) <= {0, 1}
-
-
-def test_inpainting_masks_never_empty():
-    masks = inpainting_masks(torch.zeros(64, 1, 16, 16), "test")
-    assert masks.flatten(1).any(1).all() and set(masks.unique().tolist()) <= {0, 1}
+def test_photos_with_masks_are_cropped_together(tmp_path):
+    for name in ("one", "two"):  # the mask is drawn into the picture: wherever a crop lands, both agree
+        mask = np.hypot(*np.mgrid[-1:1:60j, -1:1:80j]) < 0.6
+        write_image(tmp_path / "images" / f"{name}.png", mask[..., None].repeat(3, axis=2).astype(np.uint8) * 255)
+        write_image(tmp_path / "masks" / f"{name}.png", mask)
+    pairs = load_pairs(photo_pairs(tmp_path), longest=40)
+    assert len(pairs) == 2 and pairs[0][0].shape == (30, 40, 3)
+    batch = PhotoBatches(pairs, 16, 8, "test")(0)
+    assert batch["real"].shape == (8, 3, 16, 16) and set(batch["mask"].unique().tolist()) == {0, 1}
+    assert ((batch["real"][:, :1] > 0) == (batch["mask"] > 0)).float().mean() > 0.93
+    assert len({tuple(mask.flatten().tolist()) for mask in batch["mask"]}) > 4
+    masks = PhotoBatches(pairs, 16, 64, "test", inpainting=True)(0)["mask"]
+    assert masks.flatten(1).any(1).all() and set(masks.unique().tolist()) == {0, 1}  # something is to be painted

@@ -14,7 +14,6 @@ from harmonylib.core.images import (
     to_uint8,
     write_image,
 )
-from harmonylib.data import crops
 
 
 def soft_disc(side=64):
@@ -84,18 +83,3 @@ def test_tensors_and_back():
     np.testing.assert_array_equal(to_uint8(to_tensor(array)), array)
     assert to_tensor(array[..., 0] > 99).unique().tolist() == [0, 1]
     assert to_uint8(torch.full((3, 1, 1), 99 / 127.5 - 1 + 0.9 / 255)).tolist() == [[[99] * 3]]  # rounds, not truncates
-
-
-def test_random_crops_move_image_and_mask_together():
-    """The mask is drawn into the picture: wherever a crop lands, both agree, and the mask stays {0, 1}."""
-    mask = soft_disc(80) > 127
-    image = np.where(mask[..., None], np.uint8(255), np.uint8(0)).repeat(3, axis=2)
-    crop, seen = crops.random_crop(32), set()
-    for seed in range(8):
-        out = crops.apply(crop, ("test", seed), mask, composite=image, real=255 - image)
-        assert out["mask"].dtype == bool and out["mask"].shape == (32, 32)
-        assert ((out["composite"][..., 0] > 127) == out["mask"]).mean() > 0.93
-        np.testing.assert_allclose(out["composite"] + out["real"].astype(int), 255, atol=1)
-        seen.add(out["mask"].tobytes())
-    again = crops.apply(crop, ("test", 7), mask, composite=image)
-    assert len(seen) > 4 and again["mask"].tobytes() == out["mask"].tobytes()

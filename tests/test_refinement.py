@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,12 +8,21 @@ from conftest import keys_digest
 from test_batches import data  # noqa: F401
 from test_vae import legacy
 
-from harmonylib import trainers
 from harmonylib.core.errors import HarmonyError
 from harmonylib.data.batches import TripleSet
-from harmonylib.models.diffusion import unscale_latents
-from harmonylib.models.refinement import RefinementUNet, decode_latents, refine, sample_latents
-from harmonylib.training import TrainSettings
+from harmonylib.models.diffusion import diffharmony_batches, diffharmony_loss, unscale_latents
+from harmonylib.models.refinement import (
+    RefinementUNet,
+    decode_latents,
+    initial_refiner,
+    refine,
+    refinement_batches,
+    refinement_loss,
+    sample_latents,
+)
+from harmonylib.models.start import initial_harmony_vae, initial_unet
+from harmonylib.models.vae import harmony_vae_batches, harmony_vae_loss, skip_norms
+from harmonylib.training import TrainSettings, train
 
 SETTINGS = TrainSettings(steps=12, batch_size=2, learning_rate=5e-3, ema_decay=0.0)
 
@@ -60,28 +70,28 @@ def test_training_a_refiner(data, tiny_pipeline):  # noqa: F811
     triples = TripleSet(data, 32)
     latents = sample_latents(tiny_pipeline, triples, 0, steps=1)
     outputs = decode_latents(tiny_pipeline.vae, latents, triples, 32, 0)
-    model, history = trainers.refinement(outputs, triples, SETTINGS, channels=(8, 8), seed=0, device="cpu")
+    model, batches = initial_refiner((8, 8), 0), refinement_batches(outputs, triples, 2, 0)
+    assert np.allclose(refine(model, outputs, triples), outputs, atol=1e-3)
+    history = train(model, refinement_loss, batches, SETTINGS, name="refinement", seed=0, device="cpu")
     error = lambda images: np.square(images - triples.batch(range(3))["real"].numpy()).mean()  # noqa: E731
     assert error(refine(model, outputs, triples)) < error(outputs) and history[-1]["loss"] < history[0]["loss"]
-    untrained, _ = trainers.refinement(
-        outputs, triples, TrainSettings(steps=0, batch_size=2), channels=(8, 8), seed=0, device="cpu"
-    )
-    assert np.allclose(refine(untrained, outputs, triples), outputs, atol=1e-3)
 
 
 def test_latent_models_train_on_crops(data, tiny_pipeline, tiny_vae):  # noqa: F811
-    triples = TripleSet(data, 32)
-    seen = []
-    hook = tiny_pipeline.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-    tiny_pipeline.vae = tiny_vae
-    options = {"seed": 0, "device": "cpu"}
-    trainers.diffharmony(tiny_pipeline, triples, "harmonize", SETTINGS, crop=16, mask_start="zero", **options)
-    hook.remove()
+    triples, seen = TripleSet(data, 32), []
+    section = SimpleNamespace(batch_size=2, crop=16, mask_start="zero", mask_init="zero", train_decoder=False)
+    tiny_pipeline.vae, loop = tiny_vae, {"name": "test", "seed": 0, "device": "cpu"}
+    unet = initial_unet(section, None, tiny_pipeline)
+    assert not unet.conv_in.weight[:, 4].any()
+    unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    batches = diffharmony_batches(tiny_vae, triples, "harmonize", section, 0)
+    train(unet, diffharmony_loss(tiny_pipeline), batches, SETTINGS, **loop)
     assert set(seen) == {(2, 9, 2, 2)}
-    model, history = trainers.harmony_vae(tiny_vae, triples, "inverse", SETTINGS, crop=16, decoder=False, **options)
-    norms = history[-1]["skip_norms"]
+    model = initial_harmony_vae(section, None, tiny_vae, 0)
+    batches = harmony_vae_batches(model, triples, "inverse", section, 0)
+    norms = train(model, harmony_vae_loss(), batches, SETTINGS, observe=skip_norms, **loop)[-1]["skip_norms"]
     assert len(norms) == len(model.skip_convs()) and all(norm > 0 for norm in norms)
     assert torch.equal(model.decoder.conv_in.weight, tiny_vae.decoder.conv_in.weight)
-    for crop in (12, 40):
+    for section.crop in (12, 40):
         with pytest.raises(HarmonyError, match="multiple of 8"):
-            trainers.diffharmony(tiny_pipeline, triples, "harmonize", SETTINGS, crop=crop, **options)
+            diffharmony_batches(tiny_vae, triples, "harmonize", section, 0)

@@ -1,16 +1,20 @@
 import copy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from harmonylib.core import checkpoints
-from harmonylib.core.checkpoints import Checkpoints, discard_all, discard_finished
+from harmonylib.core.checkpoints import discard_all, discard_finished
 from harmonylib.core.errors import HarmonyError
 from harmonylib.core.files import only_one
-from harmonylib.training import TrainingDiverged, TrainSettings, batch_indices, learning_rate_at, train
+from harmonylib.data.batches import batch_indices
+from harmonylib.training import TrainSettings, learning_rate_at, train
+
+SETTINGS = TrainSettings(40, 8, 0.05, ema_decay=0.9, checkpoint_seconds=0)
 
 
 def problem():
@@ -18,7 +22,7 @@ def problem():
     model = nn.Linear(4, 1)
     data, target = torch.randn(64, 4), torch.randn(64, 1)
 
-    def make_batch(step):
+    def batches(step):
         indices = batch_indices(step, len(data), 8, "test")
         return {"x": data[indices], "y": target[indices]}
 
@@ -26,88 +30,99 @@ def problem():
         noise = 0.01 * torch.randn(batch["y"].shape, generator=generator)
         return {"loss": (net(batch["x"]) - batch["y"] + noise).square().mean()}
 
-    return model, loss, make_batch
+    return model, loss, batches
 
 
-def run(model, loss, make_batch, steps=40, ema=0.9, **extra):
-    settings = TrainSettings(steps=steps, batch_size=8, learning_rate=0.05, ema_decay=ema, checkpoint_seconds=0)
-    return train(model, loss, make_batch, settings, name="test", seed=0, device="cpu", **extra)
+def run(model, loss, batches, settings=SETTINGS, **extra):
+    return train(model, loss, batches, settings, name="test", seed=0, device="cpu", **extra)
 
 
-def test_loss_falls_and_history_is_recorded():
-    model, loss, make_batch = problem()
-    history = run(model, loss, make_batch, observe=lambda m: {"norm": m.weight.norm().item()})
+def test_loss_falls_and_what_was_observed_with_the_ema_weights_is_kept():
+    model, loss, batches = problem()
+    plain, seen = copy.deepcopy(model), []
+    history = run(model, loss, batches, observe=lambda m: seen.append(m.weight.detach().clone()) or {"norm": 1.0})
     assert history[-1]["loss"] < history[0]["loss"]
     assert [entry["step"] for entry in history] == list(range(1, 41)) and "norm" in history[-1]
-    assert not model.training
+    assert torch.equal(seen[-1], model.weight) and not model.training
+    run(plain, loss, batches, TrainSettings(40, 8, 0.05, ema_decay=0.0))
+    assert not torch.allclose(plain.weight, model.weight, atol=1e-4)
 
 
-def test_same_seed_same_weights():
-    results = []
-    for _ in range(2):
-        model, loss, make_batch = problem()
-        run(model, loss, make_batch)
-        results.append(model.weight.detach().clone())
-    assert torch.equal(*results)
-
-
-def test_ema_is_kept_apart_and_left_in_the_model():
-    model, loss, make_batch = problem()
-    plain, with_ema = copy.deepcopy(model), copy.deepcopy(model)
-    seen = []
-    run(plain, loss, make_batch, ema=0.0)
-    run(with_ema, loss, make_batch, observe=lambda m: seen.append(m.weight.detach().clone()) or {})
-    assert torch.equal(seen[-1], with_ema.weight)  # what was observed last is what is kept
-    assert not torch.allclose(plain.weight, with_ema.weight, atol=1e-4)
-
-
-@pytest.mark.parametrize("killed_at", [7, 19, 33])
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path, killed_at):
-    model, loss, make_batch = problem()
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, killed_at=19):
+    model, loss, batches = problem()
     whole = copy.deepcopy(model)
-    history = run(whole, loss, make_batch)
+    history = run(whole, loss, batches)
 
     def dies(step):
         if step == killed_at:
             raise KeyboardInterrupt
-        return make_batch(step)
+        return batches(step)
 
     with pytest.raises(KeyboardInterrupt):
         run(copy.deepcopy(model), loss, dies, checkpoints=tmp_path)
     assert len(list(tmp_path.rglob("step-*.pt"))) == 2
     resumed, steps = copy.deepcopy(model), []
-    again = run(resumed, loss, lambda step: steps.append(step) or make_batch(step), checkpoints=tmp_path)
+    again = run(resumed, loss, lambda step: steps.append(step) or batches(step), checkpoints=tmp_path)
     assert steps[:2] == [0, killed_at] and torch.equal(resumed.weight, whole.weight) and again == history
     assert [path.name for path in tmp_path.rglob("*.pt")] == ["finished.pt"]
     once_more = copy.deepcopy(model)
-    assert run(once_more, loss, make_batch, checkpoints=tmp_path) == history  # nothing is trained twice
+    assert run(once_more, loss, batches, checkpoints=tmp_path) == history  # nothing is trained twice
     assert torch.equal(once_more.weight, whole.weight) and not once_more.training
     discard_finished(tmp_path)
     assert not list(tmp_path.rglob("*.pt"))
 
 
-def test_changed_data_never_resumes(tmp_path):
-    model, loss, make_batch = problem()
-    run(copy.deepcopy(model), loss, make_batch, checkpoints=tmp_path)
-    other = copy.deepcopy(model)
-    run(other, loss, lambda step: {k: v + 1 for k, v in make_batch(step).items()}, checkpoints=tmp_path)
+def test_what_changes_the_result_changes_the_resume_point(tmp_path, capsys):
+    model, loss, batches = problem()
+
+    def stops(step):
+        if step == 9:
+            raise KeyboardInterrupt
+        return batches(step)
+
+    def keyed(function, key):
+        wrapped = lambda *arguments: function(*arguments)  # noqa: E731
+        wrapped.key = key
+        return wrapped
+
+    def edited(net, batch, generator):
+        return {"loss": 2 * loss(net, batch, generator)["loss"]}
+
+    with pytest.raises(KeyboardInterrupt):
+        run(copy.deepcopy(model), loss, stops, checkpoints=tmp_path)
+    other_data = lambda step: {name: value + 1 for name, value in batches(step).items()}  # noqa: E731
+    pairs = [(loss, other_data), (loss, keyed(batches, "jitter")), (keyed(loss, "l1"), batches),
+             (keyed(loss, "l2"), batches), (edited, batches)]  # fmt: skip
+    for count, pair in enumerate(pairs, 1):
+        run(copy.deepcopy(model), *pair, checkpoints=tmp_path)
+        assert len(list(tmp_path.rglob("finished.pt"))) == count
+    frozen = copy.deepcopy(model)
+    frozen.bias.requires_grad_(False)
+    run(frozen, loss, batches, checkpoints=tmp_path)
+    assert len(list(tmp_path.rglob("finished.pt"))) == len(pairs) + 1
+    said = capsys.readouterr().err
+    assert "is not resumed, since it had other photos or options\n" in said
+    assert "is not resumed, since it had other loss\n" in said
+    assert "is not resumed, since it had other network or starting weights\n" in said
+
+
+def test_a_loss_with_weights_trains_along_and_they_are_part_of_the_key(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(factor))
+
+        def forward(self, net, batch, generator):
+            return {"loss": (self.factor * net(batch["x"]) - batch["y"]).square().mean()}
+
+    results = []
+    for factor in (1.0, 1.0, 2.0):
+        model, _, batches = problem()
+        loss = Scaled(factor)
+        run(model, loss, batches, checkpoints=tmp_path)
+        results.append((loss.factor.item(), model.weight))
+    assert results[0][0] == results[1][0] != 1.0 and torch.equal(results[0][1], results[1][1])
     assert len(list(tmp_path.rglob("finished.pt"))) == 2
-
-
-def test_damaged_checkpoint_falls_back(tmp_path):
-    store = Checkpoints(tmp_path, {"a": 1})
-    for step in (1, 2, 3):
-        store.save({"step": step})
-    paths = sorted(tmp_path.rglob("*.pt"))
-    assert len(paths) == 2
-    paths[-1].write_bytes(b"broken")
-    assert store.load()["step"] == 2
-
-
-def test_divergence_is_reported():
-    model, _, make_batch = problem()
-    with pytest.raises(TrainingDiverged, match="not finite at step 1; lower"):
-        run(model, lambda net, batch, generator: {"loss": net(batch["x"]).mean() * float("nan")}, make_batch)
 
 
 def test_schedule_and_order():
@@ -118,23 +133,27 @@ def test_schedule_and_order():
     assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
     with pytest.raises(HarmonyError, match="empty"):
         batch_indices(0, 0, 4, 0)
-    with pytest.raises(HarmonyError, match="schedule"):
-        TrainSettings(steps=1, batch_size=1, schedule="linear")
+
+
+def test_a_sections_settings_by_task():
+    section = SimpleNamespace(steps=3, inverse_steps=5, batch_size=2, learning_rate=0.1, size=64, unet_steps=7)
+    run = SimpleNamespace(section=section, precision="fp32", compile=False)
+    tasks = [TrainSettings.of(run, "section", task) for task in ("harmonize", "inverse", "unet")]
+    assert [found.steps for found in tasks] == [3, 5, 7] and {found.learning_rate for found in tasks} == {0.1}
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_training_ends_near_the_plain_one():
     results, compiled = [], []
     for switch in (False, True):
-        model, loss, make_batch = problem()
+        model, loss, batches = problem()
         before = {name: id(parameter) for name, parameter in model.named_parameters()}
-        settings = TrainSettings(10, 8, 0.05, ema_decay=0.9, compile=switch)
 
         def watched(net, batch, generator, loss=loss):
             compiled.append(hasattr(net, "_orig_mod"))
             return loss(net, batch, generator)
 
-        history = train(model, watched, make_batch, settings, name="test", seed=0, device="cpu")
+        history = run(model, watched, batches, TrainSettings(10, 8, 0.05, ema_decay=0.9, compile=switch))
         results.append((model.weight.detach().clone(), history[-1]["loss"]))
         assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
     assert compiled == [False] * 10 + [True] * 10
@@ -143,8 +162,8 @@ def test_compiled_training_ends_near_the_plain_one():
 
 
 def test_resume_points_that_nobody_needs_are_removed(tmp_path):
-    model, loss, make_batch = problem()
-    run(model, loss, make_batch, checkpoints=tmp_path)
+    model, loss, batches = problem()
+    run(model, loss, batches, checkpoints=tmp_path)
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     with only_one(folder), pytest.raises(HarmonyError, match="another process"):
         discard_all(tmp_path)

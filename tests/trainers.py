@@ -1,24 +1,26 @@
-"""Every trainer on a toy set, for the tests of resuming and of many processes."""
+"""Every training on a toy set, for the tests of resuming and of many processes."""
 
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from harmonylib import trainers
 from harmonylib.core import cache
+from harmonylib.core.distributed import by_first
 from harmonylib.core.seeds import rng
 from harmonylib.data.batches import TripleSet
 from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
-from harmonylib.models import base as pretrain
 from harmonylib.models import refinement
-from harmonylib.models.base import build_autoencoder, build_unet
-from harmonylib.models.diffusion import base_scheduler
+from harmonylib.models.base import build_autoencoder, build_unet, open_base, train_base
+from harmonylib.models.contrastive import ResUNetLoss, resunet_batches
+from harmonylib.models.diffusion import base_scheduler, diffharmony_batches, diffharmony_loss
 from harmonylib.models.pipeline import DiffHarmonyPipeline, PromptEmbedding
-from harmonylib.models.vae import HarmonyVAE
-from harmonylib.training import TrainSettings
+from harmonylib.models.start import initial_harmony_vae, initial_resunet, initial_unet
+from harmonylib.models.vae import HarmonyVAE, harmony_vae_batches, harmony_vae_loss
+from harmonylib.training import TrainSettings, train
 
 SIZE = 32
 
@@ -47,41 +49,38 @@ def inverse_pipeline() -> DiffHarmonyPipeline:
 def trained(trainer: str, root, steps: int = 5, checkpoints=None) -> dict[str, torch.Tensor]:
     """The weights after training on the set in `root`, where caches also go. Batches of 4, fp32."""
     os.chdir(root)
-    torch.manual_seed(0)
     data = TripleSet(read_triples("set", "train"), SIZE)
     settings = TrainSettings(steps, 4, 1e-3, ema_decay=0.5, precision="fp32", checkpoint_seconds=0)
-    loop = {"seed": 0, "device": "cpu", "checkpoints": checkpoints}
+    loop = {"name": trainer, "seed": 0, "device": "cpu", "checkpoints": checkpoints}
+    section = SimpleNamespace(batch_size=4, size=SIZE, mask_init="zero", train_decoder=True, mask_start="base",
+                              base_channels=8, depth=4, residual_convs=1, style="style-fusion", head="colour",
+                              encoder=None, view=32, recolor=0.5, restyle=0.5, jitter=0.5)  # fmt: skip
+    fixed = SimpleNamespace(**vars(section) | {"recolor": 0.0})
     if trainer == "harmony_vae":
-        vae = build_autoencoder((8, 16), size=SIZE)
-        model, _ = trainers.harmony_vae(vae, data, "harmonize", settings, **loop)
+        torch.manual_seed(0)
+        model = initial_harmony_vae(fixed, None, build_autoencoder((8, 16), size=SIZE), 0)
+        loss, batches = harmony_vae_loss(), harmony_vae_batches(model, data, "harmonize", fixed, 0)
     elif trainer == "diffharmony":
-        model, _ = trainers.diffharmony(inverse_pipeline(), data, "inverse", settings, **loop)
+        pipeline = inverse_pipeline()
+        model, loss = initial_unet(fixed, None, pipeline), diffharmony_loss(pipeline)
+        batches = diffharmony_batches(pipeline.vae, data, "inverse", fixed, 0)
     elif trainer == "contrastive_resunet":
-        model, _ = trainers.contrastive_resunet(
-            data,
-            settings,
-            base_channels=8,
-            depth=4,
-            residual_convs=1,
-            head="colour",
-            view=32,
-            patches=8,
-            recolor=0.5,
-            restyle=0.5,
-            jitter=0.5,
-            **loop,
-        )
+        model, loss = initial_resunet(section, None, 0), ResUNetLoss(patches=8)
+        batches = resunet_batches(data, section, 0)
     elif trainer == "refinement":
         latents = refinement.sample_latents(inverse_pipeline(), data, 0, steps=1)
         outputs = refinement.decode_latents(inverse_pipeline().vae, latents, data, SIZE, 0)
-        model, _ = trainers.refinement(outputs, data, settings, channels=(8, 16), **loop)
+        model, loss = refinement.initial_refiner((8, 16), 0), refinement.refinement_loss
+        batches = refinement.refinement_batches(outputs, data, 4, 0)
     else:
-        photos = [(data.reals[index], data.masks[index]) for index in range(len(data.reals))]
-        base = pretrain.BaseSettings(settings, settings, 16, 16, (8, 16), (32, 32), prompt_dim=8)
-        out = f"base-of-{os.environ.get('WORLD_SIZE', '1')}"
-        pretrain.pretrain(photos, out, base, 0, "cpu", checkpoints)
-        assert Path(out, "training.json").exists()  # in every process
-        return DiffHarmonyPipeline.from_pretrained(out, device="cpu").unet.state_dict()
+        part = SimpleNamespace(source="small", size=16, autoencoder_size=16, batch_size=4, learning_rate=1e-3,
+                               autoencoder_steps=steps, unet_steps=steps, checkpoint_seconds=0,
+                               autoencoder_channels=(8, 16), unet_channels=(32, 32))  # fmt: skip
+        run = SimpleNamespace(base=part, seed=0, device="cpu", precision="fp32", compile=False)
+        pipeline = open_base(part, 0)
+        train_base(pipeline, list(zip(data.reals, data.masks, strict=True)), run, checkpoints)
+        return pipeline.unet.state_dict()
+    train(model, loss, batches, settings, **loop)
     return model.state_dict()
 
 
@@ -89,10 +88,10 @@ TRAINERS = ("diffharmony", "harmony_vae", "contrastive_resunet", "refinement", "
 
 
 def write_trained(trainer: str, root, out: str, steps: int = 5, checkpoints=None) -> None:
-    """Write `trained` to the file `out`; in a group only the first process does."""
+    """Write `trained` to the file `out`; in a group the first process does, and all go on when it is there."""
     weights = trained(trainer, root, steps, checkpoints)
-    if os.environ.get("RANK", "0") == "0":
-        torch.save(weights, Path(root, out))
+    by_first(lambda: torch.save(weights, Path(root, out)), "cpu")
+    assert Path(root, out).exists()
 
 
 def encode_cache(root, name: str, batch_size: int = 4) -> None:

@@ -5,7 +5,7 @@ import os
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .errors import HarmonyError
+from .devices import pick_device
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -20,12 +20,21 @@ def join_group(device: torch.device):
     return PartialState(cpu=device.type == "cpu")
 
 
+def by_first(write, device="auto") -> None:
+    """Call `write` in the first process; all return when it has."""
+    rank, world = rank_and_world()
+    if rank == 0:
+        write()
+    if world > 1:
+        join_group(pick_device(device)).wait_for_everyone()
+
+
 class ShareOfDraws(TorchFunctionMode):
     """Inside, torch.rand, randn and randint with `generator` give a process its rows of what one process would draw.
 
     rows: the process's share of the batch; a draw's first dimension must be a multiple of it (twice, for images and
     their partners: each half is shared out). So a step's noise is the same for any number of processes. Draws from
-    other generators and draws of single numbers pass through. Raises HarmonyError for any other first dimension.
+    other generators and draws of single numbers pass through.
     """
 
     def __init__(self, generator: torch.Generator, rows: int):
@@ -35,14 +44,12 @@ class ShareOfDraws(TorchFunctionMode):
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = options or {}
-        if function not in (torch.rand, torch.randn, torch.randint) or options.get("generator") is not self.generator:
-            return function(*arguments, **options)
-        size = tuple(arguments if isinstance(arguments[-1], int) else arguments[-1])
+        ours = function in (torch.rand, torch.randn, torch.randint) and options.get("generator") is self.generator
+        size = tuple(arguments if isinstance(arguments[-1], int) else arguments[-1]) if ours else ()
         if not size:
             return function(*arguments, **options)
         times, rest = divmod(size[0], self.rows)
-        if rest:
-            raise HarmonyError(f"a draw of {size} cannot be shared: its first dimension is not the batch's {self.rows}")
+        assert not rest, f"a draw of {size} cannot be shared: its first dimension is not the batch's {self.rows}"
         bounds = arguments[:-1] if function is torch.randint else ()
         drawn = function(*bounds, (size[0] * self.world, *size[1:]), **options)
         return drawn.unflatten(0, (times, self.world, self.rows))[:, self.rank].reshape(size)

@@ -1,9 +1,16 @@
-"""Training examples: harmonization triples and plain photos with masks, decoded once and kept in memory."""
+"""Training examples: harmonization triples and plain photos with masks, decoded once and kept in memory.
 
+A `batches` object is called with the step and returns a dict of CPU tensors, a pure function of its seed and the step.
+Its `key` says what decides them (data and options), for resume points.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 
+import cv2
+import joblib
 import numpy as np
 import torch
 
@@ -11,10 +18,42 @@ from ..core import cache
 from ..core.errors import HarmonyError
 from ..core.images import fit, read_pair, to_tensor
 from ..core.progress import progress
-from ..core.seeds import rng
-from ..training import batch_indices
-from . import crops
+from ..core.seeds import rng, seed_for
 from .recipes import DEFAULTS, RECIPES, RecipeSettings, jitter, recolor, restyle, soften, widened
+
+TASKS = ("harmonize", "inverse")
+cv2.setNumThreads(0)  # albumentations' crops run beside the training
+
+
+def batch_indices(step: int, count: int, batch_size: int, seed) -> list[int]:
+    """The data-set indices of one step: shuffled epochs laid end to end, a pure function of (seed, step)."""
+    if count < 1:
+        raise HarmonyError("the training list is empty; check the data folder with `harmonylib check-data`")
+    indices, position = [], step * batch_size
+    while len(indices) < batch_size:
+        epoch, offset = divmod(position, count)
+        order = rng(seed, "order", epoch).permutation(count)[offset : offset + batch_size - len(indices)]
+        indices += order.tolist()
+        position += len(order)
+    return indices
+
+
+def prefetched(batches, steps: range, pinned: bool):
+    """(step, batch) in order; a thread makes the next batch, in pinned memory if asked, while the caller uses this."""
+
+    def prepare(step):
+        batch = batches(step)
+        return {name: value.pin_memory() for name, value in batch.items()} if pinned else batch
+
+    with ThreadPoolExecutor(1, "prefetch") as pool:
+        ahead = pool.submit(prepare, steps[0]) if steps else None
+        for step in steps:
+            batch = ahead.result()
+            ahead = pool.submit(prepare, step + 1) if step + 1 in steps else None
+            yield step, batch
+
+
+# ---- photos with masks ----
 
 
 def load_pairs(pairs, longest: int = 256) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -24,20 +63,36 @@ def load_pairs(pairs, longest: int = 256) -> list[tuple[np.ndarray, np.ndarray]]
 
 
 class PhotoBatches:
-    """make_batch(step) of random crops of (image, mask) arrays: "real" Bx3xSxS in [-1, 1], "mask" Bx1xSxS in {0, 1}."""
+    """Random crops of (image, mask) arrays: "real" Bx3xSxS in [-1, 1], "mask" Bx1xSxS in {0, 1}.
 
-    def __init__(self, photos, size: int, batch_size: int, seed, scale=(0.25, 1.0)):
-        self.photos, self.batch_size, self.seed = photos, batch_size, seed
-        self.transform = crops.random_crop(size, scale)
+    A crop has a share within `scale` of the picture's area (DiffHarmony's augmentation), and half are mirrored.
+    inpainting: masks are drawn anew, see `inpainting_masks`.
+    """
+
+    def __init__(self, photos, size: int, batch_size: int, seed, scale=(0.25, 1.0), inpainting: bool = False):
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for its version
+        import albumentations as A  # here: it is slow to import, and only this class needs it
+
+        self.photos, self.batch_size, self.seed, self.inpainting = photos, batch_size, seed, inpainting
+        methods = {"interpolation": cv2.INTER_AREA, "mask_interpolation": cv2.INTER_NEAREST}
+        crop = A.RandomResizedCrop((size, size), scale=scale, **methods)
+        self.transform = A.Compose([crop, A.HorizontalFlip(p=0.5)])
+
+    @property
+    def key(self) -> list:
+        return [joblib.hash(self.photos), str(self.seed), repr(self.transform)]
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
-        reals, masks = [], []
+        crops = []
         for place, index in enumerate(batch_indices(step, len(self.photos), self.batch_size, self.seed)):
             image, mask = self.photos[index]
-            out = crops.apply(self.transform, (self.seed, "crop", step, place), mask, real=image)
-            reals.append(to_tensor(out["real"]))
-            masks.append(to_tensor(out["mask"]))
-        return {"real": torch.stack(reals), "mask": torch.stack(masks)}
+            # albumentations ignores numpy's global seed
+            self.transform.set_random_seed(seed_for(self.seed, "crop", step, place) % 2**32)
+            crops.append(self.transform(image=image, mask=mask.astype(np.uint8)))
+        masks = torch.stack([to_tensor(crop["mask"] > 0) for crop in crops])
+        if self.inpainting:
+            masks = inpainting_masks(masks, self.seed, "inpainting", step)
+        return {"real": torch.stack([to_tensor(crop["image"]) for crop in crops]), "mask": masks}
 
 
 def inpainting_masks(masks: torch.Tensor, *seed_words) -> torch.Tensor:
@@ -55,7 +110,7 @@ def inpainting_masks(masks: torch.Tensor, *seed_words) -> torch.Tensor:
     return out
 
 
-TASKS = ("harmonize", "inverse")
+# ---- harmonization triples ----
 
 
 class TripleSet:
@@ -82,13 +137,13 @@ class TripleSet:
         return cache.pixels([triple.composite for triple in self.triples], self.size, self.geometry)
 
     def key(self, composites: bool = True) -> str:
-        """What identifies the data to caches and checkpoints: a hash of the cache entries' names and of the pairs.
+        """What identifies the data to caches and checkpoints: a hash of the cache entries' names, names and pairs.
 
         composites: whether the composites' contents count; they do not where all are made anew.
         """
         arrays = [self.reals, self.masks, *([self.composites] if composites else [])]
-        names = "".join(Path(array.filename).stem for array in arrays)
-        return blake2b(names.encode() + self.real_of.tobytes() + self.mask_of.tobytes(), digest_size=16).hexdigest()
+        names = [Path(array.filename).stem for array in arrays] + [f"{t.subset}/{t.name}" for t in self.triples]
+        return joblib.hash([names, self.real_of, self.mask_of])
 
     def arrays(self, indices, images: bool = True, composites: bool = True) -> dict[str, np.ndarray]:
         """{"mask": BxSxS bool, "composite", "real": BxSxSx3 uint8} of the given triples.
@@ -116,39 +171,35 @@ def to_tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     }
 
 
+def augmentation(section) -> dict:
+    """The options of `PixelBatches` that a section of the settings has."""
+    names = ("batch_size", "crop", "recolor", "restyle", "jitter")
+    return {name: getattr(section, name) for name in names if hasattr(section, name)}
+
+
 class PixelBatches:
-    """make_batch(step) for image-to-image models: "composite", "real" and "mask", each triple with a crop
-    and a flip of its own.
+    """For image-to-image models: "composite", "real" and "mask", each triple with a crop and a flip of its own.
 
     crop: side of the random windows (0: the whole square), whose corners lie on a grid of `grid` pixels. recolor: share
     of the composites that are made anew from their real image by their subset's recipe, so that a network never sees
     one twice; restyle: share of these whose real image is restyled as a whole first, for sets of few photos; jitter:
     share of these whose mask is dilated or eroded first, as masks drawn by hand are, and whose edge is softened. A
-    transfer takes its colours from another image of the batch.
+    transfer takes its colours from another image of the batch. Raises HarmonyError for a crop that does not fit.
     """
 
-    def __init__(
-        self,
-        data: TripleSet,
-        batch_size: int,
-        seed,
-        crop=0,
-        recolor=0.0,
-        restyle=0.0,
-        jitter=0.0,
-        recipes: RecipeSettings = DEFAULTS,
-        grid: int = 1,
-    ):
-        side = data.size
-        if not 0 <= crop <= side or crop % grid:
-            raise HarmonyError(f"crop {crop} must be 0 or at most {side} and a multiple of {grid}; change it")
+    def __init__(self, data: TripleSet, batch_size: int, seed, crop=0, recolor=0.0, restyle=0.0, jitter=0.0,
+                 recipes: RecipeSettings = DEFAULTS, grid: int = 1):  # fmt: skip
+        if not 0 <= crop <= data.size or crop % grid:
+            raise HarmonyError(f"crop {crop} must be 0 or at most {data.size} and a multiple of {grid}; change it")
         if recolor < 1:
             data.composites  # noqa: B018 - decoded here and not in the training loop's thread
         self.data, self.batch_size, self.seed, self.crop, self.grid = data, batch_size, seed, crop, grid
         self.recolor, self.restyle, self.jitter, self.recipes = recolor, restyle, jitter, recipes
 
-    def __call__(self, step: int) -> dict[str, torch.Tensor]:
-        return self.augmented(step, *self.drawn(step))
+    @property
+    def key(self) -> list:
+        options = [self.crop, self.recolor, self.restyle, self.jitter, repr(self.recipes)]
+        return [self.data.key(self.recolor < 1), str(self.seed), *options]
 
     def drawn(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A step's triples, whether each is mirrored (0 or 1), and their windows' corners (Bx2, in grid cells)."""
@@ -157,8 +208,9 @@ class PixelBatches:
         room = (self.data.size - self.crop) // self.grid if self.crop else 0
         return indices, draw.integers(2, size=len(indices)), draw.integers(room + 1, size=(len(indices), 2))
 
-    def augmented(self, step: int, indices, mirrored, corners, images: bool = True) -> dict[str, torch.Tensor]:
-        """The batch of what `drawn` says; images=False leaves all but the masks out."""
+    def __call__(self, step: int, images: bool = True) -> dict[str, torch.Tensor]:
+        """The step's batch; images=False leaves all but the masks out."""
+        indices, mirrored, corners = self.drawn(step)
         arrays = self.data.arrays(indices, images, composites=self.recolor < 1)
         if self.recolor and images:
             self._recolor(step, indices, arrays)
@@ -198,41 +250,39 @@ def windows(batch: dict[str, torch.Tensor], corners, side: int) -> dict[str, tor
     return {name: torch.stack([v[s] for v, s in zip(vs, slices, strict=True)]) for name, vs in batch.items()}
 
 
-class LatentBatches:
-    """make_batch(step) for the latent models: `PixelBatches` with posterior moments of both images.
+class LatentBatches(PixelBatches):
+    """For the latent models: posterior moments of both images, with the mask and unless pixels=False the images.
 
     task "harmonize": target real, condition composite; "inverse": the other way (Sec. 4.1). Batches hold "target",
-    "condition" (Bx3xSxS), "mask", "moments" and "condition_moments" (Bx2Cxhxw). Windows lie on the latent grid.
-    Moments are cached for all images and their mirror images; with `recolor` (one of the options `anew`, which are
-    those of `PixelBatches`) they are made in every step.
-    pixels=False leaves the images out (the UNet needs none).
+    "condition" (Bx3xSxS), "mask", "moments" and "condition_moments" (Bx2Cxhxw). Windows lie on the latent grid. Moments
+    are cached for all images and their mirror images; with `recolor` they are made in every step. augmentation: options
+    of `PixelBatches`. Raises HarmonyError for an unknown task.
     """
 
-    def __init__(self, data: TripleSet, vae, task: str, batch_size: int, seed, device, crop=0, pixels=True, **anew):
+    def __init__(self, data: TripleSet, vae, task: str, batch_size: int, seed, pixels: bool = True, **augmentation):
         if task not in TASKS:
             raise HarmonyError(f"task {task!r} is unknown; use {' or '.join(TASKS)}")
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.batches = PixelBatches(data, batch_size, seed, crop, grid=factor, **anew)
-        self.task, self.pixels, self.vae, self.device, self.window = task, pixels, vae, device, crop // factor
-        if not self.batches.recolor:
-            self.moments = {"composite": cache.moments(vae, data.composites, device)}
-            self.moments["real"] = cache.moments(vae, data.reals, device)
+        super().__init__(data, batch_size, seed, grid=factor, **augmentation)
+        self.vae, self.pixels = vae, pixels
+        self.names = ("real", "composite") if task == "harmonize" else ("composite", "real")
+        if not self.recolor:
+            images = {"composite": data.composites, "real": data.reals}
+            self.moments = {name: cache.moments(vae, array, vae.device) for name, array in images.items()}
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
-        anew = bool(self.batches.recolor)
-        drawn = self.batches.drawn(step)
-        batch = self.batches.augmented(step, *drawn, images=self.pixels or anew)
-        names = ("real", "composite") if self.task == "harmonize" else ("composite", "real")
-        moments = self._encoded(batch, names) if anew else self._cached(*drawn)
-        out = {"mask": batch["mask"], "moments": moments[names[0]], "condition_moments": moments[names[1]]}
-        return out | ({"target": batch[names[0]], "condition": batch[names[1]]} if self.pixels else {})
+        batch = super().__call__(step, images=self.pixels or self.recolor > 0)
+        moments = self._encoded(batch) if self.recolor else self._cached(*self.drawn(step))
+        target, condition = self.names
+        out = {"mask": batch["mask"], "moments": moments[target], "condition_moments": moments[condition]}
+        return out | ({"target": batch[target], "condition": batch[condition]} if self.pixels else {})
 
     @torch.no_grad()
-    def _encoded(self, batch, names) -> dict[str, torch.Tensor]:
-        images = torch.cat([batch[name] for name in names]).to(self.device)
-        return dict(zip(names, self.vae.encode(images).latent_dist.parameters.cpu().chunk(2), strict=True))
+    def _encoded(self, batch) -> dict[str, torch.Tensor]:
+        images = torch.cat([batch[name] for name in self.names]).to(self.vae.device)
+        return dict(zip(self.names, self.vae.encode(images).latent_dist.parameters.cpu().chunk(2), strict=True))
 
     def _cached(self, indices, mirrored, corners) -> dict[str, torch.Tensor]:
-        rows = {"composite": indices, "real": self.batches.data.real_of[indices]}
-        batch = {k: torch.from_numpy(self.moments[k][mirrored, rows[k]]).float() for k in rows}
-        return windows(batch, corners, self.window) if self.window else batch
+        rows = {"composite": indices, "real": self.data.real_of[indices]}
+        batch = {name: torch.from_numpy(self.moments[name][mirrored, rows[name]]).float() for name in rows}
+        return windows(batch, corners, self.crop // self.grid) if self.crop else batch

@@ -130,3 +130,13 @@ def beside_genuine(measured):
         axis.minorticks_off()
     axes[1].legend(title="made (lines), genuine (dots)", loc="center left", bbox_to_anchor=(1, 0.5))
     return _finished(figure)
+
+
+def show(figure, name: str) -> None:
+    """Save a figure (see `save`) and display it in the notebook."""
+    from IPython.display import display  # here: only notebooks have it
+
+    if not figure.legends:  # a grid of seaborn's leaves room for its legend itself
+        figure.tight_layout()
+    save(figure, name)
+    display(figure)

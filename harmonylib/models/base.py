@@ -3,39 +3,19 @@
 It is to the `mini` profile what Stable Diffusion inpainting is to `paper`: it has never seen a harmonization pair.
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from ..core.checkpoints import discard_finished
+from ..core.cache import weights_digest
 from ..core.devices import pick_device
-from ..core.distributed import join_group, rank_and_world
 from ..core.errors import HarmonyError
-from ..core.json_files import write_json
-from ..data.batches import PhotoBatches, inpainting_masks
+from ..data.batches import PhotoBatches
 from ..training import TrainSettings, train
-from .diffusion import base_scheduler, denoising_loss, latent_mask, scale_latents
+from .diffusion import base_scheduler, denoising_loss, latent_mask, scale_latents, training_scheduler
 from .pipeline import DiffHarmonyPipeline, PromptEmbedding, open_autoencoder
-
-
-@dataclass(frozen=True)
-class BaseSettings:
-    """Architecture and training of the small base. sizes are training crops in pixels; latents are 1/8 of them."""
-
-    autoencoder: TrainSettings
-    unet: TrainSettings
-    autoencoder_size: int = 128
-    unet_size: int = 192
-    autoencoder_channels: tuple[int, ...] = (16, 32, 64, 128)
-    unet_channels: tuple[int, ...] = (64, 128)
-    layers: int = 1
-    latent_channels: int = 4
-    prompt_dim: int = 32
-    kl_weight: float = 1e-5
-    chroma_weight: float = 4.0
 
 
 def build_autoencoder(channels, layers: int = 1, latent_channels: int = 4, size: int = 64) -> AutoencoderKL:
@@ -75,7 +55,13 @@ def build_unet(channels, layers: int = 1, latent_channels: int = 4, prompt_dim: 
 YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))  # ITU-R BT.601
 
 
-def autoencoder_loss(kl_weight: float, chroma_weight: float):
+def autoencoder_batches(photos, section, seed: int) -> PhotoBatches:
+    """What `autoencoder_loss` takes, of (image, mask) arrays, by the settings' section `base`."""
+    size = getattr(section, "autoencoder_size", min(64, section.size))
+    return PhotoBatches(photos, size, section.batch_size, seed)
+
+
+def autoencoder_loss(kl_weight: float = 1e-5, chroma_weight: float = 4.0):
     """L1 of pixels and of 8x8 block means in YCbCr with heavier chroma, and a small KL term.
 
     With plain RGB L1 a small autoencoder spends its four channels on edges and reproduces a grey picture, which is of
@@ -92,96 +78,39 @@ def autoencoder_loss(kl_weight: float, chroma_weight: float):
         value = luma + chroma_weight * (cb + cr) + kl_weight * kl
         return {"loss": value, "luma": luma, "chroma": cb + cr, "kl": kl}
 
+    loss.key = [kl_weight, chroma_weight]
     return loss
 
 
 @torch.no_grad()
-def measure_latents(vae, make_batch, batches: int = 8) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation of the posterior means, for `latents_mean` and `latents_std`."""
-    device = next(vae.parameters()).device
-    latents = torch.cat([vae.encode(make_batch(step)["real"].to(device)).latent_dist.mean for step in range(batches)])
-    return [latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()]
-
-
-def pretrain_autoencoder(vae, photos, settings: BaseSettings, seed, **loop) -> list[dict]:
-    """Train `vae` on random crops, then write its latent statistics into its config. Returns the history."""
-    make_batch = PhotoBatches(photos, settings.autoencoder_size, settings.autoencoder.batch_size, seed)
-    loss = autoencoder_loss(settings.kl_weight, settings.chroma_weight)
-    history = train(vae, loss, make_batch, settings.autoencoder, name="base autoencoder", seed=seed, **loop)
-    statistics = PhotoBatches(photos, settings.unet_size, 32, seed)
-    mean, std = measure_latents(vae, statistics)
+def set_latent_statistics(vae, photos, size: int, seed: int) -> None:
+    """Write the mean and deviation of each channel of crops' latents into the config: latents_mean, latents_std."""
+    batches = PhotoBatches(photos, size, 32, seed)
+    latents = torch.cat([vae.encode(batches(step)["real"].to(vae.device)).latent_dist.mean for step in range(8)])
+    mean, std = latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()
     vae.register_to_config(latents_mean=mean, latents_std=std)
-    return history
 
 
-def pretrain_unet(unet, vae, prompt, photos, settings: BaseSettings, seed, *, device="auto", **loop):
-    """Train `unet` to inpaint: input [noisy latents | mask | latents of the masked image], v-prediction."""
-    scheduler = base_scheduler("v_prediction")
-    vae = vae.to(pick_device(device)).eval().requires_grad_(False)
-    batches = PhotoBatches(photos, settings.unet_size, settings.unet.batch_size, seed, scale=(0.4, 1.0))
+def inpainting_batches(photos, section, seed: int) -> PhotoBatches:
+    """What `inpainting_loss` takes, of (image, mask) arrays, by the settings' section `base`."""
+    return PhotoBatches(photos, section.size, section.batch_size, seed, scale=(0.4, 1.0), inpainting=True)
 
-    def make_batch(step):
-        batch = batches(step)
-        return {"real": batch["real"], "mask": inpainting_masks(batch["mask"], seed, "inpainting", step)}
+
+def inpainting_loss(pipeline: DiffHarmonyPipeline):
+    """Loss of the pipeline's UNet: from [noisy latents | mask | latents of the masked image] to the image's latents."""
+    scheduler, prompt = training_scheduler(pipeline.scheduler.config), pipeline.prompt.embeds
+    vae = pipeline.vae.eval().requires_grad_(False)
 
     def loss(model, batch, generator):
         with torch.no_grad():
             images = torch.cat([batch["real"], batch["real"] * (batch["mask"] < 0.5)])
             target, condition = scale_latents(vae.encode(images).latent_dist.mean, vae).chunk(2)
         mask = latent_mask(batch["mask"], target.shape[-2:])
-        embeds = prompt.to(target.device)
-        value = denoising_loss(model, scheduler, target, condition, mask, embeds, generator, foreground=False)
+        value = denoising_loss(model, scheduler, target, condition, mask, prompt, generator, foreground=False)
         return {"loss": value}
 
-    return train(unet, loss, make_batch, settings.unet, name="base UNet", seed=seed, device=device, **loop)
-
-
-def build_base(seed: int, autoencoder_channels, unet_channels, size: int, layers=1, latent_channels=4, prompt_dim=32):
-    """The small base, a DiffHarmonyPipeline with random weights on the CPU; see the functions above."""
-    torch.manual_seed(seed)
-    vae = build_autoencoder(autoencoder_channels, layers, latent_channels, size)
-    torch.manual_seed(seed)
-    unet = build_unet(unet_channels, layers, latent_channels, prompt_dim)
-    return DiffHarmonyPipeline(vae, unet, base_scheduler("v_prediction"), PromptEmbedding(1, prompt_dim))
-
-
-def train_parts(pipeline, pairs, settings: BaseSettings, seed: int, **loop) -> dict[str, list[dict]]:
-    """Train the parts of `pipeline` that have more than 0 steps, on (image, mask) arrays: autoencoder, then UNet.
-
-    Returns {"autoencoder": history, "unet": history}, an empty history for a part that is kept as it is.
-    """
-    histories = {"autoencoder": [], "unet": []}
-    if settings.autoencoder.steps:
-        histories["autoencoder"] = pretrain_autoencoder(pipeline.vae, pairs, settings, seed, **loop)
-    if settings.unet.steps:
-        prompt = pipeline.prompt.embeds
-        histories["unet"] = pretrain_unet(pipeline.unet, pipeline.vae, prompt, pairs, settings, seed, **loop)
-    return histories
-
-
-def pretrain(pairs, out, settings: BaseSettings, seed: int, device="auto", checkpoints=None, start=None) -> None:
-    """Train a base from (image, mask) arrays and save it to `out`: a DiffHarmonyPipeline folder in fp16.
-
-    start: the folder of a base that is trained further, instead of one with random weights; the architecture is then
-    its own. `training.json` beside the weights holds the settings and the loss curves. Of several processes the first
-    one writes, and all return when it has.
-    """
-    if start:
-        pipeline = DiffHarmonyPipeline.from_pretrained(start, device="cpu")
-    else:
-        sizes = (settings.layers, settings.latent_channels, settings.prompt_dim)
-        channels = (settings.autoencoder_channels, settings.unet_channels)
-        pipeline = build_base(seed, *channels, settings.unet_size, *sizes)
-    histories = train_parts(pipeline, pairs, settings, seed, device=device, checkpoints=checkpoints)
-    rank, world = rank_and_world()
-    if rank == 0:
-        pipeline.to(torch.float16).save_pretrained(out)
-        about = {"settings": asdict(settings), "seed": seed, "start": start and str(start), "histories": histories}
-        write_json(Path(out) / "training.json", about)
-        if checkpoints:
-            discard_finished(checkpoints)
-    if world > 1:
-        join_group(pick_device(device)).wait_for_everyone()
+    loss.key = [weights_digest(vae), weights_digest(pipeline.prompt)]
+    return loss
 
 
 def open_base(settings, seed: int) -> DiffHarmonyPipeline:
@@ -197,18 +126,30 @@ def open_base(settings, seed: int) -> DiffHarmonyPipeline:
         return DiffHarmonyPipeline.from_stable_diffusion(settings.path, vae, device="cpu")
     if settings.source != "small":
         raise HarmonyError(f"base.source {settings.source!r} is unknown; use small, pipeline or stable-diffusion")
-    return build_base(seed, settings.autoencoder_channels, settings.unet_channels, settings.size)
+    torch.manual_seed(seed)
+    vae = build_autoencoder(settings.autoencoder_channels, size=settings.size)
+    torch.manual_seed(seed)
+    unet, prompt = build_unet(settings.unet_channels), PromptEmbedding(1, 32)
+    return DiffHarmonyPipeline(vae, unet, base_scheduler("v_prediction"), prompt)
 
 
-def continue_training(pipeline, pairs, run, **loop) -> dict[str, list[dict]]:
-    """`train_parts` by a run's settings (params.yaml), mostly its section `base`."""
-    section = run.base
-    common = {"batch_size": section.batch_size, "learning_rate": section.learning_rate, "schedule": "cosine"}
-    common |= {"precision": run.precision, "compile": run.compile}
-    base = BaseSettings(
-        autoencoder=TrainSettings(steps=section.autoencoder_steps, ema_decay=0.995, **common),
-        unet=TrainSettings(steps=section.unet_steps, ema_decay=0.998, **common),
-        autoencoder_size=min(64, section.size),
-        unet_size=section.size,
-    )
-    return train_parts(pipeline, pairs, base, run.seed, device=run.device, **loop)
+def train_base(pipeline, photos, run, checkpoints=None) -> dict[str, list[dict]]:
+    """Train the parts of `pipeline` that section `base` gives steps, on (image, mask) arrays: autoencoder, then UNet.
+
+    Returns {"autoencoder": history, "unet": history}, an empty history for a part that is kept as it is.
+    """
+    section, histories = run.base, {"autoencoder": [], "unet": []}
+    pipeline.to(pick_device(run.device))
+    loop = {"seed": run.seed, "device": run.device, "checkpoints": checkpoints}
+    if section.autoencoder_steps:
+        settings = replace(TrainSettings.of(run, "base", "autoencoder"), schedule="cosine", ema_decay=0.995)
+        loss = autoencoder_loss(chroma_weight=getattr(section, "chroma_weight", 4.0))
+        batches = autoencoder_batches(photos, section, run.seed)
+        histories["autoencoder"] = train(pipeline.vae, loss, batches, settings, name="base autoencoder", **loop)
+        set_latent_statistics(pipeline.vae, photos, section.size, run.seed)
+    if section.unet_steps:
+        settings = replace(TrainSettings.of(run, "base", "unet"), schedule="cosine", ema_decay=0.998)
+        batches = inpainting_batches(photos, section, run.seed)
+        loss = inpainting_loss(pipeline)
+        histories["unet"] = train(pipeline.unet, loss, batches, settings, name="base UNet", **loop)
+    return histories

@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.errors import HarmonyError
+from ..data.batches import PixelBatches, augmentation
+from ..data.recipes import DEFAULTS
 
 
 def sample_cells(mask: torch.Tensor, stride: int, patches: int, generator=None) -> tuple[torch.Tensor, ...]:
@@ -179,3 +181,30 @@ def harmonization_loss(
     if contrastive is not None:
         terms["contrastive"] = contrastive(output, real, mask, composite, generator)
     return {**terms, "loss": sum(weight * term for weight, term in zip(weights, terms.values(), strict=False))}
+
+
+# ---- training ----
+
+
+def resunet_batches(data, section, seed: int, recipes=DEFAULTS) -> PixelBatches:
+    """What `ResUNetLoss` takes, by the settings' section `resunet`."""
+    return PixelBatches(data, seed=(seed, "resunet"), recipes=recipes, **augmentation(section))
+
+
+class ResUNetLoss(nn.Module):
+    """Loss for `training.train` of a ResUNet (Eq. 13): batch {"composite", "real", "mask"}; see `harmonization_loss`.
+
+    A weight of 0 for the contrastive term switches it off (Table VI); else its MLP trains along. That is drawn from
+    torch's global generator: make the loss after the network.
+    """
+
+    def __init__(self, weights=(0.4, 0.5, 0.1), error: str = "l1", reading: str = "B", patches: int = 256):
+        super().__init__()
+        self.weights, self.error = weights, error
+        self.contrastive = RegionContrastiveLoss(reading, patches) if weights[2] else None
+        self.key = [list(weights), error, reading, patches]
+
+    def forward(self, network, batch, generator) -> dict[str, torch.Tensor]:
+        composite, real, mask = batch["composite"], batch["real"], batch["mask"]
+        output = network(composite, mask, generator)
+        return harmonization_loss(output, real, mask, self.contrastive, composite, self.weights, generator, self.error)

@@ -5,7 +5,12 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..core.cache import settings_of, weights_digest
+from ..data.batches import LatentBatches, augmentation
+from ..data.recipes import DEFAULTS
 
 NUM_TRAIN_TIMESTEPS = 1000
 SMALL_LATENTS = 24 * 24  # up to which plain attention trains faster on a CPU than PyTorch's fused one
@@ -41,6 +46,13 @@ def foreground_weighted_mse(prediction: torch.Tensor, target: torch.Tensor, mask
     return (error * weight).mean()
 
 
+def sample_posterior(moments: torch.Tensor, generator) -> torch.Tensor:
+    """Latents BxCxhxw drawn from posterior moments Bx2Cxhxw, with noise of a CPU generator."""
+    posterior = DiagonalGaussianDistribution(moments)
+    noise = torch.randn(posterior.mean.shape, generator=generator)
+    return posterior.mean + posterior.std * noise.to(moments.device)
+
+
 def training_attention(latents: torch.Tensor):
     """Context for a forward pass that will be followed by a backward pass, on latents ...xhxw.
 
@@ -64,7 +76,7 @@ def denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, 
     noisy = scheduler.add_noise(target, noise, steps)
     inputs = torch.cat([noisy, mask, condition], dim=1)
     with training_attention(target):
-        prediction = unet(inputs, steps, prompt.expand(len(target), -1, -1)).sample
+        prediction = unet(inputs, steps, prompt.to(target.device).expand(len(target), -1, -1)).sample
     goal = noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(target, noise, steps)
     if foreground:
         return foreground_weighted_mse(prediction, goal, mask)
@@ -92,3 +104,32 @@ def base_scheduler(prediction_type: str) -> DDPMScheduler:
         prediction_type=prediction_type,
         timestep_spacing="linspace",
     )
+
+
+# ---- training ----
+
+
+def diffharmony_batches(vae, data, task: str, section, seed: int, recipes=DEFAULTS) -> LatentBatches:
+    """What `diffharmony_loss` takes, for "harmonize" or "inverse", by the settings' section `diffharmony`."""
+    options = {"seed": (seed, "diffharmony", task), "recipes": recipes, **augmentation(section)}
+    return LatentBatches(data, vae, task, pixels=False, **options)
+
+
+def diffharmony_loss(base, foreground: bool = True):
+    """Loss for `training.train` of a UNet (Eq. 1): batch {"moments", "condition_moments", "mask"}.
+
+    base: a DiffHarmonyPipeline, whose autoencoder, scheduler and prompt stay as they are. foreground: the published
+    foreground-weighted loss (True) or the plain one.
+    """
+    vae, scheduler = base.vae.requires_grad_(False), training_scheduler(base.scheduler.config)
+    prompt = base.prompt.embeds
+
+    def loss(unet, batch, generator):
+        target, condition = (
+            scale_latents(sample_posterior(batch[name], generator), vae) for name in ("moments", "condition_moments")
+        )
+        mask = latent_mask(batch["mask"], target.shape[-2:])
+        return {"loss": denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, foreground)}
+
+    loss.key = [foreground, weights_digest(vae), weights_digest(base.prompt), settings_of(base.scheduler.config)]
+    return loss

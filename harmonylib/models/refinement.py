@@ -17,8 +17,8 @@ from ..core.cache import cached_array, weights_digest
 from ..core.errors import HarmonyError
 from ..core.images import resize
 from ..core.progress import progress
-from ..core.seeds import generator
-from ..data.batches import TripleSet
+from ..core.seeds import generator, rng
+from ..data.batches import TripleSet, batch_indices
 from .diffusion import unscale_latents
 from .pipeline import DiffHarmonyPipeline
 from .vae import HarmonyVAE
@@ -181,3 +181,31 @@ def refine(model: RefinementUNet, outputs: np.ndarray, data: TripleSet, batch_si
         x = torch.cat([torch.from_numpy(outputs[chosen]).float(), batch["mask"], batch["composite"]], dim=1)
         refined[chosen] = model(x.to(model.device)).float().clamp(-1, 1).cpu().numpy()
     return refined
+
+
+# ---- training ----
+
+
+def initial_refiner(channels, seed: int) -> RefinementUNet:
+    """A refiner with random weights whose last convolution is zero (ours): it starts from the stage-1 output."""
+    torch.manual_seed(seed)
+    model = RefinementUNet(block_out_channels=tuple(channels), norm_num_groups=min(32, channels[0] // 2))
+    nn.init.zeros_(model.conv_out.weight)
+    nn.init.zeros_(model.conv_out.bias)
+    return model
+
+
+def refinement_batches(outputs, data: TripleSet, batch_size: int, seed: int):
+    """What `refinement_loss` takes; outputs: stage-1 outputs of the composites of `data` (`decode_latents`).
+
+    The published code makes these anew in every step; here they are made once, with one draw of noise each.
+    """
+
+    def batches(step):
+        indices = batch_indices(step, len(data), batch_size, (seed, "refinement"))
+        batch = data.batch(indices) | {"output": torch.from_numpy(outputs[indices]).float()}
+        mirrored = rng(seed, "refinement", "flip", step).random() < 0.5
+        return {name: value.flip(-1) if mirrored else value for name, value in batch.items()}
+
+    batches.key = [data.key(), Path(outputs.filename).stem]
+    return batches

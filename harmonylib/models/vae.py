@@ -12,6 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.errors import HarmonyError
+from ..data.batches import LatentBatches, augmentation
+from ..data.recipes import DEFAULTS
+from .diffusion import sample_posterior
 from .weights import LegacyAttention, load_strict
 
 
@@ -298,21 +301,34 @@ def _ramp(length: int, overlap: int) -> torch.Tensor:
     return torch.minimum(position + 1, length - position).div(overlap + 1).clamp(max=1)
 
 
-def harmony_vae_loss(kind: str = "l2"):
-    """Loss closure for `training.train` (Eq. 2): batch {"moments", "target", "condition", "mask"}.
+# ---- training ----
 
-    moments: Bx2Cxhxw posterior moments of the target (cached); kind: "l2" (paper) or "l1" (published code).
+
+def harmony_vae_batches(vae: HarmonyVAE, data, task: str, section, seed: int, recipes=DEFAULTS) -> LatentBatches:
+    """What `harmony_vae_loss` takes, for "harmonize" or "inverse", by the settings' section `harmony_vae`."""
+    return LatentBatches(data, vae, task, seed=(seed, "harmony_vae", task), recipes=recipes, **augmentation(section))
+
+
+def harmony_vae_loss(kind: str = "l2"):
+    """Loss for `training.train` (Eq. 2): batch {"moments", "target", "condition", "mask"}.
+
+    moments: Bx2Cxhxw posterior moments of the target; kind: "l2" (paper) or "l1" (published code). Raises HarmonyError
+    for another kind.
     """
     if kind not in ("l1", "l2"):
         raise HarmonyError(f"loss {kind!r} is unknown; use l2 (paper) or l1 (published code)")
     distance = F.mse_loss if kind == "l2" else F.l1_loss
 
     def loss(vae, batch, generator):
-        noise = torch.randn(batch["moments"].chunk(2, 1)[0].shape, generator=generator)
-        posterior = DiagonalGaussianDistribution(batch["moments"])
-        latents = posterior.mean + posterior.std * noise.to(posterior.mean.device)
+        latents = sample_posterior(batch["moments"], generator)
         output = vae.decode(latents, batch["condition"], batch["mask"], generator=generator).sample
         error = (output.float() - batch["target"]).square().mean()
         return {"loss": distance(output.float(), batch["target"]), "mse": error}
 
+    loss.key = kind
     return loss
+
+
+def skip_norms(vae: HarmonyVAE) -> dict[str, list[float]]:
+    """{"skip_norms": norms of the zero convolutions' weights, ordered as `skip_convs`}, to be observed in training."""
+    return {"skip_norms": [conv.weight.norm().item() for conv in vae.skip_convs()]}

@@ -222,36 +222,48 @@ def pretrain(
     photos: str = typer.Argument(metavar="PHOTOS", help="a folder with images/ and masks/, at any depth"),
     out: str = typer.Argument(metavar="OUT", help="the folder to write"),
     index: str = typer.Option(None, help="CSV with columns image, mask and split; rows with split=train are used"),
-    autoencoder_steps: int = typer.Option(6500),
+    autoencoder_steps: int = typer.Option(6500, min=0),
     autoencoder_learning_rate: float = typer.Option(2e-3),
     autoencoder_size: int = typer.Option(128, help="training crop in pixels"),
-    unet_steps: int = typer.Option(1900),
+    unet_steps: int = typer.Option(1900, min=0),
     unet_learning_rate: float = typer.Option(1e-3),
     unet_size: int = typer.Option(192, help="training crop in pixels"),
-    batch_size: int = typer.Option(16),
+    batch_size: int = typer.Option(16, min=1),
     chroma_weight: float = typer.Option(4.0, help="weight of chroma beside luma in the autoencoder's loss"),
     start: str = typer.Option(None, metavar="DIR", help="train this base further (a part with 0 steps is kept)"),
     seed: int = typer.Option(0),
     device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
 ) -> None:
     """Train the small latent-diffusion base (autoencoder, then inpainting UNet) on photos with masks."""
+    from types import SimpleNamespace
+
+    from ..core.checkpoints import discard_finished
+    from ..core.distributed import by_first
+    from ..core.json_files import write_json
     from ..data.batches import load_pairs
     from ..data.readers import photo_pairs
-    from ..models import base
-    from ..training import TrainSettings
+    from ..models.base import open_base, train_base
 
-    pairs = photo_pairs(photos, index, "train" if index else None)
-    common = {"batch_size": batch_size, "schedule": "cosine"}
-    settings = base.BaseSettings(
-        autoencoder=TrainSettings(
-            autoencoder_steps, learning_rate=autoencoder_learning_rate, ema_decay=0.995, **common
-        ),
-        unet=TrainSettings(unet_steps, learning_rate=unet_learning_rate, ema_decay=0.998, **common),
-        autoencoder_size=autoencoder_size,
-        unet_size=unet_size,
-        chroma_weight=chroma_weight,
-    )
-    base.pretrain(load_pairs(pairs), out, settings, seed, device, f"{out}/.checkpoints", start)
+    # The section `base` of params.yaml, with what only this command can change.
+    names = ("autoencoder_steps", "autoencoder_learning_rate", "autoencoder_size", "unet_steps", "unet_learning_rate")
+    given, points = locals(), f"{out}/.checkpoints"
+    section = {name: given[name] for name in (*names, "batch_size", "chroma_weight")}
+    section |= {"source": "pipeline" if start else "small", "path": start, "size": unet_size}
+    section |= {"autoencoder_channels": [16, 32, 64, 128], "unet_channels": [64, 128]}
+    run = SimpleNamespace(seed=seed, device=device, precision="auto", compile=False, base=SimpleNamespace(**section))
+
+    photos = load_pairs(photo_pairs(photos, index, "train" if index else None))
+    pipeline = open_base(run.base, seed)
+    histories = train_base(pipeline, photos, run, points)
+
+    def save():
+        import torch
+
+        pipeline.to(torch.float16).save_pretrained(out)
+        write_json(f"{out}/training.json", {"settings": section, "seed": seed, "start": start, "histories": histories})
+        discard_finished(points)
+
+    by_first(save, device)
     typer.echo(out)
 
 

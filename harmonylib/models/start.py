@@ -1,0 +1,99 @@
+"""Where a training starts: from shipped weights, a folder of earlier ones or nothing (key `start` of a section)."""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from ..core.errors import HarmonyError
+from .resunet import ContrastiveResUNet, build
+from .vae import HarmonyVAE
+from .weights import SHIPPED, load_strict
+
+SHAPE = ("base_channels", "depth", "residual_convs")
+FOLDERS = {"resunet": "contrastive-resunet", "harmonize": "diffharmony++", "inverse": "diffharmony++-inverse"}
+
+
+def start_folder(start: str | None, model: str) -> Path | None:
+    """The folder that the setting `start` names for a model: "resunet", or a task of the diffusion models.
+
+    None for null and where this release ships none: training then starts from the base or from nothing. Raises
+    HarmonyError where the folder is missing.
+    """
+    folder = SHIPPED / FOLDERS.get(model, model) if start == "shipped" else Path(start or "")
+    if start and folder.is_dir():
+        return folder
+    if start in (None, "shipped"):
+        return None
+    raise HarmonyError(f"start: {start}: no such folder; use shipped, null or the folder of a trained model")
+
+
+def initial_resunet(section, folder: Path | None, seed: int) -> ContrastiveResUNet:
+    """The network that section `resunet` trains: that in `folder`, or a new one with its encoder's ImageNet weights.
+
+    A colour head that was trained alone (`view: 0`) is grown into the network that the section describes. Raises
+    HarmonyError where the folder holds no ResUNet, or one of another architecture than the section says.
+    """
+    torch.manual_seed(seed)
+    names = ["style", "head", "encoder", "view"]
+    new = {name: getattr(section, name) for name in (*SHAPE, *names)}
+    if folder is None:
+        return build(section.size, **new)
+    model = load_strict(ContrastiveResUNet.from_pretrained, folder)
+    alone = model.config.head == section.head == "colour" and model.config.view == 0
+    if alone and section.view:
+        grown = build(section.size, **new)
+        grown.colour_head.load_state_dict(model.colour_head.state_dict(), strict=False)
+        model, names = grown, []
+    elif section.head != "colour":
+        names.remove("view")
+    for name in [*names, *([] if section.encoder or alone else SHAPE)]:
+        if new[name] != model.config[name]:
+            raise HarmonyError(
+                f"params.yaml: resunet.{name} is {new[name]}, but the network in {folder} has {model.config[name]}; "
+                "set that, or start: null for a new network"
+            )
+    torch.manual_seed(seed)  # the loss has a network to draw, too: alike, whatever loading has drawn
+    return model
+
+
+def initial_harmony_vae(section, folder: Path | None, vae, seed: int) -> HarmonyVAE:
+    """The Harmony-VAE that section `harmony_vae` trains: that of a pipeline's `folder`, or a new one around `vae`.
+
+    Raises HarmonyError where it was trained around another autoencoder than `vae`.
+    """
+    model = None
+    if folder:
+        model = HarmonyVAE.from_pretrained(_part(folder, "vae"))
+        ours, theirs = (v.encoder.state_dict() for v in (vae, model))
+        same = ours.keys() == theirs.keys() and all(
+            ours[k].shape == theirs[k].shape and torch.allclose(ours[k].cpu(), theirs[k].cpu(), atol=1e-2) for k in ours
+        )
+        if not same:
+            raise HarmonyError(f"{folder}: its autoencoder is not that of base.path; use the base it was trained with")
+    torch.manual_seed(seed)
+    model = model or HarmonyVAE.from_vae(vae, mask_init=section.mask_init)
+    model.set_trainable(section.train_decoder)
+    return model.to(vae.device)
+
+
+def initial_unet(section, folder: Path | None, base) -> UNet2DConditionModel:
+    """The UNet that section `diffharmony` trains: that of a pipeline's `folder`, or the base's own.
+
+    `mask_start: base` keeps the base's weights for the mask channel (as published); zero (ours) sets them to zero, so
+    that training starts from copying the composite instead of from filling a hole, which small bases need.
+    Raises HarmonyError where the folder's has other channels than the base's latents need.
+    """
+    if folder is None:
+        if section.mask_start == "zero":
+            base.unet.conv_in.weight.data[:, base.vae.config.latent_channels] = 0.0
+        return base.unet
+    model = load_strict(UNet2DConditionModel.from_pretrained, _part(folder, "unet"))
+    if model.config.out_channels != base.unet.config.out_channels:
+        raise HarmonyError(f"{folder}: its UNet does not fit the base's latents; use the base it was trained with")
+    return model.to(base.device)
+
+
+def _part(folder: Path, name: str) -> Path:
+    """The part of a pipeline's folder, or the folder where it is that part itself."""
+    return folder / name if (folder / name).is_dir() else folder
