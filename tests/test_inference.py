@@ -10,7 +10,7 @@ from PIL import Image
 import harmonylib as hl
 from harmonylib.core.devices import autocast
 from harmonylib.core.errors import HarmonyError
-from harmonylib.core.images import fit, to_tensor
+from harmonylib.core.images import fit, to_tensor, to_uint8
 from harmonylib.core.seeds import generator
 from harmonylib.inference import (
     blend,
@@ -22,6 +22,7 @@ from harmonylib.inference import (
     run_model,
     working_size,
 )
+from harmonylib.models.colour_map import apply_map
 from harmonylib.models.resunet import ContrastiveResUNet
 
 
@@ -93,13 +94,13 @@ def test_a_colour_map_is_applied_at_full_size_as_strongly_as_asked(tmp_path, com
         return np.asarray(hl.harmonize(image, mask, model=folder, device="cpu", **options))
 
     model = load_model(str(folder), "cpu")
-    change = predicted_map(model, *fit(image, mask, working_size(model)))
+    found = predicted_map(model, *fit(image, mask, working_size(model)))
+    colours = to_tensor(image)[None]
     for strength in (0.0, 0.3, 1.0):
-        colours = image[mask].astype(np.float32) / 255
-        expected = image.copy()
-        expected[mask] = np.rint(255 * (colours + strength * change(colours)).clip(0, 1))
+        mapped = to_uint8(colours + strength * (apply_map(found, colours) - colours))[0].astype(int)
         result = run(strength=strength)
-        assert np.array_equal(result, expected) and (result[20, 30:40] == result[20, 30]).all()
+        assert np.abs(result[mask] - mapped[mask]).max() <= 1 and np.array_equal(result[~mask], image[~mask])
+        assert (result[20, 30:40] == result[20, 30]).all()
     full = run()
     assert np.abs(full[mask].astype(int) - image[mask]).mean() > 5 and np.array_equal(full, run(seed=3))
     soft = run(feather=8)
@@ -112,10 +113,12 @@ def test_recolored_adds_change_and_rest_by_strength(monkeypatch):
     region = np.zeros((6, 8), bool)
     region[1:5, 1:] = True
     rest = np.zeros((3, 4, 3), np.float32)
-    rest[..., 2] = 51 / 255
-    result = recolored(pixels, region, lambda colours: colours * [0.5, -0.5, 0], rest, 0.4)
+    rest[..., 2] = 51 / 127.5
+    shift = torch.zeros(1, 10, 3)
+    shift[0, 0] = torch.tensor([50, -50, 0]) / 127.5  # of the constant term
+    result = recolored(pixels, region, shift, rest, 0.4)
     assert (result[region] == [120, 80, 120]).all() and (result[~region] == 100).all() and (pixels == 100).all()
-    assert (recolored(pixels, region, lambda colours: colours * 9, None, 1.0)[region] == 255).all()
+    assert (recolored(pixels, region, 9 * shift.abs(), None, 1.0)[region][:, 0] == 255).all()
 
 
 def test_blend_is_linear_in_depth():
