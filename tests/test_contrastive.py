@@ -87,21 +87,12 @@ def test_cells_lie_in_their_region_and_patches_inside_the_image(size):
     assert patches.shape == (3, 6, 192) and patches.isfinite().all()
 
 
-def test_patches_are_centred_on_their_cells_and_stay_inside():
-    image = torch.arange(16 * 16.0).reshape(1, 1, 16, 16)
-    centre, corner = crop_patches(image, torch.tensor([[5, 0]]), 4, 8)[0].reshape(2, 8, 8)
-    assert torch.equal(centre, image[0, 0, 2:10, 2:10])
-    assert torch.equal(corner, image[0, 0, :8, :8])
-
-
 def test_cells_differ_when_the_region_has_enough_and_repeat_evenly_otherwise():
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., :8, :12] = 1  # 6 cells
     foreground, background, _ = sample_cells(mask, 4, 18, seeded())
     assert len(set(background[0].tolist())) == 18
     assert foreground[0].bincount().unique().tolist() == [0, 3]
-    assert not torch.equal(background, sample_cells(mask, 4, 18, seeded(4))[1])
-    assert torch.equal(background, sample_cells(mask, 4, 18, seeded())[1])
 
 
 def unit(*shape, seed=0):
@@ -123,36 +114,12 @@ def test_which_readings_pull_the_foreground_towards_the_background(reading, towa
         assert (-(gradient * mean).sum(-1)).mean() < 0
 
 
-@pytest.mark.parametrize("reading, falls", [("A", False), ("B", True)])
-def test_a_descent_step_on_the_image_brings_patches_nearer_to_the_background(reading, falls):
-    """The same through the MLP and the pixels: the similarity of N_i with P_i rises under B and not under A."""
-    loss, (output, real, mask, _) = loss_of(reading, patches=32), batch()
-    output = (output * 0.2).requires_grad_()
-    cells_fg, cells_bg, _ = sample_cells(mask, 4, 32, seeded())
-
-    def similarity(image):
-        return (loss.embed(image, cells_fg) * loss.embed(real, cells_bg)).sum(-1).mean()
-
-    (gradient,) = torch.autograd.grad(loss(output, real, mask, generator=seeded()), output)
-    with torch.no_grad():
-        change = similarity(output - 0.1 * gradient / gradient.norm()) - similarity(output)
-    assert (change > 0) == falls
-
-
 def test_gradients_stop_at_the_background_and_reach_output_and_mlp():
     loss, (output, real, mask, composite) = loss_of("C"), batch()
     tensors = [x.requires_grad_() for x in (output, real, composite)]
     loss(output, real, mask, composite).backward()
     assert output.grad.abs().sum() > 0 and loss.mlp[0].weight.grad.abs().sum() > 0
     assert all(x.grad is None or not x.grad.any() for x in tensors[1:])
-
-
-def test_pixels_away_from_the_drawn_patches_do_not_count():
-    loss, (output, real, mask, _) = loss_of(), batch()
-    value = loss(output, real, mask, generator=seeded())
-    near = F.max_pool2d(mask, 13, 1, 6)  # patches reach 6 px beyond the cell's furthest pixel
-    assert torch.equal(value, loss(torch.where(near > 0, output, 9.0), real, mask, generator=seeded()))
-    assert not torch.equal(value, loss(output, real + 0.5 * real.flip(3), mask, generator=seeded()))
 
 
 @pytest.mark.parametrize("reading", ["A", "B", "C"])

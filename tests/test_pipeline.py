@@ -3,18 +3,18 @@ import json
 import shutil
 import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_vae import legacy
 
 from harmonylib.core.errors import HarmonyError
-from harmonylib.inference import harmonize, load_model
+from harmonylib.inference import load_model
 from harmonylib.models import diffusion
 from harmonylib.models.base import build_autoencoder, build_unet, open_base
 from harmonylib.models.diffusion import (
@@ -206,16 +206,6 @@ def test_bad_input(tiny_pipeline, tmp_path):
     assert read_inputs(Image.fromarray(first), Image.fromarray(levels))[1].sum() == 8 * 16
 
 
-def test_a_large_photo(tiny_pipeline, tmp_path):
-    """4,000 x 3,000: whole through `harmonize`, squashed through the pipeline."""
-    image, mask = np.zeros((3000, 4000, 3), np.uint8), np.zeros((3000, 4000), bool)
-    image[..., 0], mask[1000:1300, 1000:1300] = np.arange(4000) // 16, True
-    tiny_pipeline.save_pretrained(tmp_path)
-    output = np.asarray(harmonize(image, mask, model=tmp_path, device="cpu"))
-    assert output.shape == image.shape and np.array_equal(output[~mask], image[~mask])
-    assert tiny_pipeline(image, mask, height=24, width=32).images[0].size == (32, 24)
-
-
 def test_a_folder_that_names_modules_as_they_were_once(tiny_pipeline, tmp_path):
     """What was saved before modules moved loads as it is: the classes of the parts are known without their names."""
     tiny_pipeline.save_pretrained(tmp_path)
@@ -231,30 +221,6 @@ def test_a_folder_that_names_modules_as_they_were_once(tiny_pipeline, tmp_path):
     assert torch.allclose(first, second, atol=1e-5)
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again/model_index.json").read_text()) == written
-
-
-class Encoder:
-    """Stands for transformers' CLIPTextModel: notes what it is asked."""
-
-    config = SimpleNamespace(max_position_embeddings=77)
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    @classmethod
-    def from_pretrained(cls, folder, subfolder, output_loading_info=False):
-        assert (Path(folder) / subfolder).is_dir(), f"no {subfolder}"
-        info = {"missing_keys": [], "unexpected_keys": []}
-        return (cls(folder), info) if output_loading_info else cls(folder)
-
-    def __call__(self, tokens):
-        return (torch.arange(77 * 32.0).view(1, 77, 32) + tokens.sum(),)
-
-
-class Tokenizer(Encoder):
-    def __call__(self, text, **options):
-        assert text == "" and options["padding"] == "max_length" and options["max_length"] == 77
-        return SimpleNamespace(input_ids=torch.ones(1, 77, dtype=torch.long))
 
 
 @pytest.fixture
@@ -273,50 +239,7 @@ def sd_folder(tiny_vae, tmp_path):
     return tmp_path
 
 
-def check_stable_diffusion(pipeline, folder):
-    pipeline.set_progress_bar_config(disable=True)
-    image, mask = example()
-    assert pipeline(image, mask, generator=seeds(0), output_type="pt").images.shape == image.shape
-    pipeline.scheduler.set_timesteps(5)
-    assert pipeline.scheduler.timesteps.tolist() == [999.0, 749.25, 499.5, 249.75, 0.0]
-    assert pipeline.scheduler.sigmas[0] == pytest.approx(14.6146, abs=1e-4)
-    assert pipeline.scheduler.config.prediction_type == "epsilon" and pipeline.unet.dtype == torch.float32
-    pipeline.save_pretrained(folder / "saved")
-    again = DiffHarmonyPipeline.from_pretrained(folder / "saved", device="cpu")
-    assert torch.equal(again.prompt.embeds, pipeline.prompt.embeds)
-
-
 def test_stable_diffusion_folder(sd_folder, tiny_vae, monkeypatch):
-    fake = SimpleNamespace(CLIPTextModel=Encoder, CLIPTokenizer=Tokenizer)
-    monkeypatch.setitem(sys.modules, "transformers", fake)
-    open_it = partial(DiffHarmonyPipeline.from_pretrained, sd_folder, device="cpu")
-    check_stable_diffusion(open_it(), sd_folder)
-    pipeline = open_it(tiny_vae)
-    assert pipeline.vae is tiny_vae
-    assert torch.equal(pipeline.prompt.embeds, torch.arange(77 * 32.0).view(1, 77, 32) + 77)
-    settings = SimpleNamespace(source="stable-diffusion", path=str(sd_folder), vae=str(sd_folder / "vae"))
-    assert torch.equal(open_base(settings, 0).vae.decoder.conv_in.weight, tiny_vae.decoder.conv_in.weight)
-    harmony = HarmonyVAE.from_vae(tiny_vae)
-    harmony.save_pretrained(sd_folder / "condition_vae")
-    settings.vae = str(sd_folder / "condition_vae")
-    assert isinstance(open_base(settings, 0).vae, HarmonyVAE)
-    with pytest.raises(HarmonyError, match="base.source 'sd'"):
-        open_base(SimpleNamespace(source="sd"), 0)
-
-    shutil.rmtree(sd_folder / "unet")
-    with pytest.raises(HarmonyError, match="unet cannot be loaded"):
-        open_it()
-    shutil.rmtree(sd_folder / "tokenizer")
-    with pytest.raises(HarmonyError, match="tokenizer cannot be loaded"):
-        open_it()
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(HarmonyError, match=r"harmonylib\[sd\]"):
-        open_it()
-
-
-def test_stable_diffusion_folder_with_transformers(sd_folder):
-    import transformers
-
     words = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}
     (sd_folder / "tokenizer/vocab.json").write_text(json.dumps(words))
     (sd_folder / "tokenizer/merges.txt").write_text("#version: 0.2\n")
@@ -327,14 +250,41 @@ def test_stable_diffusion_folder_with_transformers(sd_folder):
     )  # fmt: skip
     encoder = transformers.CLIPTextModel(config).eval()
     encoder.save_pretrained(sd_folder / "text_encoder")
-    pipeline = DiffHarmonyPipeline.from_pretrained(sd_folder, device="cpu")
+    open_it = partial(DiffHarmonyPipeline.from_pretrained, sd_folder, device="cpu")
+    pipeline = open_it()
+    pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         assert torch.allclose(pipeline.prompt.embeds, encoder(torch.tensor([[0] + [1] * 76]))[0], atol=1e-5)
-    check_stable_diffusion(pipeline, sd_folder)
+    image, mask = example()
+    assert pipeline(image, mask, generator=seeds(0), output_type="pt").images.shape == image.shape
+    assert pipeline.scheduler.timesteps.tolist() == [999.0, 749.25, 499.5, 249.75, 0.0]
+    assert pipeline.scheduler.config.prediction_type == "epsilon" and pipeline.unet.dtype == torch.float32
+    pipeline.save_pretrained(sd_folder / "saved")
+    again = DiffHarmonyPipeline.from_pretrained(sd_folder / "saved", device="cpu")
+    assert torch.equal(again.prompt.embeds, pipeline.prompt.embeds)
+
+    assert open_it(tiny_vae).vae is tiny_vae
+    settings = SimpleNamespace(source="stable-diffusion", path=str(sd_folder), vae=str(sd_folder / "vae"))
+    assert torch.equal(open_base(settings, 0).vae.decoder.conv_in.weight, tiny_vae.decoder.conv_in.weight)
+    HarmonyVAE.from_vae(tiny_vae).save_pretrained(sd_folder / "condition_vae")
+    settings.vae = str(sd_folder / "condition_vae")
+    assert isinstance(open_base(settings, 0).vae, HarmonyVAE)
+    with pytest.raises(HarmonyError, match="base.source 'sd'"):
+        open_base(SimpleNamespace(source="sd"), 0)
+
+    shutil.rmtree(sd_folder / "unet")
+    with pytest.raises(HarmonyError, match="unet cannot be loaded"):
+        open_it()
+    shutil.rmtree(sd_folder / "tokenizer")
+    with pytest.raises(HarmonyError, match="tokenizer: is not that of text_encoder"):
+        open_it()
     weights = sd_folder / "text_encoder/model.safetensors"
     save_file({k: v for k, v in load_file(weights).items() if "final_layer_norm.weight" not in k}, weights)
     with pytest.raises(HarmonyError, match="text_encoder: 1 missing keys .*final_layer_norm.weight"):
-        DiffHarmonyPipeline.from_pretrained(sd_folder, device="cpu")
+        open_it()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(HarmonyError, match=r"harmonylib\[sd\]"):
+        open_it()
 
 
 def test_latent_mask_takes_the_top_left_pixel():

@@ -47,23 +47,16 @@ def test_parameter_count_is_the_papers(settings, expected):
     assert f"{count / 1e6:.2f}" == "28.37"
 
 
-def test_statistics_are_the_regions_and_ignore_the_rest():
+def test_statistics_are_the_regions_own_or_the_identitys():
     x, mask = features(2, 3, 8, 8), square_mask()
+    mask[1], mask[1, :, 1, 1] = 0, 1
     mean, std = region_statistics(x, mask)
     values = select(x[:1], mask[:1])
     torch.testing.assert_close(mean[0].flatten(), values.mean(0))
     torch.testing.assert_close(std[0].flatten(), values.std(0, correction=0))
-    changed = torch.where(mask > 0, x, x * -50 + 1000)
-    assert all(torch.equal(a, b) for a, b in zip(region_statistics(changed, mask), (mean, std), strict=True))
-
-
-def test_statistics_that_cannot_be_computed_are_the_identitys():
-    x, mask = features(1, 2, 4, 4), torch.zeros(1, 1, 4, 4)
-    mean, std = region_statistics(x, mask)
+    assert torch.equal(mean[1:], x[1:, :, 1:2, 1:2]) and std[1].eq(1).all()  # one pixel
+    mean, std = region_statistics(x, mask * 0)
     assert mean.eq(0).all() and std.eq(1).all()
-    mask[..., 1, 1] = 1
-    mean, std = region_statistics(x, mask)
-    assert torch.equal(mean, x[:, :, 1:2, 1:2]) and std.eq(1).all()
 
 
 def test_style_fusion_uses_encoder_background_for_foreground_and_decoder_background_for_background():
@@ -77,21 +70,6 @@ def test_style_fusion_uses_encoder_background_for_foreground_and_decoder_backgro
         background = select(out[one], 1 - fg)
         torch.testing.assert_close(background.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
         torch.testing.assert_close(background.var(0, correction=0), torch.ones(3), atol=1e-4, rtol=0)
-
-
-def test_style_fusion_never_reads_the_other_regions():
-    decoder, encoder, mask = features(2, 3, 8, 8), features(2, 3, 8, 8, seed=1), square_mask()
-    fusion = STYLES["style-fusion"](3)
-    out = fusion(decoder, encoder, mask)
-    assert torch.equal(out, fusion(decoder, torch.where(mask > 0, encoder - 77, encoder), mask))
-    moved = fusion(torch.where(mask > 0, decoder + 5, decoder), encoder, mask)
-    assert torch.equal(select(out, 1 - mask), select(moved, 1 - mask))
-    moved = fusion(torch.where(mask > 0, decoder, decoder * 9), encoder, mask)
-    assert torch.equal(select(out, mask), select(moved, mask))
-    # ... and it does read its own: the encoder's background moves the foreground only
-    moved = fusion(decoder, encoder + 1, mask)
-    assert torch.equal(select(out, 1 - mask), select(moved, 1 - mask))
-    assert (select(out, mask) - select(moved, mask)).min() > 0.1
 
 
 @pytest.mark.parametrize("style", ["adain", "rain"])
@@ -116,22 +94,12 @@ def test_affine_is_one_plus_gamma_and_beta_per_channel_and_region(shared):
     decoder, encoder, mask = features(1, 2, 8, 8), features(1, 2, 8, 8, seed=1), square_mask(1)
     module = STYLES["style-fusion"](2, shared)
     plain = module(decoder, encoder, mask)
-    assert module.gamma.shape == (1 if shared else 2, 2)
     with torch.no_grad():
         module.gamma[0] += torch.tensor([1.0, 0.0])
         module.beta[0] += torch.tensor([0.0, 0.5])
-    out = module(decoder, encoder, mask)
     changed = torch.stack([plain[:, 0] * 2, plain[:, 1] + 0.5], dim=1)
-    torch.testing.assert_close(out, changed if shared else torch.where(mask > 0, changed, plain))
-
-
-@pytest.mark.parametrize("style", ["style-fusion", "adain", "rain"])
-def test_a_region_that_is_missing_leaves_the_other_as_it_can_be(style):
-    decoder, encoder = features(1, 2, 4, 4), features(1, 2, 4, 4, seed=1)
-    everything = STYLES[style](2)(decoder, encoder, torch.ones(1, 1, 4, 4))
-    torch.testing.assert_close(everything, decoder)  # no background to take a style from
-    nothing = STYLES[style](2)(decoder, encoder, torch.zeros(1, 1, 4, 4))
-    assert nothing.isfinite().all()
+    expected = changed if shared else torch.where(mask > 0, changed, plain)
+    torch.testing.assert_close(module(decoder, encoder, mask), expected)
 
 
 def test_attention_away_from_the_edge_takes_each_path():
@@ -163,12 +131,6 @@ def test_pool_mask_averages_two_by_two_and_rounds():
     assert torch.equal(pool_mask(mask, 1), mask)
 
 
-def test_training_starts_at_the_composite():
-    model = ContrastiveResUNet(base_channels=4, depth=3, residual_convs=1)
-    image = torch.rand(2, 3, 16, 24) * 2 - 1
-    assert torch.equal(model(image, torch.ones(2, 1, 16, 24)), image)
-
-
 def masks(kind, batch, height, width):
     mask = torch.full((batch, 1, height, width), float(kind == "all"))
     if kind == "one pixel":
@@ -192,14 +154,6 @@ def test_awkward_inputs_are_finite_forward_and_backward(settings, kind, size):
         with torch.no_grad():
             assert model.eval()(image, mask).isfinite().all()
         model.train()
-
-
-def test_padding_does_not_touch_sizes_that_fit():
-    model, image, mask = tiny().eval(), features(1, 3, 16, 16) / 8, square_mask(1, 16)
-    seen = []
-    model.down[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model(image, mask)
-    assert torch.equal(seen[0], torch.cat([image, mask], 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -293,12 +247,10 @@ def test_the_pretrained_encoder_starts_from_the_pictures_imagenet_features():
 
 
 def test_four_images_are_overfitted_beyond_40_db():
-    """The whole loss, trained from scratch, judged in eval mode (running BatchNorm statistics) on the worst image."""
+    """The whole loss, from scratch, where the output is the composite; judged in eval mode on the worst image."""
     draw = torch.Generator().manual_seed(0)
-    real = torch.nn.functional.interpolate(
-        torch.rand(4, 3, 6, 6, generator=draw) * 1.6 - 0.8, (32, 32), mode="bilinear"
-    )
-    mask = torch.zeros(4, 1, 32, 32)
+    coarse = torch.rand(4, 3, 6, 6, generator=draw) * 1.6 - 0.8
+    real, mask = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear"), torch.zeros(4, 1, 32, 32)
     mask[:, :, 8:24, 10:26] = 1
     cast = 0.2 * torch.randn(4, 3, 1, 1, generator=draw)
     composite = torch.where(mask > 0, (real * 0.7 + cast).clamp(-1, 1), real)
@@ -308,6 +260,7 @@ def test_four_images_are_overfitted_beyond_40_db():
 
     torch.manual_seed(0)
     steps, model, contrastive = 180, ContrastiveResUNet(8, 3, 1), RegionContrastiveLoss(patches=16)
+    assert torch.equal(model(composite, mask), composite)
     optimiser = torch.optim.AdamW([*model.parameters(), *contrastive.parameters()], weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps)
     for _ in range(steps):
@@ -317,6 +270,4 @@ def test_four_images_are_overfitted_beyond_40_db():
         optimiser.zero_grad()
         schedule.step()
     with torch.no_grad():
-        reached = psnr(model.eval()(composite, mask))
-    assert psnr(composite) < 30
-    assert reached > 40
+        assert psnr(composite) < 30 and psnr(model.eval()(composite, mask)) > 40

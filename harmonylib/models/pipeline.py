@@ -175,7 +175,7 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         if "prompt" in _config(cls, folder, default=("prompt",)):
             prompt = load_strict(PromptEmbedding.from_pretrained, folder, subfolder="prompt", **dtype)
         else:
-            prompt = _empty_caption(folder).to(torch_dtype)
+            prompt = _empty_caption(folder)
         vae = vae or open_autoencoder(folder, subfolder="vae", **dtype)
         unet = _open_unet(folder, **dtype)
         scheduler = load_part(DDPMScheduler.from_pretrained, folder, subfolder="scheduler")
@@ -191,6 +191,8 @@ def _empty_caption(folder) -> PromptEmbedding:
         raise HarmonyError(f'{message}: pip install "harmonylib[sd]"') from None
     tokenizer = load_part(CLIPTokenizer.from_pretrained, folder, subfolder="tokenizer")
     encoder = load_strict(CLIPTextModel.from_pretrained, folder, subfolder="text_encoder")
+    if len(tokenizer) != encoder.config.vocab_size:  # transformers makes an empty one where files are missing
+        raise HarmonyError(f"{folder}/tokenizer: is not that of text_encoder; restore the folder")
     length = encoder.config.max_position_embeddings
     tokens = tokenizer("", padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     with torch.no_grad():
