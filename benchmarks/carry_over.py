@@ -31,8 +31,8 @@ def _enlarged(values, region):
 
 def one_map(pixels, region, small, changed, small_region):
     """One quadratic colour map for the whole foreground."""
-    change = colour_map(small[small_region] / 255, changed[small_region] / 255)
-    return _finish(pixels, region, change(pixels.reshape(-1, 3).astype(np.float32) / 255).reshape(pixels.shape))
+    found = colour_map(*(array[small_region] / 127.5 - 1 for array in (small, changed)))
+    return recolored(pixels, region, found, None, strength=1.0)
 
 
 def ours(pixels, region, small, changed, small_region, **sigmas):

@@ -22,7 +22,7 @@ from harmonylib.models.pipeline import DiffHarmonyPipeline, PromptEmbedding
 from harmonylib.models.refinement import RefinementUNet, refinement_loss
 from harmonylib.models.vae import HarmonyVAE, harmony_vae_loss
 
-from .paired import paired, paired_memory
+from .paired import paired
 
 
 class System:
@@ -170,23 +170,6 @@ def decoding(s: System, precision: str):
     return work
 
 
-def decode_rows(s: System, size: int) -> list[dict]:
-    """Conditional decoding of one image, tiled against whole: time and peak memory."""
-    work = decoding(s, "fp32")
-    s.vae.tile_latent_min_size = size // s.pipeline.factor // 4
-
-    def decode(tiled):
-        s.vae.use_tiling = tiled
-        work()
-
-    name = f"conditional decode {size} px, tiled against whole"
-    rows = [{"name": f"{name}: time", **paired(lambda: decode(True), lambda: decode(False), repeats=3)}]
-    memory = paired_memory(lambda: decode(True), lambda: decode(False))
-    if memory:
-        rows.append({"name": f"{name}: peak memory", **memory})
-    return rows
-
-
 def measure() -> Iterator[dict]:
     """Yield each row as soon as it is measured."""
     device = pick_device()
@@ -225,7 +208,6 @@ def measure() -> Iterator[dict]:
         if has_bf16(device):
             half, full = decoding(s, "bf16"), decoding(s, "fp32")
             yield {"name": f"conditional decode {size} px: bf16 / fp32 ({kind})", **paired(half, full)}
-    yield from decode_rows(System(device, large, 1024, batch=1), 1024)
 
 
 def rows() -> list[dict]:

@@ -1,7 +1,6 @@
 """One call from a composite of any size to a harmonized picture."""
 
 import functools
-import json
 from pathlib import Path
 
 import cv2
@@ -14,9 +13,10 @@ from .core.devices import autocast, pick_device
 from .core.errors import HarmonyError
 from .core.files import stamp
 from .core.images import fit, paste, resize_mask, to_tensor, to_uint8
+from .core.json_files import read_json
 from .core.picture_metadata import open_picture, picture, read_region
 from .core.seeds import generator
-from .models.colour_map import apply_map
+from .models.colour_map import TERMS, apply_map, fit_map
 from .models.pipeline import DiffHarmonyPipeline
 from .models.resunet import ContrastiveResUNet
 from .models.vae import HarmonyVAE
@@ -25,6 +25,7 @@ from .models.weights import SHIPPED, load_strict
 MODELS = ("contrastive-resunet", "diffharmony++", "diffharmony")
 BLOCK = 1_000_000  # pixels that are recoloured at a time
 SMALL_FOREGROUND = 0.01  # share of the picture below which a model is shown a window instead of everything
+RIDGE = 3e-3  # of `colour_map`, a pixel
 
 
 def harmonize(
@@ -35,13 +36,11 @@ def harmonize(
 
     image: path, PIL or HxWx3 uint8; mask: likewise, foreground above 127 (`fit_mask` resizes one of another size;
     mask_from: "alpha" or "luminance" where both could be meant, see `decoding.mask_levels`).
-    model: "contrastive-resunet", "diffharmony++", "diffharmony" or a folder (`load_model`). The model runs at its
-    own working size; its colour map, or the one that fits its output best (`carry_over`), is multiplied by `strength`
-    (0 to 1) and applied at full size, so that no detail is lost. The change falls to 0 over the outermost `feather`
-    pixels of the foreground.
-    Background and fully transparent pixels keep their values. EXIF rotation is applied. draws: of a diffusion
-    model, each of whose outputs is one of many that it thinks likely, the mean of so many is taken, which is nearer
-    the real photo on average.
+    model: "contrastive-resunet", "diffharmony++", "diffharmony" or a folder (`load_model`). It runs at its own working
+    size; its colour map, or the one that fits its output best (`carry_over`), times `strength` (0 to 1) is applied at
+    full size, so that no detail is lost. The change falls to 0 over the outermost `feather` pixels of the foreground.
+    Background and fully transparent pixels keep their values. EXIF rotation is applied. draws: of a diffusion model
+    the mean of so many outputs is taken, which is nearer the real photo on average.
     Raises HarmonyError for unreadable files, sizes that differ, a mask without foreground or background, numbers out of
     range, or missing weights.
     """
@@ -62,11 +61,11 @@ def harmonize(
     if not small_region.any():
         raise HarmonyError("the foreground is too thin for the model's working size; thicken the mask")
     pixels = bands[window][..., :3]
-    if maps_colours(loaded):
-        change, rest = predicted_map(loaded, small, small_region), None
+    if isinstance(loaded, ContrastiveResUNet) and loaded.config.head == "colour":
+        found, rest = predicted_map(loaded, small, small_region), None
     else:
-        change, rest = carry_over(small, run_model(loaded, small, small_region, seed, draws), small_region)
-    colours = recolored(pixels, region[window], change, rest, strength)
+        found, rest = carry_over(small, run_model(loaded, small, small_region, seed, draws), small_region)
+    colours = recolored(pixels, region[window], found, rest, strength)
     bands[window][..., :3] = blend(pixels, colours, region[window], feather)
     result = Image.fromarray(bands)
     result.info = {key: value for key, value in before.info.items() if key != "turned"}
@@ -138,35 +137,21 @@ def load_model(name: str, device: str):
 
 @functools.lru_cache(maxsize=2)
 def _load(folder: Path, name: str, device: str, written: tuple):
-    try:
-        if (folder / "config.json").is_file():
-            return _load_resunet(folder).to(device)
-        pipeline = _load_pipeline(folder, name, device)
-    except HarmonyError:
-        raise
-    except Exception as error:  # diffusers, safetensors and torch raise many kinds on damaged files
-        raise HarmonyError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); restore the folder") from None
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _load_resunet(folder: Path) -> ContrastiveResUNet:
-    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name") != "ContrastiveResUNet":
-        raise HarmonyError(f"{folder}: not a ContrastiveResUNet; name the folder of a whole pipeline")
-    return load_strict(ContrastiveResUNet.from_pretrained, folder, torch_dtype=torch.float32).eval()
-
-
-def _load_pipeline(folder: Path, name: str, device: str) -> DiffHarmonyPipeline:
+    if (folder / "config.json").is_file():
+        if read_json(folder / "config.json").get("_class_name") != "ContrastiveResUNet":
+            raise HarmonyError(f"{folder}: not a ContrastiveResUNet; name the folder of a whole pipeline")
+        return load_strict(ContrastiveResUNet.from_pretrained, folder, torch_dtype=torch.float32).eval().to(device)
     vae = None
     if name == "diffharmony":
         vae = DiffHarmonyPipeline.from_pretrained(SHIPPED / "base", device=device).vae
     elif (folder / "condition_vae").is_dir():
         folder, vae = folder / "base", HarmonyVAE.from_pretrained(folder / "condition_vae")
     if not (folder / "model_index.json").is_file():
-        raise HarmonyError(
-            f"{folder}: neither a DiffHarmony pipeline nor a ContrastiveResUNet; name a trained model's folder"
-        )
-    return DiffHarmonyPipeline.from_pretrained(folder, vae=vae, device=device)
+        kinds = "neither a DiffHarmony pipeline nor a ContrastiveResUNet"
+        raise HarmonyError(f"{folder}: {kinds}; name a trained model's folder")
+    pipeline = DiffHarmonyPipeline.from_pretrained(folder, vae=vae, device=device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def working_size(model) -> int:
@@ -180,52 +165,39 @@ def working_size(model) -> int:
 @torch.inference_mode()
 def run_model(model, pixels: np.ndarray, region: np.ndarray, seed: int, draws: int = 1) -> np.ndarray:
     """The model's raw output for HxWx3 uint8 and HxW bool, as HxWx3 uint8; no pasting. draws as in `harmonize`."""
-    image, mask = to_tensor(pixels)[None], to_tensor(region)[None]
-    if isinstance(model, DiffHarmonyPipeline):
-        options = {"paste": False, "output_type": "pt", "candidates": draws}
-        with autocast(model.device):
-            outputs = model(image, mask, generator=generator(seed, "harmonize"), **options).images
-        return to_uint8(outputs.mean(0, keepdim=True) * 2 - 1)[0]
+    image, mask = to_tensor(pixels)[None].to(model.device), to_tensor(region)[None].to(model.device)
     with autocast(model.device):
-        return to_uint8(model(image.to(model.device), mask.to(model.device)))[0]
-
-
-def maps_colours(model) -> bool:
-    """Whether a model predicts a colour map, which applies at any size, and not a picture."""
-    return isinstance(model, ContrastiveResUNet) and model.config.head == "colour"
+        if not isinstance(model, DiffHarmonyPipeline):
+            return to_uint8(model(image, mask))[0]
+        options = {"paste": False, "output_type": "pt", "candidates": draws}
+        outputs = model(image, mask, generator=generator(seed, "harmonize"), **options).images
+    return to_uint8(outputs.mean(0) * 2 - 1)
 
 
 @torch.inference_mode()
-def predicted_map(model: ContrastiveResUNet, pixels: np.ndarray, region: np.ndarray):
-    """The change that the model's colour map makes: a function from Nx3 float32 colours in [0, 1] to Nx3.
-
-    pixels HxWx3 uint8 and region HxW bool at the model's working size.
-    """
-    image, mask = to_tensor(pixels)[None].to(model.device), to_tensor(region)[None].to(model.device)
-    found = model.colour_map(image, mask).cpu()
-
-    @torch.inference_mode()
-    def change(colours: np.ndarray) -> np.ndarray:
-        before = torch.from_numpy(colours).T[None] * 2 - 1
-        return ((apply_map(found, before) - before) / 2)[0].T.numpy()
-
-    return change
+def predicted_map(model: ContrastiveResUNet, pixels: np.ndarray, region: np.ndarray) -> torch.Tensor:
+    """The colour map (1x10x3) that the model predicts for HxWx3 uint8 and HxW bool at its working size."""
+    return model.colour_map(to_tensor(pixels)[None].to(model.device), to_tensor(region)[None].to(model.device)).cpu()
 
 
-def recolored(pixels: np.ndarray, region: np.ndarray, change, rest: np.ndarray | None, strength: float) -> np.ndarray:
-    """HxWx3 uint8: `pixels` with the foreground's colours moved by `strength` times change(colours) + rest.
+def recolored(pixels: np.ndarray, region: np.ndarray, colour_map, rest: np.ndarray | None, strength: float):
+    """HxWx3 uint8: `pixels` with the foreground's colours moved by `strength` times what a colour map and `rest` say.
 
-    change: a function from Nx3 float32 colours in [0, 1] to their change; rest: more of it by place, at a lower
+    colour_map: 1x10x3 (`models.colour_map`); rest: more of the change by place, in [-1, 1] colours at a lower
     resolution (hxwx3), or None. At any size, in blocks that bound the memory of large photos.
     """
-    colours = pixels[region].astype(np.float32) / 255
+    colours = pixels[region]
     if rest is not None:
         rest = cv2.resize(rest, region.shape[::-1], interpolation=cv2.INTER_LINEAR)[region]
     for start in range(0, len(colours), BLOCK):
         block = slice(start, start + BLOCK)
-        colours[block] += strength * (change(colours[block]) + (0 if rest is None else rest[block]))
+        before = torch.from_numpy(colours[block]).float().div(127.5).sub(1)
+        after = apply_map(strength * colour_map, before.T[None])[0].T
+        if rest is not None:
+            after = after + strength * torch.from_numpy(rest[block])
+        colours[block] = to_uint8(after.T[..., None])[:, 0]
     result = pixels.copy()
-    result[region] = np.rint(np.clip(colours, 0, 1) * 255)
+    result[region] = colours
     return result
 
 
@@ -243,22 +215,11 @@ def blend(pixels: np.ndarray, colours: np.ndarray, region: np.ndarray, feather: 
     return result
 
 
-def _monomials(colours: np.ndarray) -> np.ndarray:
-    """1, r, g, b, their squares and products of Nx3 colours in [0, 1]: Nx10."""
-    r, g, b = colours.T
-    return np.stack([np.ones_like(r), r, g, b, r * r, g * g, b * b, r * g, g * b, b * r], axis=1)
-
-
-def colour_map(before: np.ndarray, after: np.ndarray, ridge: float = 1e-3):
-    """A function from Nx3 float32 colours in [0, 1] to their change, fitted on Nx3 pairs.
-
-    Ridge regression of the change on ten monomials: one quadratic map for all of a foreground, which can neither blur
-    nor add texture.
-    """
-    features = _monomials(before.astype(np.float64))
-    gram = features.T @ features + ridge * len(features) * np.diag([0.0] + [1.0] * 9)
-    weights = np.linalg.lstsq(gram, features.T @ (after - before), rcond=None)[0].astype(np.float32)
-    return lambda colours: _monomials(colours) @ weights
+def colour_map(before: np.ndarray, after: np.ndarray, ridge: float = RIDGE) -> torch.Tensor:
+    """The colour map (1x10x3) fitted to Nx3 pairs of colours in [-1, 1]; it can neither blur nor add texture."""
+    before, after = (torch.from_numpy(np.ascontiguousarray(x.T, np.float32))[None] for x in (before, after))
+    weights, prior = torch.ones(1, before.shape[2]), torch.zeros(1, TERMS, 3)
+    return fit_map(before, after, weights, prior, torch.full((1, TERMS), ridge * before.shape[2]))
 
 
 def smooth(values: np.ndarray, region: np.ndarray, sigma: float) -> np.ndarray:
@@ -269,14 +230,14 @@ def smooth(values: np.ndarray, region: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def carry_over(small, changed, small_region, fit_sigma: float = 1.0, rest_sigma: float = 3.0):
-    """(change, rest) for `recolored`: what takes `small` to `changed` at any other size.
+    """(colour map, rest) for `recolored`: what takes `small` to `changed` at any other size.
 
     HxWx3 uint8 twice and HxW bool, at working size. Most of the change is one colour map, fitted on colours averaged
     over `fit_sigma` pixels, which the model's own blur and noise mislead less; what it leaves (light that varies across
     the foreground) is averaged over `rest_sigma` pixels and added as it is. `benchmarks/carry_over.py` compares this
     with other ways.
     """
-    small, changed = (array.astype(np.float32) / 255 for array in (small, changed))
-    change = colour_map(*(smooth(array, small_region, fit_sigma)[small_region] for array in (small, changed)))
-    rest = changed - small - change(small.reshape(-1, 3)).reshape(small.shape)
-    return change, smooth(rest, small_region, rest_sigma)
+    before, after = (array.astype(np.float32) / 127.5 - 1 for array in (small, changed))
+    found = colour_map(*(smooth(array, small_region, fit_sigma)[small_region] for array in (before, after)))
+    mapped = apply_map(found, torch.from_numpy(before).movedim(-1, 0)[None])[0].movedim(0, -1).numpy()
+    return found, smooth(after - mapped, small_region, rest_sigma)

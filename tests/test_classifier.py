@@ -67,13 +67,11 @@ def test_weights_of_another_network_are_refused():
 
 
 def test_shapes_and_range(classifier):
-    images = torch.rand(3, 3, 50, 70) * 2 - 1
+    images = torch.rand(3, 3, 50, 64) * 2 - 1
     with torch.no_grad():
         assert classifier.features(images).shape == (3, 1280)
         assert torch.equal(classifier(images), torch.full((3,), 0.5))  # unfitted
-    resnet = HarmonyClassifier("resnet50", size=32).eval()
-    assert resnet.features(images).shape == (3, 2048)
-    assert resnet.std[0, 0, 0, 0] == pytest.approx(0.229)
+    assert HarmonyClassifier("resnet50", size=32).eval().features(images).shape == (3, 2048)
 
 
 def test_a_pinned_backbone_is_fetched_at_its_revision(monkeypatch):
@@ -92,11 +90,8 @@ def test_a_pinned_backbone_is_fetched_at_its_revision(monkeypatch):
 def test_backbone_stays_frozen(classifier):
     before = {name: tensor.clone() for name, tensor in classifier.network.state_dict().items()}
     classifier.train()
-    assert classifier.head.training and not classifier.network.training
-    loss = classifier(torch.rand(2, 3, 64, 64)).sum()
-    loss.backward()
-    assert not any(p.requires_grad for p in classifier.network.parameters())
-    assert classifier.head.weight.grad is not None
+    classifier(torch.rand(2, 3, 64, 64)).sum().backward()
+    assert classifier.head.weight.grad is not None and not any(p.requires_grad for p in classifier.network.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.network.state_dict().items())
     classifier.eval().zero_grad()
 
@@ -107,14 +102,10 @@ def test_save_and_load(classifier, tmp_path):
         classifier.calibration.copy_(torch.tensor([2.0, 0.3]))
         images = torch.rand(2, 3, 40, 40)
         expected = classifier(images)
-        classifier.save_pretrained(tmp_path / "model")
-        loaded = HarmonyClassifier.from_pretrained(tmp_path / "model")
-        assert loaded.config.size == 64 and not loaded.training
+        classifier.save_pretrained(tmp_path)
+        loaded = HarmonyClassifier.from_pretrained(tmp_path)
         assert torch.allclose(loaded(images), expected, rtol=1e-4) and expected.std() > 0
-        state = loaded.state_dict()
-        assert all(torch.equal(tensor, state[name]) for name, tensor in classifier.state_dict().items())
-        assert not any(p.requires_grad for p in loaded.network.parameters())
-    assert sum(file.stat().st_size for file in (tmp_path / "model").iterdir()) < 15e6
+    assert not loaded.training and not any(p.requires_grad for p in loaded.network.parameters())
     classifier.head.weight.data.zero_()
     classifier.calibration.copy_(torch.tensor([1.0, 0.0]))
 
@@ -172,8 +163,6 @@ def test_evaluation_by_hand():
     assert low["observed"] == pytest.approx((1 / 3) / (1 / 3 + 1 / 2))  # classes weigh the same in all
     assert report["subsets"]["a"]["auc"] == pytest.approx(3 / 4)
     assert np.isnan(report["subsets"]["b"]["auc"]) and report["subsets"]["b"]["composites"] == 1
-    with pytest.raises(HarmonyError, match="5 probabilities but 4 labels"):
-        evaluate_classifier(p, labels[:4])
 
 
 def test_undone_color_change_has_the_reals_statistics():
@@ -183,20 +172,11 @@ def test_undone_color_change_has_the_reals_statistics():
     composite = real.copy()
     composite[mask] = real[mask] * [0.5, 0.8, 1.1] + [10, 0, -20]
     undone = undo_color_change(composite, mask, real)
-    assert np.abs(undone[mask].astype(int) - real[mask]).max() <= 2
-    assert np.array_equal(undone[~mask], composite[~mask])
-    flat = composite.copy()
-    flat[mask] = 7
-    assert np.allclose(undo_color_change(flat, mask, real)[mask].mean(0), real[mask].mean(0), atol=0.51)
+    assert np.abs(undone.astype(int) - real).max() <= 2 and np.array_equal(undone[~mask], composite[~mask])
+    composite[mask] = 7
+    assert np.allclose(undo_color_change(composite, mask, real)[mask].mean(0), real[mask].mean(0), atol=0.51)
     with pytest.raises(HarmonyError, match="no foreground"):
         undo_color_change(composite, mask & False, real)
-
-
-def test_round_trip_codec_hides_the_file_format(tmp_path):
-    photo = data.chelsea()[:96, :96]
-    once, twice = round_trip_codec(photo), round_trip_codec(round_trip_codec(photo))
-    assert once.shape == photo.shape and not np.array_equal(once, photo)
-    assert np.abs(once.astype(int) - twice).mean() < 0.3 * np.abs(photo.astype(int) - once).mean()
 
 
 @pytest.fixture
@@ -214,14 +194,11 @@ def triples(tmp_path):
     return read_triples(tmp_path / "set", "train")
 
 
-def test_every_real_is_labelled_once(triples):
-    paths, labels, subsets, photos = labelled_images(triples)
-    assert labels.tolist() == [1] * 6 + [0] * 3 and len(set(paths)) == 9
-    assert photos[6:] == ["f0", "f1", "f2"] and set(subsets) == {"HFlickr"}
-
-
 def test_features_are_cached_by_content(classifier, triples, monkeypatch):
-    paths = [t.composite for t in triples]
+    paths, labels, subsets, photos = labelled_images(triples)
+    assert labels.tolist() == [1] * 6 + [0] * 3 and len(set(paths)) == 9  # every real once
+    assert photos[6:] == ["f0", "f1", "f2"] and set(subsets) == {"HFlickr"}
+    paths = paths[:6]
     first = classifier.extract(paths, batch_size=4)
     undone = classifier.extract_undone(triples)
     assert first.shape == undone.shape == (6, 1280) and not np.allclose(first, undone)

@@ -43,10 +43,3 @@ def test_weights_choose_the_pairs_and_without_any_the_prior_stays():
     torch.testing.assert_close(fit_map(before, after, weights, prior, ridge), known, atol=1e-3, rtol=0)
     firm = fit_map(before, after, weights, prior, torch.full((1, TERMS), 1e6))
     torch.testing.assert_close(firm, prior, atol=1e-3, rtol=0)
-
-
-def test_gradients_reach_everything():
-    inputs = [draws(1, 3, 40), draws(1, 3, 40, seed=1), draws(1, 40) + 2, draws(1, TERMS, 3), draws(1, TERMS) + 2]
-    inputs = [value.requires_grad_() for value in inputs]
-    fit_map(*inputs).square().sum().backward()
-    assert all(value.grad.isfinite().all() and value.grad.abs().sum() > 0 for value in inputs)

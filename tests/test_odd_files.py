@@ -14,7 +14,7 @@ from harmonylib.core.errors import HarmonyError, HarmonyWarning
 from harmonylib.core.images import read_image, read_mask, read_pair
 from harmonylib.core.picture_metadata import open_picture, read_region, save_picture, write_picture
 from harmonylib.inference import harmonize
-from harmonylib.models.pipeline import _mask_batch
+from harmonylib.models.pipeline import read_inputs
 
 TRUE = odd.region()
 OTHER = np.roll(TRUE, 9, axis=1)
@@ -77,7 +77,7 @@ def test_masks_are_read_by_their_meaning(tmp_path, name):
     image, options = MASKS[name]
     (tmp_path / "mask").write_bytes(image if isinstance(image, bytes) else odd.encoded(image, **options))
     np.testing.assert_array_equal(read_mask(tmp_path / "mask"), TRUE)
-    assert (_mask_batch(Image.open(tmp_path / "mask"))[0, 0].numpy() == TRUE).all()
+    assert (read_inputs(PHOTO, Image.open(tmp_path / "mask"))[1][0, 0].numpy() == TRUE).all()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from conftest import COLOUR
 from harmonylib import ContrastiveResUNet, HarmonyError
 from harmonylib.models.colour_map import apply_map
 from harmonylib.models.contrastive import RegionContrastiveLoss, harmonization_loss
-from harmonylib.models.encoder import PACKAGED, PretrainedEncoder, packaged_weights
+from harmonylib.models.encoder import PACKAGED, PretrainedEncoder, normalised, packaged_weights
 from harmonylib.models.resunet import STYLES, SpatialSeparatedAttention, pool_mask, region_statistics, soften
 
 
@@ -47,23 +47,16 @@ def test_parameter_count_is_the_papers(settings, expected):
     assert f"{count / 1e6:.2f}" == "28.37"
 
 
-def test_statistics_are_the_regions_and_ignore_the_rest():
+def test_statistics_are_the_regions_own_or_the_identitys():
     x, mask = features(2, 3, 8, 8), square_mask()
+    mask[1], mask[1, :, 1, 1] = 0, 1
     mean, std = region_statistics(x, mask)
     values = select(x[:1], mask[:1])
     torch.testing.assert_close(mean[0].flatten(), values.mean(0))
     torch.testing.assert_close(std[0].flatten(), values.std(0, correction=0))
-    changed = torch.where(mask > 0, x, x * -50 + 1000)
-    assert all(torch.equal(a, b) for a, b in zip(region_statistics(changed, mask), (mean, std), strict=True))
-
-
-def test_statistics_that_cannot_be_computed_are_the_identitys():
-    x, mask = features(1, 2, 4, 4), torch.zeros(1, 1, 4, 4)
-    mean, std = region_statistics(x, mask)
+    assert torch.equal(mean[1:], x[1:, :, 1:2, 1:2]) and std[1].eq(1).all()  # one pixel
+    mean, std = region_statistics(x, mask * 0)
     assert mean.eq(0).all() and std.eq(1).all()
-    mask[..., 1, 1] = 1
-    mean, std = region_statistics(x, mask)
-    assert torch.equal(mean, x[:, :, 1:2, 1:2]) and std.eq(1).all()
 
 
 def test_style_fusion_uses_encoder_background_for_foreground_and_decoder_background_for_background():
@@ -77,21 +70,6 @@ def test_style_fusion_uses_encoder_background_for_foreground_and_decoder_backgro
         background = select(out[one], 1 - fg)
         torch.testing.assert_close(background.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
         torch.testing.assert_close(background.var(0, correction=0), torch.ones(3), atol=1e-4, rtol=0)
-
-
-def test_style_fusion_never_reads_the_other_regions():
-    decoder, encoder, mask = features(2, 3, 8, 8), features(2, 3, 8, 8, seed=1), square_mask()
-    fusion = STYLES["style-fusion"](3)
-    out = fusion(decoder, encoder, mask)
-    assert torch.equal(out, fusion(decoder, torch.where(mask > 0, encoder - 77, encoder), mask))
-    moved = fusion(torch.where(mask > 0, decoder + 5, decoder), encoder, mask)
-    assert torch.equal(select(out, 1 - mask), select(moved, 1 - mask))
-    moved = fusion(torch.where(mask > 0, decoder, decoder * 9), encoder, mask)
-    assert torch.equal(select(out, mask), select(moved, mask))
-    # ... and it does read its own: the encoder's background moves the foreground only
-    moved = fusion(decoder, encoder + 1, mask)
-    assert torch.equal(select(out, 1 - mask), select(moved, 1 - mask))
-    assert (select(out, mask) - select(moved, mask)).min() > 0.1
 
 
 @pytest.mark.parametrize("style", ["adain", "rain"])
@@ -116,41 +94,12 @@ def test_affine_is_one_plus_gamma_and_beta_per_channel_and_region(shared):
     decoder, encoder, mask = features(1, 2, 8, 8), features(1, 2, 8, 8, seed=1), square_mask(1)
     module = STYLES["style-fusion"](2, shared)
     plain = module(decoder, encoder, mask)
-    assert module.gamma.shape == (1 if shared else 2, 2)
     with torch.no_grad():
         module.gamma[0] += torch.tensor([1.0, 0.0])
         module.beta[0] += torch.tensor([0.0, 0.5])
-    out = module(decoder, encoder, mask)
     changed = torch.stack([plain[:, 0] * 2, plain[:, 1] + 0.5], dim=1)
-    torch.testing.assert_close(out, changed if shared else torch.where(mask > 0, changed, plain))
-
-
-@pytest.mark.parametrize("style", ["style-fusion", "adain", "rain"])
-def test_a_region_that_is_missing_leaves_the_other_as_it_can_be(style):
-    decoder, encoder = features(1, 2, 4, 4), features(1, 2, 4, 4, seed=1)
-    everything = STYLES[style](2)(decoder, encoder, torch.ones(1, 1, 4, 4))
-    torch.testing.assert_close(everything, decoder)  # no background to take a style from
-    nothing = STYLES[style](2)(decoder, encoder, torch.zeros(1, 1, 4, 4))
-    assert nothing.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("style", list(STYLES))
-def test_styles_keep_shape_and_dtype(style, dtype):
-    decoder, encoder, mask = features(2, 4, 8, 8).to(dtype), features(2, 4, 8, 8, seed=1).to(dtype), square_mask()
-    out = STYLES[style](4).to(dtype)(decoder, encoder, mask.to(dtype))
-    assert out.shape == decoder.shape and out.dtype == dtype and out.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_attention_keeps_shape_and_dtype_and_counts_as_published(dtype):
-    channels = 32
-    attention = SpatialSeparatedAttention(channels).to(dtype)
-    x = features(2, channels, 8, 8).to(dtype)
-    out = attention(x, square_mask().to(dtype))
-    assert out.shape == x.shape and out.dtype == dtype and out.isfinite().all()
-    gate = 3 * channels**2 // 16 + channels // 16 + channels
-    assert sum(p.numel() for p in attention.parameters()) == 36 * channels**2 + 6 * channels + 3 * gate
+    expected = changed if shared else torch.where(mask > 0, changed, plain)
+    torch.testing.assert_close(module(decoder, encoder, mask), expected)
 
 
 def test_attention_away_from_the_edge_takes_each_path():
@@ -182,12 +131,6 @@ def test_pool_mask_averages_two_by_two_and_rounds():
     assert torch.equal(pool_mask(mask, 1), mask)
 
 
-def test_training_starts_at_the_composite():
-    model = ContrastiveResUNet(base_channels=4, depth=3, residual_convs=1)
-    image = torch.rand(2, 3, 16, 24) * 2 - 1
-    assert torch.equal(model(image, torch.ones(2, 1, 16, 24)), image)
-
-
 def masks(kind, batch, height, width):
     mask = torch.full((batch, 1, height, width), float(kind == "all"))
     if kind == "one pixel":
@@ -213,23 +156,6 @@ def test_awkward_inputs_are_finite_forward_and_backward(settings, kind, size):
         model.train()
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_full_depth_takes_sizes_that_do_not_divide_by_16_alone_in_a_batch(training):
-    model = tiny(depth=5).train(training)
-    for size in ((1, 1), (17, 31)):
-        image = torch.rand(1, 3, *size) * 2 - 1
-        output = model(image, masks("one pixel", 1, *size))
-        assert output.shape == image.shape and output.isfinite().all()
-
-
-def test_padding_does_not_touch_sizes_that_fit():
-    model, image, mask = tiny().eval(), features(1, 3, 16, 16) / 8, square_mask(1, 16)
-    seen = []
-    model.down[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model(image, mask)
-    assert torch.equal(seen[0], torch.cat([image, mask], 1))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_finite_and_close(dtype):
     model, image, mask = tiny().eval(), torch.rand(2, 3, 23, 23) * 2 - 1, square_mask(2, 23)
@@ -243,12 +169,6 @@ def test_half_precision_stays_finite_and_close(dtype):
         half = model.to(dtype)(image.to(dtype), mask)
     assert half.dtype == dtype and half.isfinite().all()
     assert (half - reference).abs().mean() < 0.05 * (reference - image).abs().mean()
-
-
-def test_the_result_for_an_image_does_not_depend_on_its_batch():
-    model, image, mask = tiny().eval(), torch.rand(3, 3, 16, 16) * 2 - 1, square_mask(3, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(model(image, mask)[1:2], model(image[1:2], mask[1:2]), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -267,11 +187,12 @@ def test_save_and_load(tmp_path, settings):
         torch.testing.assert_close(loaded.eval()(image, mask), model(image, mask), atol=1e-6, rtol=0)
 
 
-def test_bad_settings_and_shapes_are_named():
+def test_bad_settings_are_named():
     with pytest.raises(HarmonyError, match="style 'wct' is unknown.*style-fusion"):
         ContrastiveResUNet(style="wct")
-    with pytest.raises(HarmonyError, match="depth 1"):
-        ContrastiveResUNet(depth=1)
+    for depth, settings in ((1, {}), (2, COLOUR | {"view": 8})):
+        with pytest.raises(HarmonyError, match=f"depth {depth} .*use at least {depth + 1}"):
+            ContrastiveResUNet(**settings | {"depth": depth})
     with pytest.raises(HarmonyError, match="head 'picture' is unknown.*residual, colour"):
         ContrastiveResUNet(head="picture")
     for settings in ({}, COLOUR | {"view": 0}):
@@ -279,10 +200,6 @@ def test_bad_settings_and_shapes_are_named():
             ContrastiveResUNet(**settings, encoder=PACKAGED)
     with pytest.raises(HarmonyError, match="resnet9000"):
         ContrastiveResUNet(**COLOUR, encoder="resnet9000")
-    with pytest.raises(HarmonyError, match="do not fit"):
-        tiny()(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 9))
-    with pytest.raises(HarmonyError, match="do not fit"):
-        tiny(**COLOUR)(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 9))
 
 
 # ---- the colour head ----
@@ -321,7 +238,7 @@ def test_the_pretrained_encoder_starts_from_the_pictures_imagenet_features():
     encoder = PretrainedEncoder().load_imagenet_weights().train()
     image, mask = torch.rand(2, 3, 64, 64) * 2 - 1, square_mask(2, 64)
     with torch.no_grad():
-        expected = plain((image / 2 + 0.5 - encoder.mean) / encoder.std)[1:]
+        expected = plain(normalised(image, plain))[1:]
         found, other = encoder(image, mask), encoder(image, 1 - mask)
     assert [x.shape[-1] for x in found] == [16, 8, 4, 2] and [x.shape[1] for x in found] == encoder.channels
     for features, same, wanted in zip(found, other, expected, strict=True):
@@ -330,12 +247,10 @@ def test_the_pretrained_encoder_starts_from_the_pictures_imagenet_features():
 
 
 def test_four_images_are_overfitted_beyond_40_db():
-    """The whole loss, trained from scratch, judged in eval mode (running BatchNorm statistics) on the worst image."""
+    """The whole loss, from scratch, where the output is the composite; judged in eval mode on the worst image."""
     draw = torch.Generator().manual_seed(0)
-    real = torch.nn.functional.interpolate(
-        torch.rand(4, 3, 6, 6, generator=draw) * 1.6 - 0.8, (32, 32), mode="bilinear"
-    )
-    mask = torch.zeros(4, 1, 32, 32)
+    coarse = torch.rand(4, 3, 6, 6, generator=draw) * 1.6 - 0.8
+    real, mask = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear"), torch.zeros(4, 1, 32, 32)
     mask[:, :, 8:24, 10:26] = 1
     cast = 0.2 * torch.randn(4, 3, 1, 1, generator=draw)
     composite = torch.where(mask > 0, (real * 0.7 + cast).clamp(-1, 1), real)
@@ -345,6 +260,7 @@ def test_four_images_are_overfitted_beyond_40_db():
 
     torch.manual_seed(0)
     steps, model, contrastive = 180, ContrastiveResUNet(8, 3, 1), RegionContrastiveLoss(patches=16)
+    assert torch.equal(model(composite, mask), composite)
     optimiser = torch.optim.AdamW([*model.parameters(), *contrastive.parameters()], weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps)
     for _ in range(steps):
@@ -354,6 +270,4 @@ def test_four_images_are_overfitted_beyond_40_db():
         optimiser.zero_grad()
         schedule.step()
     with torch.no_grad():
-        reached = psnr(model.eval()(composite, mask))
-    assert psnr(composite) < 30
-    assert reached > 40
+        assert psnr(composite) < 30 and psnr(model.eval()(composite, mask)) > 40

@@ -85,7 +85,7 @@ def fit(image: np.ndarray, mask: np.ndarray, longest: int | None) -> tuple[np.nd
 
 def resize(image: torch.Tensor, size: int | None) -> torch.Tensor:
     """Antialiased bilinear resize to size x size."""
-    if size is None or image.shape[-1] == size:
+    if size is None or image.shape[-2:] == (size, size):
         return image
     return F.interpolate(image, size=(size, size), mode="bilinear", antialias=True).clamp(-1, 1)
 

@@ -123,7 +123,7 @@ def open_base(settings, seed: int) -> DiffHarmonyPipeline:
         return DiffHarmonyPipeline.from_pretrained(settings.path, device="cpu")
     if settings.source == "stable-diffusion":
         vae = open_autoencoder(settings.vae, torch_dtype=torch.float32) if settings.vae else None
-        return DiffHarmonyPipeline.from_stable_diffusion(settings.path, vae, device="cpu")
+        return DiffHarmonyPipeline.from_pretrained(settings.path, vae, device="cpu")
     if settings.source != "small":
         raise HarmonyError(f"base.source {settings.source!r} is unknown; use small, pipeline or stable-diffusion")
     torch.manual_seed(seed)

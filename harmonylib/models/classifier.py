@@ -1,9 +1,8 @@
 """The harmony classifier: the probability that an image is a composite (DiffHarmony++ Sec. 4.2 and 5.2).
 
-A linear probe on the pooled features of a frozen ImageNet network. It sees no mask, and composites and reals often went
-through different codecs, which is easier to see than a wrong colour; so every image read here takes the same JPEG round
-trip, and `extract_undone` gives the features of composites whose colour change was taken back: an AUC that stays high
-on those does not come from harmony.
+It sees no mask, and composites and reals often went through different codecs, which is easier to see than a wrong
+colour; so every image read here takes the same JPEG round trip, and `extract_undone` gives the features of composites
+whose colour change was taken back: an AUC that stays high on those does not come from harmony.
 """
 
 import io
@@ -12,24 +11,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from scipy.special import expit
-from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
-from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from ..core.cache import cached_array, file_digest, weights_digest
 from ..core.errors import HarmonyError
-from ..core.images import read_image, to_tensor
+from ..core.images import read_image, resize, to_tensor
 from ..core.progress import progress
 from ..core.seeds import rng
 from ..data.layout import Triple
-from .encoder import PACKAGED, create, imagenet_state
+from .encoder import PACKAGED, create, imagenet_state, normalised
 
 JPEG_QUALITY = 90
 MIN_SLOPE = 1e-3  # calibration never reverses the head's order
@@ -51,9 +50,6 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.register_buffer("calibration", torch.tensor([1.0, 0.0]))  # slope and intercept on the head's logit
-        for name in ("mean", "std"):
-            value = torch.tensor(self.network.pretrained_cfg[name]).view(1, 3, 1, 1)
-            self.register_buffer(name, value, persistent=False)
 
     def train(self, mode: bool = True) -> "HarmonyClassifier":
         """Training mode for the head only: the backbone's batch statistics stay ImageNet's."""
@@ -68,8 +64,7 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
 
     def features(self, image: torch.Tensor) -> torch.Tensor:
         """Globally pooled backbone features: Bx3xHxW in [-1, 1] -> BxD."""
-        unit = _resize(image, self.config.size) / 2 + 0.5
-        return self.network((unit - self.mean) / self.std)
+        return self.network(normalised(resize(image, self.config.size), self.network))
 
     def probability(self, features: torch.Tensor) -> torch.Tensor:
         """Calibrated P(composite), shape B, of BxD features."""
@@ -81,28 +76,27 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
 
     def extract(self, paths, batch_size: int = 32) -> np.ndarray:
         """NxD float32 features of image files after `round_trip_codec`, cached by the files' content."""
-        paths = list(paths)
-        return self._extract("file", [[path] for path in paths], lambda i: read_image(paths[i]), batch_size)
+        return self._extract("file", [[path] for path in paths], read_image, batch_size)
 
     def extract_undone(self, triples: list[Triple], batch_size: int = 32) -> np.ndarray:
         """NxD float32 features of the triples' composites after `undo_color_change`, cached likewise."""
-        files = [[t.composite, t.mask, t.real] for t in triples]
-        return self._extract("undone", files, lambda i: undo_color_change(*triples[i].load()), batch_size)
+        files = {(t.composite, t.mask, t.real): t for t in triples}
+        return self._extract("undone", list(files), lambda *f: undo_color_change(*files[f].load()), batch_size)
 
     def _extract(self, kind: str, files, load, batch_size: int) -> np.ndarray:
         if not files:
             raise HarmonyError("no images to classify; the list is empty")
-        key = {"files": [[file_digest(path) for path in group] for group in files], "kind": kind,
-               "quality": JPEG_QUALITY, "size": self.config.size, "weights": weights_digest(self.network)}  # fmt: skip
+        digests = [[file_digest(path) for path in group] for group in files]
+        key = {"files": digests, "kind": kind, "quality": JPEG_QUALITY, "size": self.config.size}
 
         @torch.inference_mode()
         def fill(array):
-            for start in progress(range(0, len(files), batch_size), desc="classifier features", unit="batch"):
-                indices = range(start, min(start + batch_size, len(files)))
-                images = (to_tensor(round_trip_codec(load(i)))[None] for i in indices)
-                batch = torch.cat([_resize(image, self.config.size) for image in images])
-                array[indices.start : indices.stop] = self.features(batch.to(self.device)).float().cpu().numpy()
+            for some in progress(torch.arange(len(files)).split(batch_size), desc="classifier features", unit="batch"):
+                images = [to_tensor(round_trip_codec(load(*files[i])))[None] for i in some]
+                batch = torch.cat([resize(image, self.config.size) for image in images])
+                array[some] = self.features(batch.to(self.device)).float().cpu().numpy()
 
+        key |= {"weights": weights_digest(self.network)}
         return cached_array(key, (len(files), self.network.num_features), np.float32, fill)
 
     @torch.inference_mode()
@@ -123,29 +117,20 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
         splits = list(GroupKFold(folds).split(features, labels, photos)) if folds > 1 else []
         if not splits or any(len(np.unique(labels[fitted])) < 2 for fitted, _ in splits):
             raise HarmonyError(f"the classifier's photos ({len(set(photos))}) lack reals or composites; add photos")
-        weights = compute_sample_weight("balanced", labels)
-        mean, std = features.mean(0), features.std(0) + 1e-6
-        scaled = (features - mean) / std
-        probe = LogisticRegression(C=1 / (regularisation * len(labels)), max_iter=1000)
-        logits = cross_val_predict(
-            probe, scaled, labels, cv=splits, method="decision_function", params={"sample_weight": weights}
-        )
+        linear = LogisticRegression(C=1 / (regularisation * len(labels)), class_weight="balanced", max_iter=1000)
+        scaler = StandardScaler()
+        probe = make_pipeline(scaler, linear)
+        logits = cross_val_predict(probe, features, labels, cv=splits, method="decision_function")
         spread = logits.std() + 1e-6
-        platt = LogisticRegression().fit(logits[:, None] / spread, labels, sample_weight=weights)
-        calibration = torch.tensor([max(platt.coef_[0, 0] / spread, MIN_SLOPE), platt.intercept_[0]])
-        probe.fit(scaled, labels, sample_weight=weights)
-        weight = probe.coef_[0] / std
+        platt = LogisticRegression(class_weight="balanced").fit(logits[:, None] / spread, labels)
+        slope, intercept = max(platt.coef_[0, 0] / spread, MIN_SLOPE), platt.intercept_[0]
+        probe.fit(features, labels)
+        weight = linear.coef_ / scaler.scale_
         with torch.no_grad():
-            self.head.weight.copy_(torch.from_numpy(weight)[None])
-            self.head.bias.copy_(torch.tensor([probe.intercept_[0] - weight @ mean]))
-            self.calibration.copy_(calibration)
-        return evaluate_classifier(expit(logits * calibration[0].item() + calibration[1].item()), labels, photos=photos)
-
-
-def _resize(image: torch.Tensor, size: int) -> torch.Tensor:
-    if image.shape[-2:] == (size, size):
-        return image
-    return F.interpolate(image, size=(size, size), mode="bilinear", antialias=True)
+            self.head.weight.copy_(torch.from_numpy(weight))
+            self.head.bias.copy_(torch.from_numpy(linear.intercept_ - weight @ scaler.mean_))
+            self.calibration.copy_(torch.tensor([slope, intercept]))
+        return evaluate_classifier(expit(slope * logits + intercept), labels, photos=photos)
 
 
 def round_trip_codec(array: np.ndarray) -> np.ndarray:
@@ -184,11 +169,8 @@ def evaluate_classifier(probabilities, labels, subsets=None, photos=None, bins: 
     {"n", "photos", "composites", "auc", "auc_interval", "accuracy", "calibration", "subsets"}. accuracy is the mean of
     both classes' rates at 0.5, and calibration bins (from, to, n, predicted, observed) weigh the classes equally: sets
     hold several composites to a real. auc_interval: 95 % bootstrap over photos, NaN without photos or under two of
-    them. AUC and accuracy are NaN where a class is missing. Raises HarmonyError for lengths that differ.
+    them. AUC and accuracy are NaN where a class is missing.
     """
-    for name, values in (("labels", labels), ("subsets", subsets), ("photos", photos)):
-        if values is not None and len(values) != len(probabilities):
-            raise HarmonyError(f"{len(probabilities)} probabilities but {len(values)} {name}; give one for each image")
     table = pd.DataFrame({"p": np.asarray(probabilities, np.float64), "label": np.asarray(labels).astype(int)})
     table = table.assign(subset=subsets, photo=photos)
     report = _scores(table, bins, seed)
@@ -198,39 +180,33 @@ def evaluate_classifier(probabilities, labels, subsets=None, photos=None, bins: 
 
 
 def _scores(table: pd.DataFrame, bins: int, seed: int) -> dict:
-    p, labels = table["p"].to_numpy(), table["label"].to_numpy()
-    counts = np.bincount(labels, minlength=2)
-    weighed = table.assign(weight=1 / counts[labels], bin=np.minimum((p * bins).astype(int), bins - 1))
-    calibration = []
-    for b, part in weighed.groupby("bin"):
-        predicted, observed = (float(np.average(part[name], weights=part["weight"])) for name in ("p", "label"))
-        calibration.append(
-            {"from": b / bins, "to": (b + 1) / bins, "n": len(part), "predicted": predicted, "observed": observed}
-        )
+    labels, p = table["label"].to_numpy(), table["p"].to_numpy()
+    weight = 1 / np.bincount(labels)[labels]
+    places, calibration = np.minimum((p * bins).astype(int), bins - 1), []
+    for b in np.unique(places):
+        predicted, observed = (float(np.average(x[places == b], weights=weight[places == b])) for x in (p, labels))
+        row = {"from": b / bins, "to": (b + 1) / bins, "n": int((places == b).sum())}
+        calibration.append(row | {"predicted": predicted, "observed": observed})
     return {
         "n": len(table),
         "photos": table["photo"].nunique() or None,
-        "composites": int(counts[1]),
-        "auc": _auc(p, labels),
+        "composites": int(labels.sum()),
+        "auc": _auc(labels, p),
         "auc_interval": _auc_interval(table, seed),
-        "accuracy": float(np.mean([((p >= 0.5) == c)[labels == c].mean() if counts[c] else np.nan for c in (0, 1)])),
+        "accuracy": float(balanced_accuracy_score(labels, p >= 0.5)) if 0 < labels.mean() < 1 else float("nan"),
         "calibration": calibration,
     }
 
 
-def _auc(p, labels) -> float:
-    """Share of (composite, real) pairs in the right order, ties half (Mann-Whitney); NaN where a class is missing."""
-    n = labels.sum()
-    pairs = n * (len(labels) - n)
-    return float((rankdata(p)[labels == 1].sum() - n * (n + 1) / 2) / pairs) if pairs else float("nan")
+def _auc(labels, p) -> float:
+    return float(roc_auc_score(labels, p)) if 0 < labels.mean() < 1 else float("nan")
 
 
 def _auc_interval(table, seed: int, repeats: int = 500) -> list[float]:
-    clusters = [part[["p", "label"]].to_numpy() for _, part in table.groupby("photo")]
+    clusters = [part[["label", "p"]].to_numpy().T for _, part in table.groupby("photo")]
     if len(clusters) < 2 or table["label"].nunique() < 2:
         return [float("nan")] * 2
-    draw, values = rng(seed, "classifier", "bootstrap"), []
-    for _ in range(repeats):
-        rows = np.concatenate([clusters[i] for i in draw.integers(len(clusters), size=len(clusters))])
-        values.append(_auc(rows[:, 0], rows[:, 1]))
+    draw = rng(seed, "classifier", "bootstrap")
+    drawn = (draw.integers(len(clusters), size=len(clusters)) for _ in range(repeats))
+    values = [_auc(*np.concatenate([clusters[i] for i in some], axis=1)) for some in drawn]
     return np.nanquantile(values, [0.025, 0.975]).tolist()

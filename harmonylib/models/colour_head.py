@@ -2,8 +2,7 @@
 
 Ours. Strips across the edge become tokens of a small transformer, which finds those where one surface crosses; their
 inner and outer colours are then pairs of a weighted ridge regression (`colour_map.fit_map`) that draws towards a map
-predicted from everything at once. A second round sees how far each pair is from the first map and weighs anew, as
-robust regression does.
+predicted from everything at once. A second round sees what the first map leaves of each pair and weighs anew.
 """
 
 import torch

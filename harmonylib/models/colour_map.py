@@ -13,10 +13,8 @@ TERMS = 10
 def monomials(colours: torch.Tensor) -> torch.Tensor:
     """1, r, g, b, their squares (less the mean of uniform values) and products: Bx3x... in [-1, 1] -> Bx10x..."""
     r, g, b = colours.unbind(1)
-    third = 1 / 3
-    return torch.stack(
-        [torch.ones_like(r), r, g, b, r * r - third, g * g - third, b * b - third, r * g, g * b, b * r], dim=1
-    )
+    squares = [x * x - 1 / 3 for x in (r, g, b)]
+    return torch.stack([torch.ones_like(r), r, g, b, *squares, r * g, g * b, b * r], dim=1)
 
 
 def apply_map(colour_map: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
@@ -29,11 +27,7 @@ def apply_map(colour_map: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
 
 def apply_inside(colour_map: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Bx10x3 applied to the foreground of Bx3xHxW (mask Bx1xHxW > 0.5); the background is the image's own. float32."""
-    out, inside = image.float().movedim(1, -1).clone(), mask[:, 0] > 0.5
-    parts = [apply_map(one[None], row[region].T[None])[0].T for one, row, region in
-             zip(colour_map, image.float().movedim(1, -1), inside, strict=True)]  # fmt: skip
-    out[inside] = torch.cat(parts)
-    return out.movedim(-1, 1)
+    return torch.where(mask > 0.5, apply_map(colour_map, image), image.float())
 
 
 def fit_map(before, after, weights, prior: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:

@@ -50,8 +50,8 @@ class RegionContrastiveLoss(nn.Module):
     r"""Contrast patches of the harmonized foreground with patches of the real background (Eq. 8-12).
 
     K patches of 8x8 are cut around cells of a stride-4 map, inside each region, and embedded by one two-layer MLP
-    (192-256-256) with L2-normalised output: N_i from the harmonized foreground, P_i from the real background. The MLP
-    trains along with the generator; give its parameters to the optimiser. With t the temperature, per image
+    (192-256-256) with L2-normalised output: N_i from the harmonized foreground, P_i from the real background. Give the
+    MLP's parameters to the optimiser. With t the temperature, per image
 
     paper (Eq. 11): 1/K sum_i -log  exp(v_bg.P_i / t) / [exp(v_bg.P_i / t) + sum_k exp(v_fg.N_k / t)]
 
@@ -67,26 +67,16 @@ class RegionContrastiveLoss(nn.Module):
 
     Computed in float32 whatever the autocast. An image without a foreground or background cell drops out of the mean
     over images (Eq. 12); if all do, the loss is 0 and still has a gradient (of zeros).
-    Raises HarmonyError for settings out of range, unequal shapes, and reading C without a composite.
+    Raises HarmonyError for an unknown reading, and for reading C without a composite.
     """
 
-    def __init__(
-        self,
-        reading: str = "B",
-        patches: int = 256,
-        temperature: float = 0.07,
-        patch: int = 8,
-        stride: int = 4,
-        embed_dim: int = 256,
-    ):
+    def __init__(self, reading="B", patches: int = 256, temperature=0.07, patch: int = 8, stride: int = 4):
         super().__init__()
         if reading not in ("A", "B", "C"):
             raise HarmonyError(f"reading {reading!r} is unknown; use A, B or C")
-        if min(patches, patch, stride, embed_dim) < 1 or temperature <= 0:
-            raise HarmonyError("patches, patch, stride and embed_dim must be at least 1 and temperature above 0")
         self.reading, self.patches, self.temperature = reading, patches, temperature
         self.patch, self.stride = patch, stride
-        self.mlp = nn.Sequential(nn.Linear(3 * patch * patch, embed_dim), nn.ReLU(), nn.Linear(embed_dim, embed_dim))
+        self.mlp = nn.Sequential(nn.Linear(3 * patch * patch, 256), nn.ReLU(), nn.Linear(256, 256))
 
     def embed(self, image: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         """Bx3xHxW and BxK cells -> BxKxD float32 of unit length."""
@@ -111,9 +101,9 @@ class RegionContrastiveLoss(nn.Module):
 
     def forward(self, output, real, mask, composite=None, generator=None) -> torch.Tensor:
         """Scalar. output, real and composite Bx3xHxW in [-1, 1], mask Bx1xHxW in {0, 1}; generator draws the cells."""
-        _check_shapes(output, real, mask)
-        if self.reading == "C" and (composite is None or composite.shape != output.shape):
-            raise HarmonyError("reading C contrasts with the composite's foreground; pass composite= in output's shape")
+        assert output.shape == real.shape and mask.shape == (len(output), 1, *output.shape[2:])
+        if self.reading == "C" and composite is None:
+            raise HarmonyError("reading C contrasts with the composite's foreground; pass composite=")
         with torch.autocast(output.device.type, enabled=False):
             foreground_cells, background_cells, keep = sample_cells(mask, self.stride, self.patches, generator)
             per_image = self.contrast(
@@ -124,41 +114,21 @@ class RegionContrastiveLoss(nn.Module):
             return (per_image * keep).sum() / keep.sum().clamp_min(1)
 
 
-def _check_shapes(output, real, mask):
-    if output.shape != real.shape or mask.shape != (output.shape[0], 1, *output.shape[2:]):
-        raise HarmonyError(
-            f"output {tuple(output.shape)}, real {tuple(real.shape)} and mask {tuple(mask.shape)} do not fit; "
-            "pass Bx3xHxW twice and Bx1xHxW"
-        )
-
-
-def foreground_l1(output: torch.Tensor, real: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """L_pixel: sum |output - real| M over pixels and channels / sum M per image, averaged over images.
-
-    Three channels over the area of one: three times the foreground's mean absolute error. Images with an empty mask
-    drop out; if all are empty the loss is 0. Bx3xHxW twice and Bx1xHxW in {0, 1} -> float32 scalar.
-    """
-    _check_shapes(output, real, mask)
-    area = mask.float().sum((1, 2, 3))
-    error = ((output.float() - real.float()).abs() * mask.float()).sum((1, 2, 3))
-    return (error / area.clamp_min(1)).sum() / (area > 0).sum().clamp_min(1)
-
-
 def foreground_error(output, real, mask, kind: str = "l1") -> torch.Tensor:
-    """The foreground's error of each image, averaged over images: shapes and empty masks as in `foreground_l1`.
+    """The foreground's error, averaged over images: float32 scalar of Bx3xHxW twice and Bx1xHxW in {0, 1}.
 
-    "l1" is the paper's L_pixel. "rmse" (the root of the mean square, three times for the same scale) and "log" (the
-    logarithm of the mean square, so that a weak change counts as much as a strong one) are ours.
-    Raises HarmonyError for another kind.
+    "l1" is the paper's L_pixel: sum |output - real| M over pixels and channels / sum M, three times the foreground's
+    mean absolute error. "rmse" (the root of the mean square, three times for the same scale) and "log" (the logarithm
+    of the mean square, so that a weak change counts as much as a strong one) are ours. Images with an empty mask drop
+    out; if all are empty the error is 0. Raises HarmonyError for another kind.
     """
     if kind not in ("l1", "rmse", "log"):
         raise HarmonyError(f"foreground error {kind!r} is unknown; use l1, rmse or log")
-    if kind == "l1":
-        return foreground_l1(output, real, mask)
-    _check_shapes(output, real, mask)
-    area = mask.float().sum((1, 2, 3))
-    square = ((output.float() - real.float()).square() * mask.float()).sum((1, 2, 3)) / (3 * area.clamp_min(1))
-    error = 3 * (square + 1e-4).sqrt() if kind == "rmse" else (square + 3e-4).log()
+    assert output.shape == real.shape and mask.shape == (len(output), 1, *output.shape[2:])
+    area, change = mask.float().sum((1, 2, 3)), output.float() - real.float()
+    error = ((change.abs() if kind == "l1" else change.square()) * mask.float()).sum((1, 2, 3)) / area.clamp_min(1)
+    if kind != "l1":
+        error = 3 * (error / 3 + 1e-4).sqrt() if kind == "rmse" else (error / 3 + 3e-4).log()
     return (error * (area > 0)).sum() / (area > 0).sum().clamp_min(1)
 
 

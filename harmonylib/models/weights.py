@@ -3,8 +3,6 @@
 python -m harmonylib.models.weights artifacts/contrastive_resunet pretrained/contrastive-resunet
 """
 
-import contextlib
-import json
 import sys
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save
 
 from ..core.errors import HarmonyError
 from ..core.files import atomic_path
+from ..core.json_files import read_json, write_json
 
 SHIPPED = Path(__file__).resolve().parents[2] / "pretrained"
 
@@ -24,52 +23,51 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-@contextlib.contextmanager
-def quiet():
-    """Inside, diffusers logs nothing: what it says of missing files stands in the error that it raises, too."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def at_revision(name) -> tuple[str, dict]:
-    """What `ID@REVISION` says to a `from_pretrained`: (ID, {"revision": REVISION}), so that a hub's files are the same
-    for ever. A folder, and a name without a revision, is left as it is."""
+    """(ID, {"revision": REVISION}) of `ID@REVISION`, for a `from_pretrained`; (name, {}) of folders and other names."""
     name, mark, revision = str(name).rpartition("@")
     if not mark or Path(f"{name}@{revision}").exists():
         return f"{name}{mark}{revision}", {}
     return name, {"revision": revision}
 
 
-def load_strict(load, folder, **options):
-    """load(folder, **options), `load` being a diffusers class's from_pretrained; .safetensors, or .bin without code.
+def load_part(load, folder, **options):
+    """load(folder, **options), `load` being a `from_pretrained`; folder may be a hub id, with `@REVISION`.
 
-    folder may be a hub id, with `@REVISION` (`at_revision`).
-
-    Raises HarmonyError for a folder that is not there or damaged, and naming keys that are missing, foreign or of
-    another shape (diffusers fills such parameters at random and warns).
+    Raises HarmonyError for a folder that is not there or damaged.
     """
-    where = "/".join(filter(None, (str(folder), options.get("subfolder"))))
+    name, revision = at_revision(folder)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what diffusers logs of missing files stands in its error, too
     try:
-        with quiet():
-            name, revision = at_revision(folder)
-            model, info = load(name, output_loading_info=True, **revision, **options)
-    except Exception as error:  # diffusers, safetensors and pickle raise many kinds
+        return load(name, **revision, **options)
+    except Exception as error:  # diffusers, transformers, safetensors and pickle raise many kinds
+        where = "/".join(filter(None, (str(folder), options.get("subfolder"))))
         raise HarmonyError(f"{where} cannot be loaded ({first_line(error)}); train it or restore the folder") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def load_strict(load, folder, **options):
+    """`load_part` of a model (.safetensors, or .bin without code). HarmonyError also names keys that are missing or
+    foreign, where diffusers would warn and fill in random weights."""
+    model, info = load_part(load, folder, output_loading_info=True, **options)
     for kind in ("missing", "unexpected"):
-        if keys := info[f"{kind}_keys"]:
-            names = ", ".join([*sorted(keys)[:3], *(["..."] if len(keys) > 3 else [])])
-            raise HarmonyError(
-                f"{where}: {len(keys)} {kind} keys ({names}); not the weights of a {type(model).__name__}"
-            )
+        if keys := sorted(info[f"{kind}_keys"]):
+            where = "/".join(filter(None, (str(folder), options.get("subfolder"))))
+            found = f"{len(keys)} {kind} keys ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})"
+            raise HarmonyError(f"{where}: {found}; not the weights of a {type(model).__name__}")
     return model
 
 
-class LegacyAttention:
-    """Mixin: in old files attention weights may be 1x1 convolutions, besides their names (which diffusers maps)."""
+class Published:
+    """Mixin of models that read published folders: strictly, and with attention weights as 1x1 convolutions, as old
+    files have them (their old names are mapped by diffusers)."""
+
+    @classmethod
+    def from_pretrained(cls, folder, **options):
+        """ModelMixin's through `load_strict`."""
+        return load_strict(super().from_pretrained, folder, **options)
 
     def _fix_state_dict_keys_on_load(self, state_dict: dict[str, torch.Tensor]) -> None:
         super()._fix_state_dict_keys_on_load(state_dict)
@@ -78,13 +76,13 @@ class LegacyAttention:
                 state_dict[name] = tensor[..., 0, 0]
 
 
-class _LegacyAutoencoder(LegacyAttention, AutoencoderKL):
+class _PublishedAutoencoder(Published, AutoencoderKL):
     pass
 
 
 def load_autoencoder(folder, **options) -> AutoencoderKL:
-    """A plain autoencoder, strictly, attention names of old files included. Raises HarmonyError as `load_strict`."""
-    vae = load_strict(_LegacyAutoencoder.from_pretrained, folder, **options)
+    """A plain autoencoder, as `Published` says."""
+    vae = _PublishedAutoencoder.from_pretrained(folder, **options)
     vae.__class__ = AutoencoderKL  # the same layout; saved folders must name the class that everybody has
     return vae
 
@@ -95,19 +93,18 @@ def ship(source, target) -> None:
     Raises HarmonyError where `source` holds no weights.
     """
     source, target = Path(source), Path(target)
-    files = [path for path in sorted(source.rglob("*")) if path.suffix in (".safetensors", ".json")]
-    if not any(path.suffix == ".safetensors" for path in files):
+    weights, texts = sorted(source.rglob("*.safetensors")), sorted(source.rglob("*.json"))
+    if not weights:
         raise HarmonyError(f"{source}: no weights (*.safetensors) there; train the model first")
-    for path in files:
+    for path in weights:
         with atomic_path(target / path.relative_to(source)) as temporary:
-            if path.suffix == ".json":
-                values = json.loads(path.read_text(encoding="utf-8"))
-                if isinstance(values, dict):
-                    values.pop("_name_or_path", None)  # where the trainer had read it: a path of its machine
-                temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-                continue
             tensors = {name: t.half() if t.is_floating_point() else t for name, t in load_file(path).items()}
             temporary.write_bytes(save(tensors, {"format": "pt"}))  # save_file would let only its owner read it
+    for path in texts:
+        values = read_json(path)
+        if isinstance(values, dict):
+            values.pop("_name_or_path", None)  # where the trainer had read it: a path of its machine
+        write_json(target / path.relative_to(source), values)
 
 
 if __name__ == "__main__":

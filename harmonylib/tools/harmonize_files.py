@@ -38,13 +38,12 @@ def plan(composite, mask, output, force: bool = False, kind: str = "png") -> lis
     composite, mask, output = Path(composite), Path(mask), Path(output)
     if composite.is_dir() != mask.is_dir() and composite.exists() and mask.exists():
         raise HarmonyError(f"{composite} and {mask}: give two files or two folders")
+    jobs, folder = [Job(composite, mask, output)], output.absolute().parent
     if composite.is_dir():
         rank, world = rank_and_world()
         jobs, folder = _pairs(composite, mask, output, kind)[rank::world], output.absolute()
         if output.exists() and not output.is_dir():
             raise HarmonyError(f"{output}: is a file; name a folder for the harmonized pictures")
-    else:
-        jobs, folder = [Job(composite, mask, output)], output.absolute().parent
     for job in jobs:
         check_output(job.output, force=force)
     while not folder.exists():
@@ -59,16 +58,17 @@ def _pairs(composites: Path, masks: Path, output: Path, kind: str) -> list[Job]:
     by_stem = {stem_of(path): path for path in pictures_in(masks)[0]}
     if not pictures:
         raise HarmonyError(f"{composites}: no pictures ({' '.join(IMAGE_SUFFIXES)})")
-    jobs, stems = [], {}
+    jobs = {}
     for path in pictures:
-        mask = by_stem.get(stem_of(path)) or by_stem.get(stem_of(path).rsplit("_", 1)[0])
+        stem = stem_of(path)
+        mask = by_stem.get(stem) or by_stem.get(stem.rsplit("_", 1)[0])
         if mask is None:
             raise HarmonyError(f"{path}: no mask named {path.stem}.* in {masks}; add it")
-        if stem_of(path) in stems:
-            raise HarmonyError(f"{path}: {stems[stem_of(path)].name} would have the same output; rename one")
-        stems[stem_of(path)] = path
-        jobs.append(Job(path, mask, output / f"{path.stem}.{kind}"))
-    return jobs + [Job(composites, masks, output / f"{number}.{kind}", error) for number, error in enumerate(unread)]
+        if stem in jobs:
+            raise HarmonyError(f"{path}: {jobs[stem].composite.name} would have the same output; rename one")
+        jobs[stem] = Job(path, mask, output / f"{path.stem}.{kind}")
+    failed = [Job(composites, masks, output / f"{number}.{kind}", error) for number, error in enumerate(unread)]
+    return [*jobs.values(), *failed]
 
 
 def run(jobs: list[Job], device="auto", model=MODELS[0], **options) -> None:
@@ -77,10 +77,10 @@ def run(jobs: list[Job], device="auto", model=MODELS[0], **options) -> None:
     One bad picture of several, whatever it raises, is named on stderr and the others go on. Raises HarmonyError at the
     end if any failed.
     """
-    failed = 0
-    if len(jobs) > 1:
+    failed, several = 0, len(jobs) > 1
+    if several:
         load_model(str(model), str(pick_device(device)))  # weights that are missing fail once, not for every picture
-    for job in progress(jobs, desc="harmonizing", unit="picture") if len(jobs) > 1 else jobs:
+    for job in progress(jobs, desc="harmonizing", unit="picture") if several else jobs:
         try:
             if job.unread:
                 raise job.unread
@@ -88,12 +88,10 @@ def run(jobs: list[Job], device="auto", model=MODELS[0], **options) -> None:
             check_kind(before, KINDS[job.output.suffix.lower()], job.output)
             save_picture(harmonize(before, job.mask, model=model, device=device, **options), job.output)
         except Exception as error:
-            if len(jobs) == 1 and isinstance(error, (HarmonyError, OSError)):
-                raise
-            text = error if isinstance(error, HarmonyError) else f"{job.composite}: {type(error).__name__}: {error}"
-            if len(jobs) == 1:
-                raise HarmonyError(text) from error
+            told = error if isinstance(error, HarmonyError) else f"{job.composite}: {type(error).__name__}: {error}"
+            if not several:
+                raise error if isinstance(error, (HarmonyError, OSError)) else HarmonyError(told) from error
             failed += 1
-            tqdm.write(f"error: {' '.join(str(text).splitlines())}", file=sys.stderr)
+            tqdm.write(f"error: {' '.join(str(told).splitlines())}", file=sys.stderr)
     if failed:
         raise HarmonyError(f"{failed} of {len(jobs)} pictures could not be harmonized; the others are written")
