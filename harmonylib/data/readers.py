@@ -9,7 +9,6 @@
 | dih99 | DIH99: `images/` + `masks/` with equal stems | composite, mask; there is no ground truth |
 """
 
-import glob
 import os
 import re
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.decoding import IMAGE_SUFFIXES, MAX_PIXELS, open_image, orientation
+from ..core.decoding import MAX_PIXELS, open_image, orientation
 from ..core.errors import HarmonyError
 from ..core.files import as_written, inside
 from ..core.images import write_image
@@ -62,7 +61,7 @@ def detect(root) -> str:
         return "iharmony4"
     if (root / "train.csv").is_file():
         return "imaterialist"
-    return "realhm" if any(_composites(root)) else "photos"
+    return "realhm" if any(any(folder.glob("[!.]*_composite.*")) for folder in _folders(root)) else "photos"
 
 
 def scan(root, kind: str = "auto", index=None) -> Iterator[Triple | HarmonyError]:
@@ -97,11 +96,11 @@ def photo_pairs(root, index=None, split: str | None = None) -> list[tuple[Path, 
     return chosen
 
 
-def _or_error(read, *arguments) -> Triple | HarmonyError:
+def _or_error(read, *arguments, place: str = "") -> Triple | HarmonyError:
     try:
         return read(*arguments)
     except HarmonyError as error:
-        return error
+        return HarmonyError(place + str(error))
 
 
 def _iharmony4(root: Path) -> Iterator[Triple | HarmonyError]:
@@ -168,38 +167,29 @@ def _indexed(root: Path, index) -> Iterator[Triple | HarmonyError]:
     table = _table(index, ["image", "mask", "split"], "a CSV with columns image, mask and split")
     for number, row in enumerate(table.itertuples(index=False), start=2):
         if "".join(row).strip():  # else as spreadsheets end a table
-            yield _or_error(_row, root, f"{index}, line {number}", *row)
+            yield _or_error(_row, root, *row, place=f"{index}, line {number}: ")
 
 
-def _row(root: Path, place: str, image: str, mask: str, split: str) -> Triple:
-    try:
-        image, mask = (as_written(inside(root, text.strip().replace("\\", "/"))) for text in (image, mask))
-    except HarmonyError as error:
-        raise HarmonyError(f"{place}: {error}") from None
+def _row(root: Path, image: str, mask: str, split: str) -> Triple:
+    image, mask = (as_written(inside(root, text.strip().replace("\\", "/"))) for text in (image, mask))
     if split.strip().lower() not in SPLITS:
-        raise HarmonyError(f"{place}: split {split!r} is unknown; use train or test")
+        raise HarmonyError(f"split {split!r} is unknown; use train or test")
     for path in (image, mask):
         if not path.is_file():
-            raise HarmonyError(f"{place}: {path}: no such file; mend the index")
+            raise HarmonyError(f"{path}: no such file; mend the index")
     return Triple(image.parent.parent.name, image.stem, None, mask, image, split.strip().lower())
 
 
-def _composites(root: Path) -> Iterator[Path]:
-    """RealHM's."""
-    found = (path for folder in _folders(root) for path in folder.glob("[!.]*_composite.*"))
-    return (path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
 def _realhm(root: Path) -> Iterator[Triple | HarmonyError]:
-    for composite in sorted(_composites(root)):
-        stem, parts = composite.stem.removesuffix("_composite"), {}
-        for part in ("mask", "gt"):
-            parts[part] = min(composite.parent.glob(f"{glob.escape(stem)}_{part}.*"), default=None)
-        lost = [f"{stem}_{part}.*" for part, path in parts.items() if path is None]
-        if lost:
-            yield HarmonyError(f"{composite}: no {lost[0]} beside it; add the file or remove the composite")
-        else:
-            yield Triple("RealHM", stem, composite, parts["mask"], parts["gt"], "test")
+    for folder in _folders(root):
+        files = {stem: paths[0] for stem, paths in by_stem(folder)[0].items()}
+        for name in [stem.removesuffix("_composite") for stem in files if stem.endswith("_composite")]:
+            parts = {part: files.get(f"{name}_{part}") for part in ("composite", "mask", "gt")}
+            lost = [f"{name}_{part}.*" for part, path in parts.items() if path is None]
+            if lost:
+                yield HarmonyError(f"{parts['composite']}: no {lost[0]} beside it; add it or remove the composite")
+            else:
+                yield Triple("RealHM", name, *parts.values(), "test")
 
 
 def _imaterialist(root: Path) -> Iterator[Triple | HarmonyError]:
@@ -238,9 +228,8 @@ def imaterialist_pairs(root, out, workers: int | None = None) -> list[tuple[Path
     `sets.clean_photos` leaves the product-only photos out. Raises HarmonyError for a broken train.csv or a photo of
     another size than it says.
     """
-    found = read_examples(root, "imaterialist")
-    write = partial(_write_union, Path(out))
-    return list(parallel_map(write, found, "union masks", "photo", workers))
+    triples = read_examples(root, "imaterialist")
+    return list(parallel_map(partial(_write_union, Path(out)), triples, "union masks", "photo", workers))
 
 
 def _write_union(out: Path, triple: Triple) -> tuple[Path, Path]:
