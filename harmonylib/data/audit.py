@@ -245,12 +245,11 @@ def _repeated_lines(root: Path) -> list[Finding]:
     findings, seen = [], {}
     for path in sorted((*root.glob("IHD_*.txt"), *root.glob("*/*_train.txt"), *root.glob("*/*_test.txt"))):
         for number, line in enumerate(read_lines(path, unique=False), start=1):
-            key = path.parent, Path(line).parts[-3:]
-            if key in seen:
-                text = f"{path}, line {number}: {line} is in {seen[key]} already; remove one of them"
+            place = f"{path.name}, line {number}"
+            first = seen.setdefault((path.parent, Path(line).parts[-3:]), place)
+            if line and first != place:
+                text = f"{path}, line {number}: {line} is in {first} already; remove one of them"
                 findings.append(Finding("listed twice", text))
-            elif line:
-                seen[key] = f"{path.name}, line {number}"
     return findings
 
 

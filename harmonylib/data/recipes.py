@@ -68,28 +68,24 @@ class RecipeSettings:
 DEFAULTS = RecipeSettings()
 
 
-def _mixed(kinds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One of `kinds` and the day's mood in equal parts."""
-    return 0.5 * kinds[rng.integers(len(kinds))] + 0.5 * rng.uniform(-1, 1, kinds.shape[1])
+def draw_parameters(edit: Callable, rng: np.random.Generator) -> np.ndarray:
+    """Eleven parameters of `retouch` (an expert's taste, curves, a gradient) or four of `relight` (a condition).
+
+    Taste and condition are mixed with the day's mood in equal parts.
+    """
+    kinds, scale = (EXPERTS, RETOUCH) if edit is retouch else (CONDITIONS, RELIGHT)
+    mixed = 0.5 * kinds[rng.integers(len(kinds))] + 0.5 * rng.uniform(-1, 1, kinds.shape[1])
+    own = rng.uniform(-1, 1, 5) * OWN if edit is retouch else ()
+    return np.concatenate([mixed * scale, own])
 
 
-def draw_retouch(rng: np.random.Generator) -> np.ndarray:
-    """Eleven parameters of `retouch`: an expert's taste, curves (3) and a gradient (2)."""
-    return np.concatenate([_mixed(EXPERTS, rng) * RETOUCH, rng.uniform(-1, 1, 5) * OWN])
-
-
-def draw_relight(rng: np.random.Generator) -> np.ndarray:
-    """Four parameters of `relight`: one condition, varied."""
-    return _mixed(CONDITIONS, rng) * RELIGHT
-
-
-# ---- edits: (pixels Nx3 float32 in [0, 1], places Nx2, parameters) -> Nx3 in [0, 1] ----
+# ---- edits: (pixels Nx3 float32 in [0, 1], places Nx2, those of `draw_parameters`) -> Nx3 in [0, 1] ----
 
 
 def retouch(pixels: np.ndarray, places: np.ndarray, parameters) -> np.ndarray:
     """A retoucher's edit: exposure with a gradient across the foreground, white balance, curves, saturation.
 
-    parameters come from `draw_retouch`; places are (row, column) in [-1, 1] of the picture.
+    places are (row, column) in [-1, 1] of the picture.
     """
     exposure, warmth, tint, tone, contrast, saturation, *rest = np.float32(parameters)
     curves, gradient = np.array(rest[:3], np.float32), np.array(rest[3:], np.float32)
@@ -103,10 +99,7 @@ def retouch(pixels: np.ndarray, places: np.ndarray, parameters) -> np.ndarray:
 
 
 def relight(pixels: np.ndarray, places: np.ndarray, parameters) -> np.ndarray:
-    """Another capture condition: exposure, colour temperature, contrast about mid-grey, vignetting.
-
-    parameters come from `draw_relight`; places as in `retouch`.
-    """
+    """Another capture condition: exposure, colour temperature, contrast about mid-grey, vignetting."""
     exposure, warmth, contrast, vignette = np.float32(parameters)
     stops = (exposure - vignette * (places**2).sum(1) / 2)[:, None] + np.float32([warmth / 2, 0, -warmth / 2])
     contrast = max(contrast, np.float32(-0.9))
@@ -120,8 +113,9 @@ def restyle(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     photos learns how regions relate instead of the photos' own colours.
     """
     places = _places(np.ones(image.shape[:2], bool))
-    pixels = retouch(np.float32(image.reshape(-1, 3)) / 255, places, draw_retouch(rng))
-    pixels = relight(pixels, places, draw_relight(rng))
+    pixels = np.float32(image.reshape(-1, 3)) / 255
+    for edit in (retouch, relight):
+        pixels = edit(pixels, places, draw_parameters(edit, rng))
     return np.rint(pixels * 255).astype(np.uint8).reshape(image.shape)
 
 
@@ -133,13 +127,12 @@ def _places(mask: np.ndarray) -> np.ndarray:
 # ---- recipes ----
 
 RECIPES = tuple(GENUINE)
-EDITS = {"HAdobe5k": (draw_retouch, retouch), "Hday2night": (draw_relight, relight)}  # need no reference photo
+EDITS = {"HAdobe5k": retouch, "Hday2night": relight}  # need no reference photo
 
 
-def _edited(recipe, pixels, places, rng) -> Callable:
+def _edited(edit, pixels, places, rng) -> Callable:
     """(gain, rows) -> these pixels by one edit, its parameters multiplied by gain."""
-    draw_parameters, edit = EDITS[recipe]
-    parameters = draw_parameters(rng)
+    parameters = draw_parameters(edit, rng)
     return lambda gain, rows: edit(pixels[rows], places[rows], gain * parameters)
 
 
@@ -181,7 +174,7 @@ def recolor(recipe, real, mask, rng, reference=None, settings: RecipeSettings = 
     fmse = draw(GENUINE[recipe].fmse, rng) if fmse is None else fmse
     pixels = np.float32(real[mask]) / 255
     if recipe in EDITS:
-        change = _edited(recipe, pixels, _places(mask), rng)
+        change = _edited(EDITS[recipe], pixels, _places(mask), rng)
     else:
         change = _transferred(pixels, reference, rng, settings.transfers)
     changed = change(_gain(change, pixels, fmse / 255**2, rng), slice(None))
