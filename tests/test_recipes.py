@@ -133,6 +133,8 @@ def test_errors():
     for transfers in ([], ["reinhard", "magic"]):
         with pytest.raises(HarmonyError, match="transfers must be some of"):
             RecipeSettings(transfers)
+    with pytest.raises(HarmonyError, match="clipped must not be negative"):
+        RecipeSettings(clipped=-0.1)
 
 
 def test_restyle_changes_the_whole_photo():

@@ -148,11 +148,12 @@ def _table(path, columns: list[str], what: str) -> pd.DataFrame:
     """Columns of a CSV as text, as spreadsheets and Windows write it: with semicolons, tabs or Excel's line `sep=;`, in
     UTF-16 or with a byte order mark, with capitals and spaces in its header. Raises HarmonyError: give `what`."""
     try:
-        with open(path, encoding=encoding_of(path)) as file:
+        encoding = encoding_of(path)
+        with open(path, encoding=encoding) as file:
             head = file.readline()
             of_excel = head.startswith("sep=")
             head = file.readline() if of_excel else head
-        options = {"sep": max(",;\t", key=head.count), "skiprows": int(of_excel), "encoding": encoding_of(path)}
+        options = {"sep": max(",;\t", key=head.count), "skiprows": int(of_excel), "encoding": encoding}
         options |= {"skipinitialspace": True, "index_col": False, "dtype": str, "keep_default_na": False}
         table = pd.read_csv(path, usecols=lambda name: name.strip().lower() in columns, **options)
     except (OSError, ValueError) as error:

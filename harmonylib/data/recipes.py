@@ -63,6 +63,8 @@ class RecipeSettings:
         unknown = set(self.transfers) - set(TRANSFERS)
         if unknown or not self.transfers:
             raise HarmonyError(f"recipes: transfers must be some of {', '.join(TRANSFERS)}, not {sorted(unknown)}")
+        if self.clipped < 0:
+            raise HarmonyError(f"recipes: clipped must not be negative, not {self.clipped}")
 
 
 DEFAULTS = RecipeSettings()

@@ -13,6 +13,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from ..core.decoding import IMAGE_SUFFIXES
 from ..core.errors import HarmonyError
+from ..core.files import atomic_path
 from ..core.images import read_image, read_pair, resize_image
 from ..core.parallel import parallel_map
 from ..core.seeds import rng, seed_for
@@ -174,8 +175,9 @@ def _point(root: Path, path: Path, subsets) -> pd.DataFrame:
     shutil.rmtree(root, ignore_errors=True)
     for split in SPLITS:
         write_list(root, split, triples[split])
-    (root / "PICTURES").write_text(blake2b(looks.encode(), digest_size=16).hexdigest() + "\n", encoding="utf-8")
-    (root / "ROOT").write_text(f"{path}\n", encoding="utf-8")
+    for name, line in (("PICTURES", blake2b(looks.encode(), digest_size=16).hexdigest()), ("ROOT", path)):
+        with atomic_path(root / name) as temporary:
+            temporary.write_text(f"{line}\n", encoding="utf-8")
     rows = pd.DataFrame([_about(triple) for split in SPLITS for triple in triples[split]])
     return rows.assign(plausible=True, tries=0, reason="")
 
