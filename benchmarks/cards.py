@@ -22,7 +22,7 @@ def _plain(label: str) -> str:
     """ "[260.0, 500.0)" of a table's cut as "260 to 500"."""
     if "," not in label:
         return label
-    low, high = (float(end) for end in label.strip("[](").rstrip(")").split(","))
+    low, high = (float(end) for end in label.strip("[]()").split(","))
     return f"{max(low, 0):g} to {high:g}" if high < float("inf") else f"over {low:g}"
 
 

@@ -78,7 +78,7 @@ def _gains(table: pd.DataFrame, groups: dict, model: str) -> dict:
         errors = after["fmse"], before["fmse"].loc[after.index], after["photo"]
         return {"n": found["n"], "photos": found["photos"], "psnr": found["psnr"], "reduction": reduction(*errors)}
 
-    ordered = {name: sorted(set(labels), key=lambda t: float(t.strip("[(").split(",")[0]) if "," in t else 0)
+    ordered = {name: sorted(dict.fromkeys(labels), key=lambda t: float(t.strip("[(").split(",")[0]) if "," in t else 0)
                for name, labels in groups.items()}  # fmt: skip
     found = {name: {label: part(table[groups[name] == label]) for label in ordered[name]} for name in groups}
     return {"all": part(table)} | found

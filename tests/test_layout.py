@@ -5,17 +5,17 @@ from harmonylib.core.errors import HarmonyError
 from harmonylib.data.layout import read_lines, read_triples, triple_of, write_composite, write_list, write_pair
 
 
-def triple(seed=0, height=20, width=30):
+def arrays(seed=0, height=20):
     draw = np.random.default_rng(seed)
-    real = np.kron(draw.integers(0, 256, (height // 5, width // 5, 3)), np.ones((5, 5, 1))).astype(np.uint8)
-    mask = np.zeros((height, width), bool)
+    real = np.kron(draw.integers(0, 256, (height // 5, 6, 3)), np.ones((5, 5, 1))).astype(np.uint8)
+    mask = np.zeros((height, 30), bool)
     mask[5:15, 10:20] = True
     return np.where(mask[..., None], 255 - real, real), mask, real
 
 
 def write(root, subset="HFlickr", photo="f55", composites=("1",), suffix=".png", seed=0):
     """One pair with its composites; returns their list lines."""
-    composite, mask, real = triple(seed)
+    composite, mask, real = arrays(seed)
     pair = write_pair(root, subset, photo, 1, real, mask, suffix)
     return [write_composite(root, subset, pair, variant, composite, suffix) for variant in composites]
 
@@ -30,23 +30,23 @@ def data(tmp_path):
 
 def test_triples_come_back_as_written(data):
     first, second = read_triples(data, "train")
-    assert (first.subset, first.name, second.name) == ("HFlickr", "f55_1_1", "f55_1_2")
+    assert (first.subset, first.name, second.name, first.split) == ("HFlickr", "f55_1_1", "f55_1_2", "train")
     assert first.pair == second.pair == ("HFlickr", "f55_1") and first.photo == "f55"
     assert first.composite == data / "HFlickr/composite_images/f55_1_1.png"
     assert (first.mask, first.real) == (data / "HFlickr/masks/f55_1.png", data / "HFlickr/real_images/f55.png")
-    for loaded, written in zip(first.load(), triple(), strict=True):
+    for loaded, written in zip(first.load(), arrays(), strict=True):
         assert loaded.dtype == written.dtype
         np.testing.assert_array_equal(loaded, written)
-    (test,) = read_triples(data, "test")
-    np.testing.assert_array_equal(test.load()[2], triple(1)[2])
+    np.testing.assert_array_equal(read_triples(data, "test")[0].load()[2], arrays(1)[2])
 
 
-def test_jpeg_is_close_and_its_mask_exact(tmp_path):
-    write_list(tmp_path, "train", write(tmp_path, suffix=".jpg"))
-    composite, mask, real = read_triples(tmp_path, "train")[0].load()
-    np.testing.assert_array_equal(mask, triple()[1])
-    assert np.abs(composite.astype(int) - triple()[0]).mean() < 4
-    assert np.abs(real.astype(int) - triple()[2]).mean() < 4
+def test_jpeg_is_close_its_mask_exact_and_names_may_be_of_any_alphabet(tmp_path):
+    root = tmp_path / "Мои фото 1"
+    write_list(root, "train", write(root, photo="été à", suffix=".jpg"))
+    (triple,) = read_triples(root, "train")
+    composite, mask, real = triple.load()
+    assert triple.photo == "été à" and (mask == arrays()[1]).all()
+    assert np.abs(composite.astype(int) - arrays()[0]).mean() < 4 > np.abs(real.astype(int) - arrays()[2]).mean()
 
 
 def test_captures_of_one_scene_are_one_photo(tmp_path):
@@ -64,24 +64,13 @@ def test_subsets_keep_list_order(tmp_path):
         read_triples(tmp_path, "train", ["HAdobe5k"])
 
 
-def test_lists_with_windows_ends_a_byte_order_mark_blank_lines_and_doubles(data):
-    path = data / "IHD_train.txt"
-    line = path.read_text().splitlines()[0]
-    path.write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\r\n  {line}  \r\n".encode())
-    assert read_lines(path) == [line]
-    assert [t.name for t in read_triples(data, "train")] == ["f55_1_1"]
-
-
-def test_absolute_and_prefixed_lines_are_taken_from_the_root(data):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("text", ["{}\r\n\r\n  {}  \r\n", "/some/other/disk/iHarmony4/{}"])
+def test_lists_as_windows_and_others_write_them(data, text, encoding):
     line = read_lines(data / "IHD_train.txt")[0]
-    assert triple_of(data, f"/some/other/disk/iHarmony4/{line}").composite == data / line
-
-
-def test_spaces_and_other_alphabets_in_paths(tmp_path):
-    root = tmp_path / "Мои фото 1"
-    write_list(root, "train", write(root, photo="été à"))
-    (found,) = read_triples(root, "train")
-    assert found.photo == "été à" and found.load()[0].shape == (20, 30, 3)
+    for written in (line, line.replace("/", "\\")):
+        (data / "IHD_train.txt").write_text(text.format(written, written), encoding)
+        assert [t.composite for t in read_triples(data, "train")] == [data / line]
 
 
 def test_a_root_file_says_where_the_pictures_are(data, tmp_path):
@@ -95,7 +84,7 @@ def test_a_root_file_says_where_the_pictures_are(data, tmp_path):
     assert read_triples(lists, "train") == read_triples(data, "train")
 
 
-@pytest.mark.parametrize("content", [b"", b"nowhere\n", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"nowhere\n", b"\xff\xfe", b"\xff"])
 def test_a_root_file_that_names_no_folder(data, content):
     (data / "ROOT").write_bytes(content)
     with pytest.raises(HarmonyError, match="ROOT: ('(nowhere)?' is no folder|not a UTF-8 text file)"):
@@ -136,16 +125,18 @@ def test_a_line_that_is_no_composite_is_shown(data, line):
         read_triples(data, "train")
 
 
-def test_other_image_types_are_found_beside(tmp_path):
-    """HAdobe5k has .jpg pictures and .png masks; a partner may be of any type."""
+def test_partners_may_be_of_another_type_but_there_is_one(tmp_path):
     (line,) = write(tmp_path, suffix=".jpg")
-    reals = tmp_path / "HFlickr/real_images"
-    (reals / "f55.jpg").rename(reals / "f55.jpeg")
-    assert triple_of(tmp_path, line).real == reals / "f55.jpeg"
+    real = tmp_path / "HFlickr/real_images/f55.jpg"
+    other = real.rename(real.with_suffix(".JPEG"))
+    assert triple_of(tmp_path, line).real == other
+    real.write_bytes(other.read_bytes())
+    with pytest.raises(HarmonyError, match=r"f55\.jpg: a second file beside f55\.JPEG"):
+        triple_of(tmp_path, line)
 
 
 def test_sizes_that_differ_are_refused(data):
     found = read_triples(data, "train")[0]
-    write_pair(data, "HFlickr", "f55", 1, triple()[2], triple(height=25)[1], ".png")
+    write_pair(data, "HFlickr", "f55", 1, arrays()[2], arrays(height=25)[1], ".png")
     with pytest.raises(HarmonyError, match=r"f55_1_1\.png: .*differ in size.*\(30, 25\)"):
         found.load()

@@ -16,9 +16,10 @@ def noise(seed=0, shape=(12, 16)):
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
-def photo(folder, name, seed=0, part="images"):
-    write_image(folder / part / f"{name}.png", noise(seed))
-    write_image(folder / "masks" / f"{name}.png", MASK)
+def photo(folder, *names):
+    for seed, name in enumerate(names):
+        write_image(folder / "images" / f"{name}.png", noise(seed))
+        write_image(folder / "masks" / f"{name}.png", MASK)
 
 
 def test_iharmony4_by_its_own_or_its_subsets_lists(tmp_path):
@@ -31,7 +32,7 @@ def test_iharmony4_by_its_own_or_its_subsets_lists(tmp_path):
     assert detect(tmp_path) == "iharmony4"
     assert [(e.subset, e.split, e.name) for e in examples] == [
         ("HCOCO", "train", "c1_1_2"), ("HFlickr", "train", "f1_1_2"), ("HCOCO", "test", "c1_1_2")]  # fmt: skip
-    assert [t.composite for t in read_triples(tmp_path, "train")] == [e.composite for e in examples[:2]]
+    assert read_triples(tmp_path, "train") == examples[:2]
     (tmp_path / "IHD_train.txt").write_text("HFlickr/composite_images/f1_1_2.jpg\n")
     assert [e.name for e in read_examples(tmp_path)] == ["f1_1_2", "c1_1_2"]  # the root's list comes first
     (tmp_path / "IHD_train.txt").write_bytes(b"\xff\xfe\x00")
@@ -39,40 +40,73 @@ def test_iharmony4_by_its_own_or_its_subsets_lists(tmp_path):
         read_examples(tmp_path)
 
 
-def test_a_folder_without_lists_says_so(tmp_path):
+def test_what_is_no_data_set_is_named(tmp_path):
     write_image(tmp_path / "HCOCO" / "composite_images" / "c1_1_1.png", noise())
-    with pytest.raises(HarmonyError, match="no IHD_train.txt or IHD_test.txt"):
-        read_examples(tmp_path)
-    with pytest.raises(HarmonyError, match="nowhere: no such data folder"):
-        read_examples(tmp_path / "nowhere")
-    with pytest.raises(HarmonyError, match="kind 'coco' is unknown"):
-        read_examples(tmp_path, "coco")
+    for folder, kind, message in (
+        (tmp_path, "auto", "no IHD_train.txt or IHD_test.txt"),
+        (tmp_path / "nowhere", "auto", "nowhere: no such data folder"),
+        (tmp_path, "coco", "kind 'coco' is unknown"),
+        (tmp_path, "photos", "no images/ folder beside a masks/ folder"),
+    ):
+        with pytest.raises(HarmonyError, match=message):
+            read_examples(folder, kind)
 
 
-def test_photos_with_and_without_an_index(tmp_path):
-    for name in ("one", "two"):
-        photo(tmp_path / "a", name)
-    assert [(e.subset, e.split, e.name, e.composite) for e in read_examples(tmp_path)] == [
-        ("a", "", "one", None), ("a", "", "two", None)]  # fmt: skip
-    index = tmp_path / "index.csv"
-    index.write_text(
-        "image,mask,split\na/images/one.png,a/masks/one.png,train\na/images/two.png,a/masks/two.png,test\n"
-    )
-    assert photo_pairs(tmp_path, index, "test") == [(tmp_path / "a/images/two.png", tmp_path / "a/masks/two.png")]
-    for text, message in (
+ROWS = ["image,mask,split", *(f"a/images/{n}.png,a/masks/{n}.png,{s}" for n, s in (("one", "train"), ("two", "test")))]
+CSV = "\n".join(ROWS) + "\n"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    photo(tmp_path / "a", "one", "two")
+    return tmp_path
+
+
+def test_photos_without_an_index(photos):
+    found = read_examples(photos)
+    assert [(e.subset, e.split, e.name, e.composite) for e in found] == [("a", "", n, None) for n in ("one", "two")]
+    (photos / "a/masks/two.png").unlink()
+    with pytest.raises(HarmonyError, match=r"two\.png: no mask named two\.\*"):
+        photo_pairs(photos)
+    assert [type(item).__name__ for item in scan(photos)] == ["Triple", "HarmonyError"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        CSV.replace(",", ";").encode(),
+        CSV.replace(",", ";").replace("\n", "\r\n").encode("utf-8-sig"),
+        b"sep=;\r\n" + CSV.replace(",", ";").encode() + b";;\n",
+        CSV.replace(",", "\t").encode(),
+        CSV.replace(",", "\t").replace("\n", "\r\n").encode("utf-16"),
+        CSV.replace("image,mask,split", "Image, Mask ,SPLIT").encode(),
+        CSV.replace(",", ", ").replace("test", "Test ").encode(),
+        CSV.replace("/", "\\").encode(),
+        CSV.replace("split", "split,licence").replace("train", "train,CC0").replace("test", "test,").encode(),
+    ],
+)
+def test_indexes_as_spreadsheets_write_them(photos, data):
+    (photos / "index.csv").write_bytes(data)
+    for split, name in (("train", "one"), ("test", "two")):
+        expected = [(photos / f"a/images/{name}.png", photos / f"a/masks/{name}.png")]
+        assert photo_pairs(photos, photos / "index.csv", split) == expected
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
         ("image,mask\n", "no column split"),
         ("image,mask,split\na/images/one.png,a/masks/one.png,val\n", "line 2: split 'val' is unknown"),
         ("image,mask,split\na/images/three.png,a/masks/one.png,test\n", "line 2: .*three.png: no such file"),
         ("image,mask,split\na/images/one.png,a/masks/one.png,test\n", "no row with split train"),
+        ("image,mask,split\n/etc/hostname,../x.png,train\n", "csv, line 2: .*'/etc/hostname' is no file inside it"),
         ("", "No columns"),
-    ):
-        index.write_text(text)
-        with pytest.raises(HarmonyError, match=message):
-            photo_pairs(tmp_path, index, "train")
-    (tmp_path / "a/masks/two.png").unlink()
-    with pytest.raises(HarmonyError, match=r"two\.png: no mask named two\.\*"):
-        photo_pairs(tmp_path)
-    assert [type(item).__name__ for item in scan(tmp_path)] == ["Example", "HarmonyError"]
+    ],
+)
+def test_errors_of_an_index_are_named(photos, text, message):
+    (photos / "index.csv").write_text(text)
+    with pytest.raises(HarmonyError, match=message):
+        photo_pairs(photos, photos / "index.csv", "train")
 
 
 def test_pictures_that_would_be_passed_over_are_named(tmp_path):
@@ -81,8 +115,8 @@ def test_pictures_that_would_be_passed_over_are_named(tmp_path):
         (tmp_path / "images" / name).write_bytes(b"x")
     write_image(tmp_path / "masks/three.png", MASK)
     write_image(tmp_path / "masks/one.bmp", MASK)
-    (double, example, *errors) = scan(tmp_path)
-    assert example.mask.name == "one.png"
+    double, example, *errors = scan(tmp_path)
+    assert example.name == "one"
     assert str(double).endswith("masks/one.png: a second file beside one.bmp; keep the right one")
     assert [str(error).split("/")[-1] for error in errors] == [
         "two.heic: .heic is no type that is read; convert or remove it",
@@ -121,8 +155,8 @@ def test_realhm(tmp_path):
     write_image(folder / "9_mask.png", MASK)
     (example,) = read_examples(tmp_path)
     assert (example.subset, example.split, example.name) == ("RealHM", "test", "9")
-    assert [p.name for p in (example.composite, example.mask, example.real)] == [
-        "9_composite.jpg", "9_mask.png", "9_gt.jpg"]  # fmt: skip
+    files = [path.name for path in (example.composite, example.mask, example.real)]
+    assert files == ["9_composite.jpg", "9_mask.png", "9_gt.jpg"]
 
 
 @pytest.fixture
@@ -145,40 +179,34 @@ def test_imaterialist_unites_segments(fashion):
     np.testing.assert_array_equal(read_mask(fashion / "masks/street.png"), expected)
 
 
-def test_imaterialist_photos_turned_by_exif_are_refused(fashion):
-    """Run lengths speak of the stored pixels; a mask beside a turned photo would lie elsewhere."""
+def turned(file):
+    """Run lengths speak of the stored pixels: a mask beside a photo that is turned upside down would lie elsewhere."""
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down: the size stays
-    Image.fromarray(noise()).save(fashion / "train/street.jpg", exif=exif)
-    with pytest.raises(HarmonyError, match=r"street\.jpg: turned by its EXIF orientation"):
+    exif[0x0112] = 3
+    Image.fromarray(noise()).save(file, exif=exif)
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        ("train/street.jpg", turned, r"street\.jpg: turned by its EXIF orientation"),
+        ("train/street.jpg", lambda file: write_image(file, noise(shape=(9, 16))),
+         r"street\.jpg: is 16x9, .*train\.csv, street says 16x12"),
+        ("train/street.jpg", lambda file: file.unlink(), r"street\.jpg: no such photo"),
+        ("ids.txt", lambda file: file.write_text("street\nhat\n"), r"ids\.txt: hat is not in .*train\.csv"),
+        ("ids.txt", lambda file: file.write_text("../../victim\n"), "no file inside it"),
+        ("train.csv", lambda file: file.write_text("ImageId,Height\n"), r"train\.csv: .*give the data set's train"),
+    ],
+)  # fmt: skip
+def test_imaterialist_damage_is_named(fashion, name, damage, message):
+    damage(fashion / name)
+    with pytest.raises(HarmonyError, match=message):
         imaterialist_pairs(fashion, fashion / "masks", workers=1)
 
 
-def test_imaterialist_damage_is_named(fashion):
-    (fashion / "ids.txt").write_text("street\nhat\n")
-    with pytest.raises(HarmonyError, match=r"ids\.txt: hat is not in .*train\.csv"):
-        read_examples(fashion)
-    (fashion / "ids.txt").unlink()
+def test_imaterialist_is_audited(fashion):
     write_image(fashion / "train/street.jpg", noise(shape=(9, 16)))
-    with pytest.raises(HarmonyError, match=r"street\.jpg: is 16x9, .*train\.csv, street says 16x12"):
-        imaterialist_pairs(fashion, fashion / "masks", workers=1)
     assert [finding.kind for finding in audit(fashion, workers=1).findings] == ["size"]
-    (fashion / "train/street.jpg").unlink()
-    with pytest.raises(HarmonyError, match=r"street\.jpg: no such photo"):
-        read_examples(fashion)
-    (fashion / "train.csv").write_text("ImageId,Height\n")
-    with pytest.raises(HarmonyError, match=r"train\.csv: .*give the data set's train\.csv"):
-        read_examples(fashion)
-
-
-def test_names_that_lead_out_of_the_set_are_refused(fashion, tmp_path):
-    write_image(fashion.parent / "victim.jpg", noise())
-    (fashion / "train.csv").write_text("ImageId,EncodedPixels,Height,Width\n../../victim,1 2,12,16\n")
-    with pytest.raises(HarmonyError, match="no file inside it"):
-        imaterialist_pairs(fashion, fashion / "masks", workers=1)
-    (tmp_path / "index.csv").write_text("image,mask,split\n/etc/hostname,../x.png,train\n")
-    with pytest.raises(HarmonyError, match=r"index\.csv, line 2: .*'/etc/hostname' is no file inside it"):
-        read_examples(fashion, "photos", tmp_path / "index.csv")
 
 
 @pytest.mark.parametrize("size", ["abc,16", ",16", "12.5,16", "-1,16", "0,16", "12", "600000,800000"])
@@ -196,39 +224,11 @@ def test_run_lengths_are_checked():
     np.testing.assert_array_equal(Runs(("5 2", "6 1"), (4, 3), "").decode()[:, 1], [True, True, False, False])
 
 
-ROWS = ["image,mask,split", *(f"a/images/{n}.png,a/masks/{n}.png,{s}" for n, s in (("one", "train"), ("two", "test")))]
-CSV = "\n".join(ROWS) + "\n"
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        CSV.replace(",", ";").encode(),
-        b"\xef\xbb\xbf" + CSV.replace(",", ";").replace("\n", "\r\n").encode(),
-        b"sep=;\r\n" + CSV.replace(",", ";").encode() + b";;\n",
-        CSV.replace(",", "\t").encode(),
-        CSV.replace(",", "\t").replace("\n", "\r\n").encode("utf-16"),
-        CSV.replace("image,mask,split", "Image, Mask ,SPLIT").encode(),
-        CSV.replace(",", ", ").replace("test", "Test ").encode(),
-        CSV.replace("/", "\\").encode(),
-    ],
-)
-def test_indexes_as_spreadsheets_write_them(tmp_path, data):
-    for name in ("one", "two"):
-        photo(tmp_path / "a", name)
-    (tmp_path / "index.csv").write_bytes(data)
-    found = read_examples(tmp_path, "photos", tmp_path / "index.csv")
-    assert [(e.real, e.split) for e in found] == [
-        (tmp_path / "a/images/one.png", "train"),
-        (tmp_path / "a/images/two.png", "test"),
-    ]
-
-
 def test_unicode_of_both_forms_is_one_name(tmp_path):
     photo(tmp_path, "caf\u00e9")
     (tmp_path / "masks/caf\u00e9.png").rename(tmp_path / "masks/cafe\u0301.png")
-    (tmp_path / ".ipynb_checkpoints/images").mkdir(parents=True)
-    (tmp_path / ".ipynb_checkpoints/masks").mkdir()
+    for part in ("images", "masks"):
+        (tmp_path / ".ipynb_checkpoints" / part).mkdir(parents=True)
     (tmp_path / ".ipynb_checkpoints/images/a.png").touch()
     assert len(read_examples(tmp_path, "photos")) == 1
     (tmp_path / "index.csv").write_text("image,mask,split\nimages/cafe\u0301.png,masks/caf\u00e9.png,test\n", "utf-8")

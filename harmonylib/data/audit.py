@@ -1,30 +1,25 @@
 """The audit of a data set: everything that would spoil a training or an evaluation, each with its file and its mend."""
 
+import itertools
 from collections import Counter
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pandas as pd
 
-from ..core.decoding import (
-    IMAGE_SUFFIXES,
-    MASK_THRESHOLD,
-    UNLISTED,
-    mask_levels,
-    open_image,
-    orientation,
-    to_rgb,
-    transparent,
-)
+from ..core import decoding
 from ..core.errors import HarmonyError
 from ..core.files import is_hidden
 from ..core.images import resize_image
 from ..core.parallel import parallel_map
-from .layout import SPLITS, all_lines, pictures_of
-from .readers import Example, Runs, detect, scan
+from .layout import SPLITS, Triple, pictures_of, read_lines
+from .readers import Runs, detect, scan
 
 # Published composites (train, test); iHarmony4's from its paper, Human Harmony's from DiffHarmony++ Sec. 5.1.2.
 PUBLISHED = {
@@ -38,15 +33,13 @@ NOISE = 10.0  # mean squared difference of a background; genuine triples reach 2
 SOFT_SHARE = 0.01  # of a mask's pixels that may be neither black nor white
 GREY = (16, 239)  # levels between which a mask is neither
 FRAME_SHARE = 0.95  # of the outermost pixels in the foreground: a mask without a composite to judge it by is inverted
-STRIP = 256  # rows that are compared at a time
 HASH_SIDE = 16
 HASH_BITS = 12  # of 256 that duplicates may differ in
 HASH_COLOUR = 8  # levels that the mean colours of duplicates may differ by
 SHOWN = 20  # findings of a kind that are printed
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One thing that is wrong; the message names the file and says how to mend it."""
 
     kind: str
@@ -64,23 +57,23 @@ class Audit:
     findings: list[Finding]
     notes: list[str]
 
+    def by_kind(self) -> dict[str, list[str]]:
+        """The findings' messages."""
+        return {kind: [f.message for f in self.findings if f.kind == kind] for kind, _ in self.findings}
+
     def as_json(self) -> dict:
         """A plain dict of everything but the manifest."""
-        return {
-            "kind": self.kind,
-            "counts": self.counts.to_dict("records"),
-            "notes": self.notes,
-            "by_kind": dict(Counter(finding.kind for finding in self.findings)),
-            "findings": [asdict(finding) for finding in self.findings],
-        }
+        found = {"kind": self.kind, "counts": self.counts.to_dict("records"), "notes": self.notes}
+        found["by_kind"] = {kind: len(messages) for kind, messages in self.by_kind().items()}
+        return found | {"findings": [finding._asdict() for finding in self.findings]}
 
     def as_text(self) -> str:
         """What the command prints: counts, notes, and SHOWN findings of each kind."""
         lines = [f"data set of kind {self.kind}", self.counts.to_string(index=False), *self.notes]
-        for kind, number in Counter(finding.kind for finding in self.findings).items():
-            shown = [finding.message for finding in self.findings if finding.kind == kind][:SHOWN]
-            more = [f"  and {number - SHOWN} more (--json has them all)"] if number > SHOWN else []
-            lines += [f"{kind}: {number}", *(f"  {message}" for message in shown), *more]
+        for kind, messages in self.by_kind().items():
+            lines += [f"{kind}: {len(messages)}", *(f"  {message}" for message in messages[:SHOWN])]
+            if len(messages) > SHOWN:
+                lines.append(f"  and {len(messages) - SHOWN} more (--json has them all)")
         text = "\n".join([*lines, f"{len(self.findings)} findings" if self.findings else "nothing wrong"])
         return text.encode(errors="backslashreplace").decode()  # names that are not UTF-8
 
@@ -99,136 +92,123 @@ def audit(root, kind: str = "auto", workers: int | None = None, mask_from: str =
     """
     root = Path(root)
     kind = detect(root) if kind == "auto" else kind
-    found = list(scan(root, kind))
-    findings = [Finding("missing", str(item)) for item in found if isinstance(item, HarmonyError)]
-    examples = [item for item in found if isinstance(item, Example)]
+    findings, triples, photos = [], [], {}
+    for item in scan(root, kind):
+        if isinstance(item, HarmonyError):
+            findings.append(Finding("missing", str(item)))
+        else:
+            triples.append(item)
+            photos.setdefault(item.real or item.composite, []).append(item)
     findings += _repeated_lines(root) if kind == "iharmony4" else []
-    groups: dict[Path, list[Example]] = {}
-    for example in examples:
-        groups.setdefault(example.real or example.composite, []).append(example)
-    rows, prints = [], {}
-    inspect = partial(_inspect, mask_from=mask_from)
-    for made, hashed, wrong in parallel_map(inspect, groups.values(), "reading pictures", "photo", workers):
-        rows += made
-        findings += wrong
-        if hashed is not None:
-            prints[made[0]["real"] or made[0]["composite"]] = (hashed, {row["split"] for row in made})
-    findings += _shared_photos(prints)
-    manifest = pd.DataFrame(rows, columns=MANIFEST)
-    return Audit(kind, manifest, _counts(manifest, examples), findings, _notes(root, examples))
+    read = parallel_map(partial(_inspect, mask_from=mask_from), photos.items(), "reading pictures", "photo", workers)
+    rows, prints, found = zip(*read, strict=True) if photos else ((), (), ())
+    findings += itertools.chain(*found)
+    manifest = pd.DataFrame(itertools.chain(*rows), columns=MANIFEST)
+    splits = [{triple.split for triple in group} for group in photos.values()]
+    looks = [look for look in zip(photos, splits, prints, strict=True) if look[-1] is not None]
+    return Audit(kind, manifest, _counts(manifest, triples), findings + _shared_photos(looks), _notes(root, triples))
 
 
 # ---- one photo with all its masks and composites, in a worker process ----
 
 
-def _inspect(group: list[Example], mask_from: str) -> tuple[list[dict], np.ndarray | None, list[Finding]]:
-    """(manifest rows, perceptual hash and mean colour of the photo, findings)."""
-    findings: list[Finding] = []
-    read = {}
+def _inspect(group: tuple[Path, list[Triple]], mask_from: str) -> tuple[list[tuple], np.ndarray | None, list[Finding]]:
+    """(rows of MANIFEST, `fingerprint` of the photo, findings)."""
+    (photo, triples), rows, findings, look = group, [], [], None
 
-    def pixels(source, reader) -> np.ndarray | None:
-        """The array of a file, read once; None where it cannot be read."""
-        if source is not None and source not in read:
-            try:
-                read[source], wrong = reader(source)
-                findings.extend(wrong)
-            except HarmonyError as error:
-                read[source] = None
-                findings.append(Finding("unreadable", str(error)))
-        return read.get(source)
+    @lru_cache(maxsize=3)  # a photo, one of its masks and one of their composites
+    def pixels(source, read: Callable) -> np.ndarray | None:
+        try:
+            array, wrong = read(source)
+        except HarmonyError as error:
+            array, wrong = None, [Finding("unreadable", str(error))]
+        findings.extend(wrong)
+        return array
 
-    rows = []
-    for example in group:
-        real, mask = pixels(example.real, _picture), pixels(example.mask, partial(_mask, mask_from=mask_from))
-        composite = pixels(example.composite, _picture)
-        read.pop(example.composite, None)  # the only one that no other example of the group needs
-        parts = {example.real: real, example.mask: mask, example.composite: composite}
-        if any(array is None for source, array in parts.items() if source is not None):
+    read_mask = partial(_mask, mask_from=mask_from)
+    for triple in sorted(triples, key=lambda triple: str(triple.mask)):
+        files = {triple.real: _picture, triple.mask: read_mask, triple.composite: _picture}
+        arrays = {source: pixels(source, read) for source, read in files.items() if source}
+        if any(array is None for array in arrays.values()):
             continue
-        findings += _compare(example, composite, mask, real)
-        own = example.composite or example.real
-        rows.append(
-            {name: getattr(example, name) for name in ("subset", "split", "name")}
-            | {part: _text(getattr(example, part)) for part in ("composite", "mask", "real")}
-            | {"width": mask.shape[1], "height": mask.shape[0], "foreground_ratio": float(mask.mean())}
-            | {"digest": blake2b(own.read_bytes(), digest_size=16).hexdigest()}
-        )
-    photo = real if group[0].real else composite
-    return rows, None if photo is None or not rows else fingerprint(photo), findings
+        composite, mask, real = (arrays.get(source) for source in (triple.composite, triple.mask, triple.real))
+        findings += _compare(triple, composite, mask, real)
+        look = fingerprint(arrays[photo]) if look is None else look
+        names = (str(source or "") for source in (triple.composite, triple.mask, triple.real))
+        digest = blake2b((triple.composite or triple.real).read_bytes(), digest_size=16).hexdigest()
+        size = mask.shape[::-1]
+        rows.append((triple.subset, triple.split, triple.name, *names, *size, float(mask.mean()), digest))
+    return rows, look, findings
 
 
-def _text(source) -> str:
-    return source.source if isinstance(source, Runs) else str(source or "")
+def _wrong(source, *checks: tuple[str, str, bool]) -> list[Finding]:
+    """A finding for each (kind, text, whether it is so) that is so."""
+    return [Finding(kind, f"{source}: {text}") for kind, text, is_so in checks if is_so]
 
 
 def _picture(path: Path) -> tuple[np.ndarray, list[Finding]]:
-    image = open_image(path)
+    image = decoding.open_image(path)
     odd = {
         "CMYK colours, which readers convert differently": image.mode == "CMYK",
         "more than 8 bits a channel": image.info["deep"] or image.mode.startswith(("I", "F")),
         "greyscale, so there is no colour to harmonize": image.mode in ("1", "L", "LA"),
-        "transparent pixels": transparent(image),
-        "turned by its EXIF orientation, which many readers ignore": orientation(image) > 1,
+        "transparent pixels": decoding.transparent(image),
+        "turned by its EXIF orientation, which many readers ignore": decoding.orientation(image) > 1,
     }
-    wrong = [Finding("format", f"{path}: {what}; save it as upright 8-bit RGB") for what, is_so in odd.items() if is_so]
-    return np.asarray(to_rgb(image, path)), wrong
+    checks = [("format", f"{what}; save it as upright 8-bit RGB", is_so) for what, is_so in odd.items()]
+    return np.asarray(decoding.to_rgb(image, path)), _wrong(path, *checks)
 
 
 def _mask(source: Path | Runs, mask_from: str) -> tuple[np.ndarray, list[Finding]]:
     if isinstance(source, Runs):
         mask, wrong = source.decode(), []
     else:
-        image = open_image(source)
-        values, levels = np.asarray(to_rgb(image, source)), mask_levels(image, source, mask_from)
-        mask, top = levels > MASK_THRESHOLD, int(levels.max(initial=0))
-        grey = float(((levels >= GREY[0]) & (levels <= GREY[1])).mean())
-        wrong = [
-            ("mask", "transparent pixels; save it without an alpha channel", transparent(image)),
-            ("mask", "turned by its EXIF orientation; save it upright", orientation(image) > 1),
+        image = decoding.open_image(source)
+        values, levels = np.asarray(decoding.to_rgb(image, source)), decoding.mask_levels(image, source, mask_from)
+        top, grey = int(levels.max(initial=0)), float(((levels >= GREY[0]) & (levels <= GREY[1])).mean())
+        cut = decoding.MASK_THRESHOLD
+        mask = levels > cut
+        faint = f"its brightest value is {top}, white is above {cut}; stretch it to 0 and 255"
+        soft = f"{grey:.1%} of the pixels are grey; cut it at {cut} and save it as PNG"
+        wrong = _wrong(
+            source,
+            ("mask", "transparent pixels; save it without an alpha channel", decoding.transparent(image)),
+            ("mask", "turned by its EXIF orientation; save it upright", decoding.orientation(image) > 1),
             ("mask", "has colours; draw it in black and white", np.ptp(values, axis=-1).max() > 16),
-            ("faint mask", f"its brightest value is {top}, white is above {MASK_THRESHOLD}; stretch it to 0 and 255",
-             0 < top <= MASK_THRESHOLD),
-            ("soft mask", f"{grey:.1%} of the pixels are grey; cut it at {MASK_THRESHOLD} and save it as PNG",
-             grey > SOFT_SHARE and top > MASK_THRESHOLD),
-        ]  # fmt: skip
-    wrong = [Finding(kind, f"{source}: {text}") for kind, text, is_so in wrong if is_so]
-    if not mask.any() and not wrong:
-        wrong.append(Finding("empty mask", f"{_text(source)}: no foreground; draw it, or remove what uses it"))
-    if mask.all():
-        wrong.append(Finding("full mask", f"{_text(source)}: no background; redraw it, or remove what uses it"))
-    return mask, wrong
+            ("faint mask", faint, 0 < top <= cut),
+            ("soft mask", soft, grey > SOFT_SHARE and top > cut),
+        )
+    return mask, wrong + _wrong(
+        source,
+        ("empty mask", "no foreground; draw it, or remove what uses it", not mask.any() and not wrong),
+        ("full mask", "no background; redraw it, or remove what uses it", mask.all()),
+    )
 
 
-def _compare(example: Example, composite, mask, real) -> list[Finding]:
+def _compare(triple: Triple, composite, mask, real) -> list[Finding]:
     """Findings about the parts of one example beside each other."""
-    present = [array for array in (composite, real) if array is not None]
-    if any(array.shape[:2] != mask.shape for array in present):
-        names = [_text(s) for s in (example.composite, example.mask, example.real) if s]
-        sizes = [f"{a.shape[1]}x{a.shape[0]}" for a in (composite, mask, real) if a is not None]
-        pairs = ", ".join(f"{Path(name).name} {size}" for name, size in zip(names, sizes, strict=True))
-        return [Finding("size", f"{names[0]}: sizes differ ({pairs}); bring them to one size")]
+    parts = [(triple.composite, composite), (triple.mask, mask), (triple.real, real)]
+    sizes = {str(source): f"{part.shape[1]}x{part.shape[0]}" for source, part in parts if source}
+    if len(set(sizes.values())) > 1:
+        pairs = ", ".join(f"{Path(name).name} {size}" for name, size in sizes.items())
+        return [Finding("size", f"{next(iter(sizes))}: sizes differ ({pairs}); bring them to one size")]
     if mask.all() or not mask.any():
         return []
-    if len(present) < 2:
+    if composite is None or real is None:
         frame = np.ones_like(mask)
         frame[1:-1, 1:-1] = False
-        if mask[frame].mean() > FRAME_SHARE:
-            return [Finding("inverted mask", f"{_text(example.mask)}: white along the whole border; invert it")]
-        return []
-    sums = np.zeros(2)  # of background and foreground, a strip at a time: photos may have 24 megapixels
-    for top in range(0, len(mask), STRIP):
-        part = slice(top, top + STRIP)
-        square = (composite[part].astype(np.float32) - real[part]).__pow__(2).mean(-1, dtype=np.float64)
-        sums += np.bincount(mask[part].ravel(), square.ravel(), 2)
-    outside, inside = (sums / np.bincount(mask.ravel(), minlength=2)).tolist()
+        inverted = mask[frame].mean() > FRAME_SHARE
+        return _wrong(triple.mask, ("inverted mask", "white along the whole border; invert it", inverted))
+    square = np.square(cv2.absdiff(composite, real), dtype=np.uint16)
+    outside, inside = (np.mean(cv2.mean(square, region.astype(np.uint8))[:3]) for region in (~mask, mask))
     if outside > NOISE and inside <= NOISE:
-        return [Finding("inverted mask", f"{_text(example.mask)}: what changed is the black part; invert it")]
-    if outside > NOISE:
-        text = f"its background differs from the real image's (MSE {outside:.1f}, over {NOISE:g}); paste the real one's"
-        return [Finding("background", f"{example.composite}: {text}")]
-    if not sums.any():
-        return [Finding("unchanged", f"{example.composite}: equals its real image; make it anew or remove it")]
-    return []
+        return [Finding("inverted mask", f"{triple.mask}: what changed is the black part; invert it")]
+    differs = f"its background differs from the real image's (MSE {outside:.1f}, over {NOISE:g}); paste the real one's"
+    return _wrong(
+        triple.composite,
+        ("background", differs, outside > NOISE),
+        ("unchanged", "equals its real image; make it anew or remove it", outside == inside == 0),
+    )
 
 
 # ---- across the whole set ----
@@ -241,23 +221,17 @@ def fingerprint(photo: np.ndarray) -> np.ndarray:
     return np.concatenate([bits, small.mean((0, 1)).round().astype(np.uint8)])
 
 
-def mirrored_bits(bits: np.ndarray) -> np.ndarray:
-    """The 32 bytes of a fingerprint's hash as the mirror image's: rows run backwards, and what rose falls."""
-    return np.packbits(1 - np.unpackbits(bits).reshape(HASH_SIDE, HASH_SIDE)[:, ::-1])
-
-
-def _shared_photos(prints: dict[str, tuple[np.ndarray, set[str]]]) -> list[Finding]:
-    """Photos of the test split that are, or look like, one of the training split or its mirror image."""
-    names = {split: [name for name, (_, splits) in prints.items() if split in splits] for split in SPLITS}
+def _shared_photos(looks: list[tuple[Path, set[str], np.ndarray]]) -> list[Finding]:
+    """Of (photo, its splits, fingerprint): test photos that are, or look like, a training photo or its mirror image."""
+    names, prints = ({s: [look[part] for look in looks if s in look[1]] for s in SPLITS} for part in (0, 2))
     if not all(names.values()):
         return []
-    train, test = (np.stack([prints[name][0] for name in names[split]]) for split in SPLITS)
-    findings = []
-    for name, own in zip(names["test"], test, strict=True):
+    train, findings = np.stack(prints["train"]), []
+    for name, own in zip(names["test"], prints["test"], strict=True):
         colours = np.abs(train[:, -3:].astype(np.int16) - own[-3:]).max(1)
-        as_it_is, mirrored = (
-            np.bitwise_count(train[:, :-3] ^ bits).sum(1) for bits in (own[:-3], mirrored_bits(own[:-3]))
-        )
+        rising = np.unpackbits(own[:-3]).reshape(HASH_SIDE, HASH_SIDE)
+        turned = np.packbits(1 - rising[:, ::-1])  # of the mirror image: rows run backwards, and what rose falls
+        as_it_is, mirrored = (np.bitwise_count(train[:, :-3] ^ bits).sum(1) for bits in (own[:-3], turned))
         for twin in np.flatnonzero((np.minimum(as_it_is, mirrored) <= HASH_BITS) & (colours <= HASH_COLOUR)):
             other, turned_over = names["train"][twin], " mirrored" if mirrored[twin] < as_it_is[twin] else ""
             same = f"looks like {other} of the training split{turned_over}"
@@ -270,18 +244,17 @@ def _repeated_lines(root: Path) -> list[Finding]:
     """Composites that stand twice in one list, or in the training and the test list of one folder."""
     findings, seen = [], {}
     for path in sorted((*root.glob("IHD_*.txt"), *root.glob("*/*_train.txt"), *root.glob("*/*_test.txt"))):
-        for number, line in enumerate(all_lines(path), start=1):
-            key = path.parent, Path(line).parts[-3:]
-            if key in seen:
-                text = f"{path}, line {number}: {line} is in {seen[key]} already; remove one of them"
+        for number, line in enumerate(read_lines(path, unique=False), start=1):
+            place = f"{path.name}, line {number}"
+            first = seen.setdefault((path.parent, Path(line).parts[-3:]), place)
+            if line and first != place:
+                text = f"{path}, line {number}: {line} is in {first} already; remove one of them"
                 findings.append(Finding("listed twice", text))
-            elif line:
-                seen[key] = f"{path.name}, line {number}"
     return findings
 
 
-def _counts(manifest: pd.DataFrame, examples: list[Example]) -> pd.DataFrame:
-    listed = Counter((example.subset, example.split) for example in examples)
+def _counts(manifest: pd.DataFrame, triples: list[Triple]) -> pd.DataFrame:
+    listed = Counter((triple.subset, triple.split) for triple in triples)
     rows = []
     for (subset, split), number in listed.items():
         own = manifest[(manifest["subset"] == subset) & (manifest["split"] == split)]
@@ -290,15 +263,10 @@ def _counts(manifest: pd.DataFrame, examples: list[Example]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["subset", "split", "composites", "pairs", "photos", "published"])
 
 
-def _notes(root: Path, examples: list[Example]) -> list[str]:
-    used = {source for e in examples for source in (e.composite, e.mask, e.real) if isinstance(source, Path)}
-    files = {p for p in pictures_of(root).rglob("*") if p.is_file() and p.suffix.lower() not in UNLISTED}
-    files = {p for p in files if not is_hidden(p, pictures_of(root))} - used
-    notes = []
-    for text, chosen in (
-        ("pictures belong to no example", {p for p in files if p.suffix.lower() in IMAGE_SUFFIXES}),
-        ("files are of no type that is read", {p for p in files if p.suffix.lower() not in IMAGE_SUFFIXES}),
-    ):
-        if chosen:
-            notes.append(f"{len(chosen)} {text}, for example {min(chosen)}")
-    return notes
+def _notes(root: Path, triples: list[Triple]) -> list[str]:
+    pictures, used = pictures_of(root), {source for t in triples for source in (t.composite, t.mask, t.real)}
+    files = {p for p in pictures.rglob("*") if p.is_file() and p.suffix.lower() not in decoding.UNLISTED}
+    left = {p for p in files - used if not is_hidden(p, pictures)}
+    known = {p for p in left if p.suffix.lower() in decoding.IMAGE_SUFFIXES}
+    texts = {"pictures belong to no example": known, "files are of no type that is read": left - known}
+    return [f"{len(chosen)} {text}, for example {min(chosen)}" for text, chosen in texts.items() if chosen]

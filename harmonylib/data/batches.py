@@ -230,7 +230,7 @@ class PixelBatches:
             if not anew or not arrays["mask"][row].any():  # an object too small for this size
                 continue
             if restyled:
-                arrays["real"][row] = restyle(arrays["real"][row], own, self.recipes)
+                arrays["real"][row] = restyle(arrays["real"][row], own)
             if jittered:
                 arrays["mask"][row] = jitter(arrays["mask"][row], own)
             real, mask = arrays["real"][row], arrays["mask"][row]

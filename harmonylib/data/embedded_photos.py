@@ -23,7 +23,6 @@ from ..core.errors import HarmonyError
 from ..core.images import fit, read_image, resize_mask
 from ..core.seeds import rng as seeded
 
-SPLITS = ("train", "test")
 SUPERPIXELS = 200  # at most, so that the smallest are objects and not texture
 SUPERPIXEL_SIDE = 128  # pixels at which they are made
 LIKE_COLOUR = 40.0  # levels of a channel that count as much as a quarter of the side
@@ -47,40 +46,25 @@ class Photo:
 
 
 def load_photos(split: str | None = None) -> list[Photo]:
-    """All photos, or those of one split, in the order of the catalogue.
+    """All photos, or those of one split ("train" or "test"), in the order of the catalogue.
 
-    Both views of the motorcycle belong to one scene and to one split. Raises HarmonyError on an unknown split, or
-    naming the package whose photo is missing.
+    Both views of the motorcycle belong to one scene and to one split. Raises HarmonyError naming the package whose
+    photo is missing.
     """
-    if split is not None and split not in SPLITS:
-        raise HarmonyError(f"photos: split {split!r} is unknown; use one of {', '.join(SPLITS)}")
+    assert split in (None, "train", "test"), split
     entries = json.loads(CATALOGUE.read_text(encoding="utf-8"))
-    return [_load(entry) for entry in entries if split in (None, entry["split"])]
+    return [_load(**entry) for entry in entries if split in (None, entry["split"])]
 
 
-def _load(entry: dict) -> Photo:
-    image = read_image(_locate(entry["package"], entry["file"]))
-    return Photo(
-        name=entry["name"],
-        split=entry["split"],
-        portrait=entry["portrait"],
-        credit=entry["credit"],
-        licence=entry["licence"],
-        image=image,
-        masks={name: rasterise(rings, image.shape[:2]) for name, rings in entry["objects"].items()},
-    )
-
-
-def _locate(package: str, file: str) -> Path:
-    """The path of a file inside an installed package, found without importing the package."""
-    spec = importlib.util.find_spec(file.split("/")[0])
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder).parent / file
-        if path.is_file():
-            return path
-    raise HarmonyError(
-        f"{package}: its photo {file} is missing; reinstall it (pip install --force-reinstall {package})"
-    )
+def _load(package: str, file: str, objects: dict[str, list], **about) -> Photo:
+    spec = importlib.util.find_spec(file.split("/")[0])  # without importing the package
+    paths = [Path(folder).parent / file for folder in (spec and spec.submodule_search_locations) or []]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        mend = f"reinstall it (pip install --force-reinstall {package})"
+        raise HarmonyError(f"{package}: its photo {file} is missing; {mend}")
+    image = read_image(path)
+    return Photo(**about, image=image, masks={n: rasterise(rings, image.shape[:2]) for n, rings in objects.items()})
 
 
 def rasterise(rings: list, size: tuple[int, int]) -> np.ndarray:
@@ -103,10 +87,8 @@ def foreground_of_share(image: np.ndarray, mask: np.ndarray, share: float, seed:
     Depends on the arguments only.
     """
     own = mask.mean()
-    if share / FITS <= own <= share * FITS:
-        return mask
     small, inside = fit(image, mask, SUPERPIXEL_SIDE)
-    if not inside.any():
+    if share / FITS <= own <= share * FITS or not inside.any():
         return mask
     labels = slic(small, n_segments=int(np.clip(3 / share, 24, SUPERPIXELS)), compactness=10, start_label=1)
     labels = labels * inside if own > share else labels
@@ -123,13 +105,10 @@ def foreground_of_share(image: np.ndarray, mask: np.ndarray, share: float, seed:
     part = resize_mask(min(parts, key=lambda found: abs(np.log(found.mean() / share))), mask.shape)
     if part.any() and not part.all():
         return part
-    return mask if not mask.all() else _middle(mask.shape, share)  # a picture of one colour has one superpixel
-
-
-def _middle(shape: tuple[int, int], share: float) -> np.ndarray:
-    """An HxW bool mask of a box in the middle that covers `share` of the picture."""
-    rows, columns = (np.abs(np.linspace(-1, 1, side)) <= share**0.5 for side in shape)
-    return rows[:, None] & columns
+    if not mask.all():
+        return mask
+    rows, columns = (np.abs(np.linspace(-1, 1, side)) <= share**0.5 for side in mask.shape)
+    return rows[:, None] & columns  # a picture of one colour has one superpixel: a box in the middle
 
 
 def random_crop(
@@ -137,15 +116,11 @@ def random_crop(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A random window of HxWx3 `image` and HxW bool `mask` whose foreground covers 2 to 80 % of it.
 
-    The aspect (width / height) is drawn between 3/4 and 4/3, the sides between `min_scale` and 1 of the largest window
-    of that aspect. When no try succeeds, the whole photo is returned. Raises HarmonyError on unequal sizes or a
-    `min_scale` outside (0, 1].
+    The aspect (width / height) is drawn between 3/4 and 4/3, the sides between `min_scale`, in (0, 1], and 1 of the
+    largest window of that aspect. When no try succeeds, the whole photo is returned.
     """
     height, width = mask.shape
-    if image.shape[:2] != mask.shape:
-        raise HarmonyError(f"random_crop: image is {image.shape[:2]}, mask {mask.shape}; they must have one size")
-    if not 0 < min_scale <= 1:
-        raise HarmonyError(f"random_crop: min_scale is {min_scale}; use a value in (0, 1]")
+    assert image.shape[:2] == mask.shape and 0 < min_scale <= 1
     for _ in range(CROP_TRIES):
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         scale = rng.uniform(min_scale, 1)

@@ -5,7 +5,7 @@ The recipes aim at these figures: how strongly a foreground was changed (fMSE, m
 composites: the share is MSE / fMSE.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,12 +15,11 @@ LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 OUTERMOST = (0.02, 0.98)  # levels that stand for all beyond: the table says nothing about the ends
 
 
-@dataclass(frozen=True)
-class Quantiles:
+class Quantiles(NamedTuple):
     """Quantiles at LEVELS of the foreground's mean squared error and of its share of the picture."""
 
-    fmse: tuple[float, float, float, float, float]
-    share: tuple[float, float, float, float, float]
+    fmse: tuple[float, ...]
+    share: tuple[float, ...]
 
 
 GENUINE = {
@@ -34,28 +33,22 @@ GENUINE = {
 def draw(values: tuple, rng: np.random.Generator, size=None):
     """Random numbers with the given quantiles: log values interpolated over normal scores, ends carried on."""
     scores, logs = ndtri(LEVELS), np.log(values)
+    rise, run = np.diff(logs), np.diff(scores)
     at = ndtri(np.clip(rng.uniform(size=size), *OUTERMOST))
-    inner = np.interp(at, scores, logs)
-    below, above = np.minimum(at - scores[0], 0), np.maximum(at - scores[-1], 0)
-    ends = below * (logs[1] - logs[0]) / (scores[1] - scores[0]) + above * (logs[-1] - logs[-2]) / (
-        scores[-1] - scores[-2]
-    )
-    return np.exp(inner + ends)
+    ends = np.minimum(at - scores[0], 0) * rise[0] / run[0] + np.maximum(at - scores[-1], 0) * rise[-1] / run[-1]
+    return np.exp(np.interp(at, scores, logs) + ends)
 
 
 def beside(rows: pd.DataFrame) -> pd.DataFrame:
     """Quantiles of a set's composites beside the genuine ones: columns (figure, "made" | "genuine" | "ratio").
 
-    rows: one per composite with "subset", "fmse" and "share". The index is (subset, level); subsets that iHarmony4
+    rows: one per composite with "subset", "fmse" and "share". The index is (subset, quantile); subsets that iHarmony4
     does not have are left out.
     """
-    table = {}
-    for subset, group in rows.groupby("subset", sort=False):
-        for figure in ("fmse", "share") if subset in GENUINE else ():
-            made = group[figure].quantile(list(LEVELS)).to_numpy()
-            for level, ours, theirs in zip(LEVELS, made, getattr(GENUINE[subset], figure), strict=True):
-                cells = {"made": ours, "genuine": theirs, "ratio": ours / theirs}
-                table.setdefault((subset, level), {}).update({(figure, k): v for k, v in cells.items()})
-    frame = pd.DataFrame.from_dict(table, orient="index")
-    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
-    return frame.rename_axis(["subset", "quantile"])
+    figures = list(Quantiles._fields)
+    made = rows[rows["subset"].isin(list(GENUINE))].groupby("subset", sort=False)[figures].quantile(list(LEVELS))
+    tables = {subset: pd.DataFrame(GENUINE[subset]._asdict(), LEVELS) for subset in made.index.unique(0)}
+    genuine = pd.concat(tables) if tables else made
+    parts = {"made": made, "genuine": genuine, "ratio": made / genuine}
+    table = pd.concat({(figure, part): parts[part][figure] for figure in figures for part in parts}, axis=1)
+    return table.rename_axis(["subset", "quantile"])

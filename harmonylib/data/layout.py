@@ -4,13 +4,16 @@ A composite `a0002_1_4.jpg` belongs to the mask `a0002_1.png` and to the real ph
 "-" are the scene: `d90000008-3` and `d90000008-7` are captures of one scene and never independent photos.
 """
 
+import codecs
+import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from ..core.decoding import IMAGE_SUFFIXES, pictures_in
+from ..core.decoding import pictures_in
 from ..core.errors import HarmonyError
 from ..core.files import as_written, atomic_path, composed, stem_of
 from ..core.images import read_image, read_mask, write_image
@@ -22,13 +25,17 @@ COMPOSITES, MASKS, REALS = "composite_images", "masks", "real_images"
 
 @dataclass(frozen=True)
 class Triple:
-    """One composite with its mask and its real photo."""
+    """A composite, its real photo, or both (a data set may lack either), with the mask of the foreground.
+
+    mask: a file, or `readers.Runs`. split: "train", "test" or "" (the data set has none).
+    """
 
     subset: str
     name: str
-    composite: Path
+    composite: Path | None
     mask: Path
-    real: Path
+    real: Path | None
+    split: str = field(default="", compare=False)
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -40,32 +47,36 @@ class Triple:
         """The photo (scene) the triple comes from: what intervals are bootstrapped over."""
         return self.real.stem.split("-")[0]
 
+    def read_mask(self) -> np.ndarray:
+        """HxW bool."""
+        return read_mask(self.mask) if isinstance(self.mask, Path) else self.mask.decode()
+
     def load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(composite HxWx3 uint8, mask HxW bool, real HxWx3 uint8). Raises HarmonyError where sizes differ."""
-        composite, mask, real = read_image(self.composite), read_mask(self.mask), read_image(self.real)
+        composite, mask, real = read_image(self.composite), self.read_mask(), read_image(self.real)
         if not composite.shape[:2] == mask.shape == real.shape[:2]:
             sizes = f"{composite.shape[1::-1]}, {mask.shape[::-1]}, {real.shape[1::-1]}"
             raise HarmonyError(f"{self.composite}: composite, mask and real differ in size ({sizes}); make them equal")
         return composite, mask, real
 
 
-def read_text(path) -> str:
-    """A text file in UTF-8, or in UTF-16 with the mark that Windows begins it with. Raises HarmonyError for others."""
-    data = Path(path).read_bytes()
+def encoding_of(path) -> str:
+    """UTF-8, or UTF-16 where a file begins with the mark that Windows writes."""
+    with open(path, "rb") as file:
+        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def read_lines(path, unique: bool = True) -> list[str]:
+    """The lines of a list file, stripped, with "/" for every backslash; unique: without empty lines and doubles.
+
+    Raises HarmonyError for a file that is not text in `encoding_of` it.
+    """
     try:
-        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = Path(path).read_text(encoding_of(path))
     except UnicodeDecodeError:
         raise HarmonyError(f"{path}: not a UTF-8 text file; save it as one") from None
-
-
-def all_lines(path) -> list[str]:
-    """The lines of a list file, stripped, with "/" for every backslash. Raises HarmonyError as `read_text`."""
-    return [line.strip().replace("\\", "/") for line in read_text(path).splitlines()]
-
-
-def read_lines(path) -> list[str]:
-    """The non-empty lines of a list file, in order, without duplicates, as `all_lines`."""
-    return list(dict.fromkeys(filter(None, all_lines(path))))
+    lines = [line.strip().replace("\\", "/") for line in text.splitlines()]
+    return list(dict.fromkeys(filter(None, lines))) if unique else lines
 
 
 def list_lines(root, split: str) -> list[str] | None:
@@ -73,10 +84,9 @@ def list_lines(root, split: str) -> list[str] | None:
 
     The latter may name composites without their folders. None where there is no list.
     """
-    root = Path(root)
-    if (root / f"IHD_{split}.txt").is_file():
-        return read_lines(root / f"IHD_{split}.txt")
-    own = [p for p in sorted(root.glob(f"*/*_{split}.txt")) if p.stem == f"{p.parent.name}_{split}"]
+    if Path(root, f"IHD_{split}.txt").is_file():
+        return read_lines(Path(root, f"IHD_{split}.txt"))
+    own = [p for p in sorted(Path(root).glob(f"*/*_{split}.txt")) if p.stem == f"{p.parent.name}_{split}"]
     lines = [f"{p.parent.name}/{COMPOSITES}/{line.split('/')[-1]}" for p in own for line in read_lines(p)]
     return lines if own else None
 
@@ -100,37 +110,36 @@ def plain_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]", "", text)
 
 
-def _partner(folder: Path, stem: str, composite: Path) -> Path:
-    found = [folder / (stem + suffix) for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))]
-    found = [path for path in found if path.is_file()]
-    if not found and folder.is_dir() and not stem.isascii():
-        found = [path for path in pictures_in(folder)[0] if stem_of(path) == composed(stem)]
-    if not found:
-        raise HarmonyError(
-            f"{composite}: no {folder.name}/{stem}.* for it; add the file or remove the line from the list"
-        )
-    for other in found[1:]:
-        if not other.samefile(found[0]):  # file systems may not tell .jpg from .JPG
-            raise HarmonyError(f"{other}: a second file beside {found[0].name}; keep the right one")
-    return found[0]
+def by_stem(folder: Path) -> tuple[dict[str, list[Path]], list[HarmonyError]]:
+    """The pictures of a folder, which need not be there, by `stem_of`, and what `pictures_in` says of other files."""
+    pictures, errors = pictures_in(folder) if folder.is_dir() else ((), [])
+    return {stem: list(paths) for stem, paths in itertools.groupby(sorted(pictures, key=stem_of), stem_of)}, errors
 
 
-def triple_of(root, line: str) -> Triple:
-    """The triple of a line like `HFlickr/composite_images/f55_1_1.jpg`. Raises HarmonyError for a missing partner."""
+def triple_of(root, line: str, split: str = "", listed=by_stem) -> Triple:
+    """The triple of a line like `HFlickr/composite_images/f55_1_1.jpg`. Raises HarmonyError for a missing partner.
+
+    listed: `by_stem`, cached where many lines are read.
+    """
     path = Path(line)
     parts = path.parts[-3:]
-    composite = Path(root, *parts)
     inside = parts[:1] not in (("..",), (path.anchor,)) and all(len(part.encode()) < 256 for part in parts)
     if not inside or len(parts) != 3 or parts[1] != COMPOSITES or path.stem.count("_") < 2:
         raise HarmonyError(f"{line!r} is not SUBSET/{COMPOSITES}/PHOTO_MASK_VARIANT.jpg; mend the list")
-    composite = as_written(composite)
+    composite = as_written(Path(root, *parts))
     if not composite.is_file():
         raise HarmonyError(f"{composite}: listed but missing; add the file or remove the line from the list")
-    mask_stem = composite.stem.rsplit("_", 1)[0]
-    real_stem = mask_stem.rsplit("_", 1)[0]
-    folder = composite.parent.parent
-    mask = _partner(folder / MASKS, mask_stem, composite)
-    return Triple(parts[0], composite.stem, composite, mask, _partner(folder / REALS, real_stem, composite))
+    photo, number, _ = composite.stem.rsplit("_", 2)
+    files = []
+    for part, stem in ((MASKS, f"{photo}_{number}"), (REALS, photo)):
+        found = listed(composite.parents[1] / part)[0].get(composed(stem), [])
+        if not found:
+            mend = "add the file or remove the line from the list"
+            raise HarmonyError(f"{composite}: no {part}/{stem}.* for it; {mend}")
+        if len(found) > 1:
+            raise HarmonyError(f"{found[1]}: a second file beside {found[0].name}; keep the right one")
+        files += found
+    return Triple(parts[0], composite.stem, composite, *files, split)
 
 
 def read_triples(root, split: str, subsets=None) -> list[Triple]:
@@ -139,14 +148,13 @@ def read_triples(root, split: str, subsets=None) -> list[Triple]:
     The lists are those of `list_lines`, the pictures those of `pictures_of`.
     Raises HarmonyError for a missing folder, list or partner file, or when nothing is left.
     """
-    root = Path(root)
-    if not root.is_dir():
+    if not Path(root).is_dir():
         raise HarmonyError(f"{root}: no such data folder; see data/README.md")
     lines = list_lines(root, split)
     if lines is None:
         raise HarmonyError(f"{root}/IHD_{split}.txt: no such list; add it, or each subset's own <subset>_{split}.txt")
-    pictures = pictures_of(root)
-    triples = [triple_of(pictures, line) for line in lines]
+    pictures, listed = pictures_of(root), lru_cache(by_stem)
+    triples = [triple_of(pictures, line, split, listed) for line in lines]
     triples = [t for t in triples if subsets is None or t.subset in subsets]
     if not triples:
         raise HarmonyError(f"{root}: the {split} list has no composites of {', '.join(subsets or SUBSETS)}")

@@ -1,6 +1,6 @@
-"""Readers: each kind of data set becomes a list of `Example`s, the rows of one manifest (`audit.audit`).
+"""Readers: each kind of data set becomes a list of `layout.Triple`s, the rows of one manifest (`audit.audit`).
 
-| kind | on disk | what an example has |
+| kind | on disk | what a triple has |
 |---|---|---|
 | iharmony4 | `layout`: lists at the root, or `<subset>/<subset>_{train,test}.txt` | composite, mask, real |
 | photos | `images/` + `masks/` with equal stems at any depth, or a CSV index | mask, real |
@@ -9,25 +9,22 @@
 | dih99 | DIH99: `images/` + `masks/` with equal stems | composite, mask; there is no ground truth |
 """
 
-import glob
-import io
-import itertools
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core.decoding import IMAGE_SUFFIXES, MAX_PIXELS, open_image, orientation, pictures_in
+from ..core.decoding import MAX_PIXELS, open_image, orientation
 from ..core.errors import HarmonyError
-from ..core.files import as_written, inside, stem_of
-from ..core.images import read_mask, write_image
+from ..core.files import as_written, inside
+from ..core.images import write_image
 from ..core.parallel import parallel_map
-from .layout import SPLITS, list_lines, pictures_of, read_lines, read_text, triple_of
+from .layout import SPLITS, Triple, by_stem, encoding_of, list_lines, pictures_of, read_lines, triple_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,9 @@ class Runs:
     encoded: tuple[str, ...]
     shape: tuple[int, int]
     source: str
+
+    def __str__(self) -> str:
+        return self.source
 
     def decode(self) -> np.ndarray:
         """HxW bool. Raises HarmonyError naming `source` for runs that are no numbers or leave the image."""
@@ -52,22 +52,6 @@ class Runs:
         return flat.reshape(self.shape, order="F")
 
 
-@dataclass(frozen=True)
-class Example:
-    """A composite, a real photo, or both, with the mask of the foreground. split: "train", "test" or "" (no split)."""
-
-    subset: str
-    split: str
-    name: str
-    mask: Path | Runs
-    composite: Path | None = None
-    real: Path | None = None
-
-    def read_mask(self) -> np.ndarray:
-        """HxW bool."""
-        return self.mask.decode() if isinstance(self.mask, Runs) else read_mask(self.mask)
-
-
 def detect(root) -> str:
     """The kind of the data set at `root` (DIH99 looks like a folder of photos: name it). Raises HarmonyError."""
     root = Path(root)
@@ -77,17 +61,14 @@ def detect(root) -> str:
         return "iharmony4"
     if (root / "train.csv").is_file():
         return "imaterialist"
-    if any(any(folder.glob("[!.]*_composite.*")) for folder in _folders(root)):
-        return "realhm"
-    return "photos"
+    return "realhm" if any(any(folder.glob("[!.]*_composite.*")) for folder in _folders(root)) else "photos"
 
 
-def scan(root, kind: str = "auto", index=None) -> Iterator[Example | HarmonyError]:
-    """Every example of a data set, and in place of each broken one the HarmonyError that names file and mend.
+def scan(root, kind: str = "auto", index=None) -> Iterator[Triple | HarmonyError]:
+    """Every triple of a data set, and in place of each broken one the HarmonyError that names file and mend.
 
-    index: for photos, a CSV with columns image, mask (relative to root) and split, also with semicolons or tabs, in
-    UTF-16 and with backslashes, as spreadsheets and Windows write it. Raises HarmonyError for a missing
-    folder, an unknown kind or a data set without any file of its kind.
+    index: for photos, a CSV with columns image, mask (relative to root) and split, as `_table` reads it. Raises
+    HarmonyError for a missing folder, an unknown kind or a data set without any file of its kind.
     """
     kind = detect(root) if kind == "auto" else kind
     if kind not in READERS:
@@ -95,14 +76,12 @@ def scan(root, kind: str = "auto", index=None) -> Iterator[Example | HarmonyErro
     yield from (_indexed(Path(root), index) if index else READERS[kind](Path(root)))
 
 
-def read_examples(root, kind: str = "auto", index=None) -> list[Example]:
-    """All examples of a data set, as `scan`. Raises the first HarmonyError there is, also when there are none."""
+def read_examples(root, kind: str = "auto", index=None) -> list[Triple]:
+    """All triples of a data set, as `scan`. Raises the first HarmonyError there is, also when there are none."""
     found = list(scan(root, kind, index))
-    for item in found:
+    for item in found or [HarmonyError(f"{root}: no pictures here; see data/README.md")]:
         if isinstance(item, HarmonyError):
             raise item
-    if not found:
-        raise HarmonyError(f"{root}: no pictures here; see data/README.md")
     return found
 
 
@@ -111,26 +90,28 @@ def photo_pairs(root, index=None, split: str | None = None) -> list[tuple[Path, 
 
     Raises HarmonyError when there is no such folder, an image has no mask, or the index has no such row.
     """
-    chosen = [e for e in read_examples(root, "photos", index) if split in (None, e.split)]
+    chosen = [(t.real, t.mask) for t in read_examples(root, "photos", index) if split in (None, t.split)]
     if not chosen:
         raise HarmonyError(f"{index or root}: no row with split {split}")
-    return [(e.real, e.mask) for e in chosen]
+    return chosen
 
 
-def _iharmony4(root: Path) -> Iterator[Example | HarmonyError]:
-    pictures = pictures_of(root)
+def _or_error(read, *arguments, place: str = "") -> Triple | HarmonyError:
+    try:
+        return read(*arguments)
+    except HarmonyError as error:
+        return HarmonyError(place + str(error))
+
+
+def _iharmony4(root: Path) -> Iterator[Triple | HarmonyError]:
+    pictures, listed = pictures_of(root), lru_cache(by_stem)
     lists = {split: list_lines(root, split) for split in SPLITS}
     if not any(lists.values()):
         raise HarmonyError(f"{root}: no IHD_train.txt or IHD_test.txt with a composite in it; write one a line")
     for split, lines in lists.items():
-        if lines is not None and not lines:
+        if lines == []:
             yield HarmonyError(f"{root}: the {split} list is empty; write composites into it or remove it")
-        for line in lines or ():
-            try:
-                t = triple_of(pictures, line)
-                yield Example(t.subset, split, t.name, t.mask, t.composite, t.real)
-            except HarmonyError as error:
-                yield error
+        yield from (_or_error(triple_of, pictures, line, split, listed) for line in lines or ())
 
 
 def _folders(root: Path) -> list[Path]:
@@ -143,103 +124,94 @@ def _folders(root: Path) -> list[Path]:
     return list(found.values())
 
 
-def _side_by_side(root: Path, part: str, subset: str | None = None) -> Iterator[Example | HarmonyError]:
+def _side_by_side(root: Path, part: str, subset: str | None = None) -> Iterator[Triple | HarmonyError]:
     """`images/` beside `masks/`, at any depth; part: what the images are, "real" or "composite"."""
     folders = sorted(f / "images" for f in _folders(root) if (f / "images").is_dir() and (f / "masks").is_dir())
     if not folders:
         raise HarmonyError(f"{root}: no images/ folder beside a masks/ folder; put photos and masks there")
     for folder in folders:
-        images, unread = pictures_in(folder)
-        masks, odd = pictures_in(folder.parent / "masks")
-        for paths in (images, masks):
-            for one, other in itertools.pairwise(sorted(paths, key=lambda path: (stem_of(path), path.suffix))):
-                if stem_of(one) == stem_of(other):
-                    yield HarmonyError(f"{other}: a second file beside {one.name}; keep the right one")
-        masks = {stem_of(mask): mask for mask in masks}
-        for image in images:
-            if stem_of(image) in masks:
-                name = subset or folder.parent.name
-                yield Example(name, "", image.stem, masks[stem_of(image)], **{part: image})
+        (images, unread), (masks, odd) = by_stem(folder), by_stem(folder.parent / "masks")
+        for one, *others in (*images.values(), *masks.values()):
+            yield from (HarmonyError(f"{p}: a second file beside {one.name}; keep the right one") for p in others)
+        for stem, (image, *_) in images.items():
+            if stem in masks:
+                files = {"composite": None, "real": None, "mask": masks[stem][0], part: image}
+                yield Triple(subset or folder.parent.name, image.stem, **files)
             else:
                 yield HarmonyError(f"{image}: no mask named {image.stem}.* in {folder.parent / 'masks'}; add it")
         yield from unread + odd
-        for stem in sorted(masks.keys() - {stem_of(image) for image in images}):
-            yield HarmonyError(f"{masks[stem]}: no picture named {stem}.* in {folder}; add it or remove the mask")
+        for stem in sorted(masks.keys() - images.keys()):
+            yield HarmonyError(f"{masks[stem][0]}: no picture named {stem}.* in {folder}; add it or remove the mask")
 
 
-def _indexed(root: Path, index) -> Iterator[Example | HarmonyError]:
+def _table(path, columns: list[str], what: str) -> pd.DataFrame:
+    """Columns of a CSV as text, as spreadsheets and Windows write it: with semicolons, tabs or Excel's line `sep=;`, in
+    UTF-16 or with a byte order mark, with capitals and spaces in its header. Raises HarmonyError: give `what`."""
     try:
-        text = re.sub(r"^sep=.*\s+", "", read_text(index))  # Excel's own first line
-        head = (text.splitlines() or [""])[0]
-        options = {"sep": max(",;\t", key=head.count), "skipinitialspace": True, "index_col": False, "dtype": str}
-        table = pd.read_csv(io.StringIO(text), keep_default_na=False, **options)
-    except HarmonyError:
-        raise
+        encoding = encoding_of(path)
+        with open(path, encoding=encoding) as file:
+            head = file.readline()
+            of_excel = head.startswith("sep=")
+            head = file.readline() if of_excel else head
+        options = {"sep": max(",;\t", key=head.count), "skiprows": int(of_excel), "encoding": encoding}
+        options |= {"skipinitialspace": True, "index_col": False, "dtype": str, "keep_default_na": False}
+        table = pd.read_csv(path, usecols=lambda name: name.strip().lower() in columns, **options)
     except (OSError, ValueError) as error:
-        raise HarmonyError(f"{index}: {error}; give a CSV with columns image, mask and split") from None
-    table.columns = [str(name).strip().lower() for name in table.columns]
-    missing = {"image", "mask", "split"} - set(table.columns)
-    if missing:
-        raise HarmonyError(f"{index}: no column {', '.join(sorted(missing))}; an index has image, mask and split")
-    for number, row in enumerate(table[["image", "mask", "split"]].itertuples(index=False), start=2):
-        split = row.split.strip().lower()
-        if not "".join(row).strip():
-            continue  # as spreadsheets end a table
-        paths = (text.strip().replace("\\", "/") for text in (row.image, row.mask))
-        try:
-            image, mask = (as_written(inside(root, path)) for path in paths)
-        except HarmonyError as error:
-            yield HarmonyError(f"{index}, line {number}: {error}")
-            continue
-        lost = [str(path) for path in (image, mask) if not path.is_file()]
-        if split not in SPLITS:
-            yield HarmonyError(f"{index}, line {number}: split {row.split!r} is unknown; use train or test")
-        elif lost:
-            yield HarmonyError(f"{index}, line {number}: {lost[0]}: no such file; mend the index")
-        else:
-            yield Example(image.parent.parent.name, split, image.stem, mask, real=image)
+        raise HarmonyError(f"{path}: {error}; give {what}") from None
+    table.columns = table.columns.str.strip().str.lower()
+    if missing := sorted(set(columns) - set(table)):
+        raise HarmonyError(f"{path}: no column {', '.join(missing)}; give {what}")
+    return table[columns]
 
 
-def _realhm(root: Path) -> Iterator[Example | HarmonyError]:
-    composites = sorted(p for folder in _folders(root) for p in folder.glob("[!.]*_composite.*"))
-    composites = [p for p in composites if p.suffix.lower() in IMAGE_SUFFIXES]
-    for composite in composites:
-        stem = composite.stem.removesuffix("_composite")
-        parts = {part: sorted(composite.parent.glob(f"{glob.escape(stem)}_{part}.*")) for part in ("mask", "gt")}
-        lost = [f"{stem}_{part}.*" for part, files in parts.items() if not files]
-        if lost:
-            yield HarmonyError(f"{composite}: no {lost[0]} beside it; add the file or remove the composite")
-        else:
-            yield Example("RealHM", "test", stem, parts["mask"][0], composite, parts["gt"][0])
+def _indexed(root: Path, index) -> Iterator[Triple | HarmonyError]:
+    table = _table(index, ["image", "mask", "split"], "a CSV with columns image, mask and split")
+    for number, row in enumerate(table.itertuples(index=False), start=2):
+        if "".join(row).strip():  # else as spreadsheets end a table
+            yield _or_error(_row, root, *row, place=f"{index}, line {number}: ")
 
 
-def _imaterialist(root: Path) -> Iterator[Example | HarmonyError]:
-    csv, columns = root / "train.csv", ["ImageId", "EncodedPixels", "Height", "Width"]
-    try:
-        table = pd.read_csv(csv, usecols=columns, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise HarmonyError(f"{csv}: {error}; give the data set's train.csv") from None
-    photos = {name.removesuffix(".jpg"): rows for name, rows in table.groupby("ImageId", sort=True)}
-    chosen = root / "ids.txt"
-    for name in read_lines(chosen) if chosen.is_file() else photos:
-        try:
-            image = inside(root / "train", f"{name}.jpg")
-        except HarmonyError as error:
-            yield error
-            continue
-        if name not in photos:
-            yield HarmonyError(f"{chosen}: {name} is not in {csv}; mend the list")
-        elif not image.is_file():
-            yield HarmonyError(f"{image}: no such photo, though {csv} has it; add it or remove its rows")
-        else:
-            rows = photos[name]
-            texts = rows["Height"].iloc[0], rows["Width"].iloc[0]
-            shape = tuple(int(text) if re.fullmatch("[0-9]{1,6}", text) else 0 for text in texts)
-            mask = Runs(tuple(rows["EncodedPixels"]), shape, f"{csv}, {name}")
-            if 0 < shape[0] * shape[1] < MAX_PIXELS:
-                yield Example("iMaterialist", "train", name, mask, real=image)
+def _row(root: Path, image: str, mask: str, split: str) -> Triple:
+    image, mask = (as_written(inside(root, text.strip().replace("\\", "/"))) for text in (image, mask))
+    if split.strip().lower() not in SPLITS:
+        raise HarmonyError(f"split {split!r} is unknown; use train or test")
+    for path in (image, mask):
+        if not path.is_file():
+            raise HarmonyError(f"{path}: no such file; mend the index")
+    return Triple(image.parent.parent.name, image.stem, None, mask, image, split.strip().lower())
+
+
+def _realhm(root: Path) -> Iterator[Triple | HarmonyError]:
+    for folder in _folders(root):
+        files = {stem: paths[0] for stem, paths in by_stem(folder)[0].items()}
+        for name in [stem.removesuffix("_composite") for stem in files if stem.endswith("_composite")]:
+            parts = {part: files.get(f"{name}_{part}") for part in ("composite", "mask", "gt")}
+            lost = [f"{name}_{part}.*" for part, path in parts.items() if path is None]
+            if lost:
+                yield HarmonyError(f"{parts['composite']}: no {lost[0]} beside it; add it or remove the composite")
             else:
-                yield HarmonyError(f"{mask.source}: {' x '.join(texts)} is no size of a photo; mend or remove its rows")
+                yield Triple("RealHM", name, *parts.values(), "test")
+
+
+def _imaterialist(root: Path) -> Iterator[Triple | HarmonyError]:
+    table = _table(root / "train.csv", ["imageid", "encodedpixels", "height", "width"], "the data set's train.csv")
+    photos = {name.removesuffix(".jpg"): rows for name, rows in table.groupby("imageid", sort=True)}
+    chosen = read_lines(root / "ids.txt") if (root / "ids.txt").is_file() else photos
+    yield from (_or_error(_fashion, root, name, photos.get(name)) for name in chosen)
+
+
+def _fashion(root: Path, name: str, rows: pd.DataFrame | None) -> Triple:
+    image, source = inside(root / "train", f"{name}.jpg"), f"{root / 'train.csv'}, {name}"
+    if rows is None:
+        raise HarmonyError(f"{root / 'ids.txt'}: {name} is not in {root / 'train.csv'}; mend the list")
+    if not image.is_file():
+        raise HarmonyError(f"{image}: no such photo, though {root / 'train.csv'} has it; add it or remove its rows")
+    texts = rows["height"].iloc[0], rows["width"].iloc[0]
+    height, width = (int(text) if re.fullmatch("[0-9]{1,6}", text) else 0 for text in texts)
+    if not 0 < height * width < MAX_PIXELS:
+        raise HarmonyError(f"{source}: {' x '.join(texts)} is no size of a photo; mend or remove its rows")
+    mask = Runs(tuple(rows["encodedpixels"]), (height, width), source)
+    return Triple("iMaterialist", name, None, mask, image, "train")
 
 
 READERS = {
@@ -257,18 +229,16 @@ def imaterialist_pairs(root, out, workers: int | None = None) -> list[tuple[Path
     `sets.clean_photos` leaves the product-only photos out. Raises HarmonyError for a broken train.csv or a photo of
     another size than it says.
     """
-    found = read_examples(root, "imaterialist")
-    masks = parallel_map(partial(_write_union, Path(out)), found, "union masks", "photo", workers)
-    return [(example.real, mask) for example, mask in zip(found, masks, strict=True)]
+    triples = read_examples(root, "imaterialist")
+    return list(parallel_map(partial(_write_union, Path(out)), triples, "union masks", "photo", workers))
 
 
-def _write_union(out: Path, example: Example) -> Path:
-    mask, image = example.read_mask(), open_image(example.real)
-    size = image.size
-    if orientation(image) > 1:
-        raise HarmonyError(f"{example.real}: turned by its EXIF orientation, its mask is not; save it upright")
-    if size != mask.shape[::-1]:
-        found = "{}x{}".format(*size)
-        raise HarmonyError(f"{example.real}: is {found}, {example.mask.source} says {mask.shape[1]}x{mask.shape[0]}")
-    write_image(out / f"{example.name}.png", mask)
-    return out / f"{example.name}.png"
+def _write_union(out: Path, triple: Triple) -> tuple[Path, Path]:
+    mask, photo = triple.read_mask(), open_image(triple.real)
+    if orientation(photo) > 1:
+        raise HarmonyError(f"{triple.real}: turned by its EXIF orientation, its mask is not; save it upright")
+    if photo.size != mask.shape[::-1]:
+        found, said = "x".join(map(str, photo.size)), "x".join(map(str, mask.shape[::-1]))
+        raise HarmonyError(f"{triple.real}: is {found}, {triple.mask} says {said}")
+    write_image(out / f"{triple.name}.png", mask)
+    return triple.real, out / f"{triple.name}.png"

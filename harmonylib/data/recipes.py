@@ -8,7 +8,6 @@ ones of their subset (`genuine`). A filter stands in for the data set's human sc
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import cv2
 import numpy as np
@@ -28,47 +27,35 @@ WEAK = 0.7  # a composite that reaches less of the drawn fMSE is drawn again
 GAIN = (0.03, 6.0)  # bounds on what an edit's drawn parameters are multiplied by
 
 # Five tastes, each in [-1, 1]: exposure, warmth, tint (+ magenta), mid-tones (+ dark), contrast, saturation.
-EXPERTS = np.array(
-    [
-        (0.7, 0.5, 0.0, -0.4, 0.3, 0.3),  # bright and warm
-        (-0.6, -0.5, 0.0, 0.3, 0.6, -0.2),  # dark, cool and contrasty
-        (0.3, -0.2, 0.4, -0.6, -0.6, -0.7),  # faded
-        (-0.2, 0.6, -0.2, 0.3, 0.4, 0.8),  # rich and golden
-        (0.5, -0.6, -0.4, 0.0, 0.1, 0.5),  # bright, cool and vivid
-    ]
-)
+EXPERTS = np.array([
+    (0.7, 0.5, 0.0, -0.4, 0.3, 0.3),  # bright and warm
+    (-0.6, -0.5, 0.0, 0.3, 0.6, -0.2),  # dark, cool and contrasty
+    (0.3, -0.2, 0.4, -0.6, -0.6, -0.7),  # faded
+    (-0.2, 0.6, -0.2, 0.3, 0.4, 0.8),  # rich and golden
+    (0.5, -0.6, -0.4, 0.0, 0.1, 0.5),  # bright, cool and vivid
+])  # fmt: skip
 # Five capture conditions, each in [-1, 1]: exposure, warmth, contrast, vignetting.
-CONDITIONS = np.array(
-    [
-        (0.8, 0.0, 0.4, -0.2),  # noon
-        (0.0, 0.9, 0.1, 0.2),  # golden hour
-        (-0.5, 0.3, -0.5, 0.3),  # dusk
-        (-1.0, -0.8, 0.4, 0.8),  # night
-        (0.2, -0.5, -0.8, 0.0),  # overcast
-    ]
-)
+CONDITIONS = np.array([
+    (0.8, 0.0, 0.4, -0.2),  # noon
+    (0.0, 0.9, 0.1, 0.2),  # golden hour
+    (-0.5, 0.3, -0.5, 0.3),  # dusk
+    (-1.0, -0.8, 0.4, 0.8),  # night
+    (0.2, -0.5, -0.8, 0.0),  # overcast
+])  # fmt: skip
+
+# What 1 stands for: stops (doublings of light), stops between red and blue and of tint, doublings of the mid-tones'
+# exponent, S-curve, doublings of saturation; and of a foreground's own doublings of each channel's exponent and stops
+# from its middle to its edge, down and right.
+RETOUCH, OWN = (1.7, 1.1, 0.55, 0.7, 0.7, 0.8), (0.25, 0.25, 0.25, 0.4, 0.4)
+RELIGHT = (0.85, 0.6, 0.2, 0.4)  # stops, stops between red and blue, contrast, stops from the centre to the corners
 
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """Which way the recipes go, and the filter's bound; how far they go follows `genuine.GENUINE`.
-
-    Parameters of the edits are relative to one another (stops are doublings of light). transfers: those of
-    `transfers.TRANSFERS` that HCOCO and HFlickr draw from. clipped: share of foreground pixels that may newly reach 0
-    or 255.
-    """
+    """Which transfers of `transfers.TRANSFERS` HCOCO and HFlickr draw from, and the share of foreground pixels that may
+    newly reach 0 or 255 (`clipped`). How far a recipe goes follows `genuine.GENUINE`."""
 
     transfers: tuple[str, ...] = tuple(TRANSFERS)
-    retouch_exposure: float = 1.7  # stops
-    retouch_warmth: float = 1.1  # stops between red and blue, halved for tint
-    retouch_tone: float = 0.7  # mid-tone exponent (in doublings) and S-curve
-    retouch_saturation: float = 0.8  # doublings
-    retouch_curves: float = 0.25  # doublings of each channel's own exponent
-    retouch_gradient: float = 0.4  # stops from the middle of the foreground to its edge
-    relight_exposure: float = 0.85  # stops
-    relight_warmth: float = 0.6  # stops between red and blue
-    relight_contrast: float = 0.2
-    relight_vignette: float = 0.4  # stops from the centre of the image to its corners
     clipped: float = 0.1
 
     def __post_init__(self):
@@ -76,40 +63,31 @@ class RecipeSettings:
         unknown = set(self.transfers) - set(TRANSFERS)
         if unknown or not self.transfers:
             raise HarmonyError(f"recipes: transfers must be some of {', '.join(TRANSFERS)}, not {sorted(unknown)}")
-        for name, value in vars(self).items():
-            if name != "transfers" and value < 0:
-                raise HarmonyError(f"recipes: {name} must not be negative, not {value}")
+        if self.clipped < 0:
+            raise HarmonyError(f"recipes: clipped must not be negative, not {self.clipped}")
 
 
 DEFAULTS = RecipeSettings()
 
 
-# ---- directions ----
+def draw_parameters(edit: Callable, rng: np.random.Generator) -> np.ndarray:
+    """Eleven parameters of `retouch` (an expert's taste, curves, a gradient) or four of `relight` (a condition).
+
+    Taste and condition are mixed with the day's mood in equal parts.
+    """
+    kinds, scale = (EXPERTS, RETOUCH) if edit is retouch else (CONDITIONS, RELIGHT)
+    mixed = 0.5 * kinds[rng.integers(len(kinds))] + 0.5 * rng.uniform(-1, 1, kinds.shape[1])
+    own = rng.uniform(-1, 1, 5) * OWN if edit is retouch else ()
+    return np.concatenate([mixed * scale, own])
 
 
-def draw_retouch(rng: np.random.Generator, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
-    """Eleven parameters of `retouch`: one expert's taste and the day's mood in equal parts."""
-    s = settings
-    taste = 0.5 * EXPERTS[rng.integers(len(EXPERTS))] + 0.5 * rng.uniform(-1, 1, EXPERTS.shape[1])
-    scale = (s.retouch_exposure, s.retouch_warmth, s.retouch_warmth / 2, s.retouch_tone, s.retouch_tone)
-    own = rng.uniform(-1, 1, 5) * np.repeat((s.retouch_curves, s.retouch_gradient), (3, 2))
-    return np.concatenate([taste * (*scale, s.retouch_saturation), own])
-
-
-def draw_relight(rng: np.random.Generator, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
-    """Four parameters of `relight`: one condition, varied."""
-    s = settings
-    condition = 0.5 * CONDITIONS[rng.integers(len(CONDITIONS))] + 0.5 * rng.uniform(-1, 1, CONDITIONS.shape[1])
-    return condition * (s.relight_exposure, s.relight_warmth, s.relight_contrast, s.relight_vignette)
-
-
-# ---- edits: (pixels Nx3 float32 in [0, 1], places Nx2, parameters) -> Nx3 in [0, 1] ----
+# ---- edits: (pixels Nx3 float32 in [0, 1], places Nx2, those of `draw_parameters`) -> Nx3 in [0, 1] ----
 
 
 def retouch(pixels: np.ndarray, places: np.ndarray, parameters) -> np.ndarray:
     """A retoucher's edit: exposure with a gradient across the foreground, white balance, curves, saturation.
 
-    parameters come from `draw_retouch`; places are (row, column) in [-1, 1] of the picture.
+    places are (row, column) in [-1, 1] of the picture.
     """
     exposure, warmth, tint, tone, contrast, saturation, *rest = np.float32(parameters)
     curves, gradient = np.array(rest[:3], np.float32), np.array(rest[3:], np.float32)
@@ -123,25 +101,23 @@ def retouch(pixels: np.ndarray, places: np.ndarray, parameters) -> np.ndarray:
 
 
 def relight(pixels: np.ndarray, places: np.ndarray, parameters) -> np.ndarray:
-    """Another capture condition: exposure, colour temperature, contrast about mid-grey, vignetting.
-
-    parameters come from `draw_relight`; places as in `retouch`.
-    """
+    """Another capture condition: exposure, colour temperature, contrast about mid-grey, vignetting."""
     exposure, warmth, contrast, vignette = np.float32(parameters)
     stops = (exposure - vignette * (places**2).sum(1) / 2)[:, None] + np.float32([warmth / 2, 0, -warmth / 2])
     contrast = max(contrast, np.float32(-0.9))
     return ((pixels * 2 ** (stops / GAMMA) / MID_GREY) ** (1 + contrast) * MID_GREY).clip(0, 1)
 
 
-def restyle(image: np.ndarray, rng: np.random.Generator, settings: RecipeSettings = DEFAULTS) -> np.ndarray:
+def restyle(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The whole photo (HxWx3 uint8) by another retoucher under another light.
 
     Ours, no recipe of iHarmony4's: both regions change alike and stay in harmony, so that a network that sees few
     photos learns how regions relate instead of the photos' own colours.
     """
     places = _places(np.ones(image.shape[:2], bool))
-    pixels = retouch(np.float32(image.reshape(-1, 3)) / 255, places, draw_retouch(rng, settings))
-    pixels = relight(pixels, places, draw_relight(rng, settings))
+    pixels = np.float32(image.reshape(-1, 3)) / 255
+    for edit in (retouch, relight):
+        pixels = edit(pixels, places, draw_parameters(edit, rng))
     return np.rint(pixels * 255).astype(np.uint8).reshape(image.shape)
 
 
@@ -150,33 +126,27 @@ def _places(mask: np.ndarray) -> np.ndarray:
     return (2 * np.argwhere(mask) / np.maximum(np.array(mask.shape) - 1, 1) - 1).astype(np.float32)
 
 
-# ---- recipes: a function of (gain or share, rows) that gives the changed pixels ----
+# ---- recipes ----
+
+RECIPES = tuple(GENUINE)
+EDITS = {"HAdobe5k": retouch, "Hday2night": relight}  # need no reference photo
 
 
-def _edited(edit, draw_parameters, pixels, places, rng, reference, settings):
-    parameters = draw_parameters(rng, settings)
+def _edited(edit, pixels, places, rng) -> Callable:
+    """(gain, rows) -> these pixels by one edit, its parameters multiplied by gain."""
+    parameters = draw_parameters(edit, rng)
     return lambda gain, rows: edit(pixels[rows], places[rows], gain * parameters)
 
 
-def _transferred(pixels, places, rng, reference, settings):
-    if reference is None:
-        raise HarmonyError("this recipe takes its colours from another photo; give reference=(image, mask)")
+def _transferred(pixels, reference, rng, names) -> Callable:
+    """(share, rows) -> these pixels, that share of the way to one of the transfers `names`."""
     image, region = reference
     source = image[region] if region.any() else image.reshape(-1, 3)  # an object too small for this size
     if len(source) > REFERENCE:
         source = source[rng.integers(len(source), size=REFERENCE)]
-    transfer = TRANSFERS[settings.transfers[rng.integers(len(settings.transfers))]]
-    change = (transfer(pixels, np.float32(source) / 255) - pixels).astype(np.float32)
+    transfer = TRANSFERS[names[rng.integers(len(names))]]
+    change = np.float32(transfer(np.float64(pixels), np.float64(np.float32(source) / 255)) - pixels)
     return lambda share, rows: pixels[rows] + min(share, 1.0) * change[rows]
-
-
-RECIPES: dict[str, Callable] = {
-    "HCOCO": _transferred,
-    "HAdobe5k": partial(_edited, retouch, draw_retouch),
-    "HFlickr": _transferred,
-    "Hday2night": partial(_edited, relight, draw_relight),
-}
-EDITS = ("HAdobe5k", "Hday2night")  # the recipes that need no reference photo
 
 
 def _gain(change: Callable, pixels: np.ndarray, fmse: float, rng: np.random.Generator) -> float:
@@ -195,18 +165,20 @@ def _gain(change: Callable, pixels: np.ndarray, fmse: float, rng: np.random.Gene
 def recolor(recipe, real, mask, rng, reference=None, settings: RecipeSettings = DEFAULTS, fmse=None) -> np.ndarray:
     """One composite: the foreground recoloured by one of RECIPES as strongly as `fmse` says.
 
-    real HxWx3 uint8; mask HxW bool; reference (image, mask) for HCOCO and HFlickr; fmse on the 0-255 scale, None: drawn
-    from the genuine ones of this recipe. A transfer is never overdone: it stays weaker where the reference is too
-    much like the foreground. Returns HxWx3 uint8, rounded, with the background untouched.
-    Raises HarmonyError for an unknown recipe, an empty mask or a missing reference.
+    real HxWx3 uint8; mask HxW bool, not empty; reference (image, mask) for all but EDITS; fmse on the 0-255 scale,
+    None: drawn from the genuine ones of this recipe. A transfer is never overdone: it stays weaker where the reference
+    is too much like the foreground. Returns HxWx3 uint8, rounded, with the background untouched. Raises HarmonyError
+    for an unknown recipe.
     """
     if recipe not in RECIPES:
         raise HarmonyError(f"recipe {recipe!r} is unknown; use {', '.join(RECIPES)}")
-    if not mask.any():
-        raise HarmonyError("the mask is empty; a composite needs a foreground")
+    assert mask.any() and (reference or recipe in EDITS), "a composite needs a foreground, a transfer a reference"
     fmse = draw(GENUINE[recipe].fmse, rng) if fmse is None else fmse
     pixels = np.float32(real[mask]) / 255
-    change = RECIPES[recipe](pixels, _places(mask), rng, reference, settings)
+    if recipe in EDITS:
+        change = _edited(EDITS[recipe], pixels, _places(mask), rng)
+    else:
+        change = _transferred(pixels, reference, rng, settings.transfers)
     changed = change(_gain(change, pixels, fmse / 255**2, rng), slice(None))
     composite = real.copy()
     composite[mask] = np.rint(changed * 255).clip(0, 255).astype(np.uint8)
@@ -241,7 +213,7 @@ def soften(changed: np.ndarray, real: np.ndarray, mask: np.ndarray, sigma: float
     return np.rint(real + weight * (changed.astype(np.float32) - real)).astype(np.uint8)
 
 
-# ---- the filter ----
+# ---- measures and the filter ----
 
 
 def foreground_delta_e(real: np.ndarray, composite: np.ndarray, mask: np.ndarray) -> float:
@@ -256,8 +228,8 @@ def foreground_mse(real: np.ndarray, composite: np.ndarray, mask: np.ndarray) ->
 
 def implausible(real, composite, mask, settings: RecipeSettings = DEFAULTS) -> str:
     """Why a composite would not do: too many pixels with a channel newly at 0 or 255. "" where it does."""
-    ends = [((image[mask] == 0) | (image[mask] == 255)).any(-1) for image in (real, composite)]
-    clipped = float((ends[1] & ~ends[0]).mean())
+    before, after = (((image[mask] == 0) | (image[mask] == 255)).any(-1) for image in (real, composite))
+    clipped = float((after & ~before).mean())
     return f"clipped: {clipped:.0%} of the foreground > {settings.clipped:.0%}" if clipped > settings.clipped else ""
 
 
@@ -271,7 +243,7 @@ def make_composite(
     drawn once, so that the filter does not prefer weak changes.
     """
     fmse = draw(GENUINE[recipe].fmse, seeded_rng(*seed_words, recipe, "fmse")) if recipe in GENUINE else None
-    for attempt in range(max(1, tries)):
+    for attempt in range(tries):
         colours = reference(attempt) if callable(reference) else reference
         composite = recolor(recipe, real, mask, seeded_rng(*seed_words, recipe, attempt), colours, settings, fmse)
         reached = foreground_mse(real, composite, mask)

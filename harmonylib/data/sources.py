@@ -13,14 +13,14 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from ..core.decoding import IMAGE_SUFFIXES
 from ..core.errors import HarmonyError
-from ..core.files import atomic_path, stamp
+from ..core.files import atomic_path
 from ..core.images import read_image, read_pair, resize_image
 from ..core.parallel import parallel_map
 from ..core.seeds import rng, seed_for
-from .build import BenchmarkSettings, make_benchmark, shrink
+from .build import BenchmarkSettings, make_benchmark, mask_shares, shrink
 from .embedded_photos import foreground_of_share, load_photos
 from .layout import SPLITS, Triple, plain_name, read_triples, write_list
-from .readers import Example, read_examples
+from .readers import read_examples
 from .recipes import DEFAULTS, RecipeSettings, foreground_delta_e, foreground_mse
 
 TEST_SHARE = 0.1  # of a folder's photos
@@ -28,7 +28,7 @@ FEW = 50  # pairs a subset: with fewer there is no speaking of a distribution of
 PSNR_SIDE = 256  # pixels; the papers score composites at this size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PhotoFile:
     """A photo of a folder that reads like `embedded_photos.Photo`, decoded when asked for: folders of any size fit."""
 
@@ -41,7 +41,7 @@ class PhotoFile:
     @property
     def image(self) -> np.ndarray:
         """HxWx3 uint8."""
-        return self._decoded()[0]
+        return _decoded(self)[0]
 
     @property
     def masks(self) -> dict[str, np.ndarray]:
@@ -49,23 +49,19 @@ class PhotoFile:
 
         Raises HarmonyError for a mask of another size, an empty or a full one.
         """
-        return {"foreground": self._decoded()[1]}
-
-    def _decoded(self) -> tuple[np.ndarray, np.ndarray]:
-        files = (self.image_file, self.mask_file) if self.mask_file else (self.image_file,)
-        return _decode(self.image_file, self.mask_file, self.mask_from, *map(stamp, files))
+        return {"foreground": _decoded(self)[1]}
 
 
 @lru_cache(maxsize=8)
-def _decode(image_file: Path, mask_file: Path | None, mask_from: str, *stamps) -> tuple[np.ndarray, np.ndarray]:
-    if mask_file is None:
-        image = read_image(image_file)
-        everything = np.ones(image.shape[:2], dtype=bool)
-        return image, foreground_of_share(image, everything, 1 / 3, seed_for("photo without a mask", image_file.name))
-    image, mask = read_pair(image_file, mask_file, mask_from)
+def _decoded(photo: PhotoFile) -> tuple[np.ndarray, np.ndarray]:
+    if photo.mask_file is None:
+        image = read_image(photo.image_file)
+        seed = seed_for("photo without a mask", photo.image_file.name)
+        return image, foreground_of_share(image, np.ones(image.shape[:2], bool), 1 / 3, seed)
+    image, mask = read_pair(photo.image_file, photo.mask_file, photo.mask_from)
     if mask.all() or not mask.any():
-        kind = "no background" if mask.all() else "no foreground"
-        raise HarmonyError(f"{mask_file}: the mask has {kind} (white is foreground); mend it or remove the photo")
+        kind = f"no {'background' if mask.all() else 'foreground'} (white is foreground)"
+        raise HarmonyError(f"{photo.mask_file}: the mask has {kind}; mend it or remove the photo")
     return image, mask
 
 
@@ -77,35 +73,22 @@ def folder_photos(path, seed: int, index=None, mask_from: str = "auto") -> list[
     all, superpixels stand in for objects, and a line says so. Raises HarmonyError when there is no such folder, a photo
     has no mask, or there are fewer than four photos.
     """
-    found = [] if index else _without_masks(Path(path))
+    images = [] if index or any(Path(path).rglob("masks/")) else sorted(Path(path).rglob("images/**/*"))
+    found = [(file, None, "") for file in dict.fromkeys(images) if file.suffix.lower() in IMAGE_SUFFIXES]
     if found:
         print(f"{path}: no masks; pieces of the pictures (superpixels) stand in for objects", file=sys.stderr)
-    found = found or read_examples(path, "photos", index)
+    found = found or [(triple.real, triple.mask, triple.split) for triple in read_examples(path, "photos", index)]
     if len(found) < 4:
         raise HarmonyError(f"{path}: {len(found)} photos; give at least four, two for each split")
-    tests = rng(seed, "test photos").permutation(len(found))[: max(2, round(TEST_SHARE * len(found)))]
-    drawn = np.where(np.isin(np.arange(len(found)), tests), "test", "train").tolist()
-    rows = zip(_labels(example.name for example in found), drawn, found, strict=True)
-    return [PhotoFile(label, e.split or split, e.real, e.mask, mask_from) for label, split, e in rows]
-
-
-def _without_masks(folder: Path) -> list[Example]:
-    """The photos of a folder of `images/` at any depth beside which there is no `masks/`."""
-    if any(path.is_dir() for path in folder.rglob("masks")):
-        return []
-    files = sorted(file for images in folder.rglob("images") for file in images.rglob("*"))
-    return [Example("", None, f.stem, None, None, f) for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
-
-
-def _labels(stems) -> list[str]:
-    labels, used = [], set()
-    for number, stem in enumerate(stems):
-        label = plain_name(stem) or "photo"
+    tests = set(rng(seed, "test photos").permutation(len(found))[: max(2, round(TEST_SHARE * len(found)))].tolist())
+    photos, used = [], set()
+    for number, (image, mask, split) in enumerate(found):
+        label = plain_name(image.stem) or "photo"
         while label.lower() in used:
             label += f"x{number}"
         used.add(label.lower())
-        labels.append(label)
-    return labels
+        photos.append(PhotoFile(label, split or ("test" if number in tests else "train"), image, mask, mask_from))
+    return photos
 
 
 def make_data(photos, out, index=None, pairs: int | None = None, variants: int = 1, size: int = 256, seed: int = 0,
@@ -125,27 +108,28 @@ def make_data(photos, out, index=None, pairs: int | None = None, variants: int =
         mend = "is no data set; choose another folder" if force else "exists; choose another folder or add --force"
         raise HarmonyError(f"{out}: {mend}")
     files = folder_photos(photos, seed, index, mask_from)
-    problems = list(parallel_map(partial(_problem, size), files, "reading photos", "photo", workers))
-    left_out = [problem for problem in problems if problem]
-    files = [file for file, problem in zip(files, problems, strict=True) if not problem]
-    if not files:
+    shares = list(parallel_map(partial(_shares_at, size), files, "reading photos", "photo", workers))
+    left_out = [why for why in shares if isinstance(why, str)]
+    usable = [(file, found) for file, found in zip(files, shares, strict=True) if not isinstance(found, str)]
+    if not usable:
         raise HarmonyError(left_out[0])
+    files, shares = zip(*usable, strict=True)
     counts = [sum(file.split == split for file in files) for split in SPLITS]
     counts = counts if pairs is None else [min(pairs, count) for count in counts]
     how = {"min_crop": 1.0, "parts": max(counts) >= FEW, "jitter": jitter}
     amounts = BenchmarkSettings(*counts, variants, variants, size, **how)
-    rows = make_benchmark(out, files, amounts, recipes, seed, workers=workers)
+    rows = make_benchmark(out, files, amounts, recipes, seed, workers=workers, shares=shares)
     rows.attrs["left_out"] = left_out
     return rows
 
 
-def _problem(size: int, file: PhotoFile) -> str:
-    """Why a photo cannot be used at `size`, or ""."""
+def _shares_at(size: int, photo: PhotoFile) -> list[float] | str:
+    """`build.mask_shares`, or why the photo cannot be used at `size`."""
     try:
-        shrink(file, file.image, file.masks["foreground"], size)
+        shrink(photo, photo.image, photo.masks["foreground"], size)
+        return mask_shares(photo)
     except HarmonyError as error:
         return str(error)
-    return ""
 
 
 def prepare(data, root, seed: int) -> pd.DataFrame:
@@ -159,14 +143,21 @@ def prepare(data, root, seed: int) -> pd.DataFrame:
     """
     root = Path(root)
     if data.source == "embedded":
-        return _make(root, load_photos(), data, seed)
-    if data.source not in ("photos", "iharmony4"):
-        raise HarmonyError(f"params.yaml: data.source {data.source!r} is unknown; use embedded, photos or iharmony4")
-    path = _data_folder(data, root)
-    return _make(root, folder_photos(path, seed), data, seed) if data.source == "photos" else _point(root, path, data)
+        photos = load_photos()
+    else:
+        path = _data_folder(data, root)
+        if data.source == "iharmony4":
+            return _point(root, path, data.subsets)
+        photos = folder_photos(path, seed)
+    names = ("train_pairs", "test_pairs", "train_variants", "test_variants", "size", "restyle_share")
+    amounts = BenchmarkSettings(**{name: getattr(data, name) for name in names})
+    recipes = RecipeSettings(transfers=data.transfers, clipped=data.clipped)
+    return make_benchmark(root, photos, amounts, recipes, seed, data.subsets)
 
 
 def _data_folder(data, root: Path) -> Path:
+    if data.source not in ("photos", "iharmony4"):
+        raise HarmonyError(f"params.yaml: data.source {data.source!r} is unknown; use embedded, photos or iharmony4")
     if not data.path:
         raise HarmonyError(f"params.yaml: data.source {data.source} needs data.path, the folder to read")
     path = Path(data.path).resolve()
@@ -177,41 +168,22 @@ def _data_folder(data, root: Path) -> Path:
     return path
 
 
-def _make(root: Path, photos, data, seed: int) -> pd.DataFrame:
-    amounts = BenchmarkSettings(
-        train_pairs=data.train_pairs,
-        test_pairs=data.test_pairs,
-        train_variants=data.train_variants,
-        test_variants=data.test_variants,
-        size=data.size,
-        restyle_share=data.restyle_share,
-    )
-    recipes = RecipeSettings(transfers=data.transfers, clipped=data.clipped)
-    return make_benchmark(root, photos, amounts, recipes, seed, data.subsets)
-
-
-def _point(root: Path, path: Path, data) -> pd.DataFrame:
-    triples = {split: read_triples(path, split, data.subsets) for split in SPLITS}
+def _point(root: Path, path: Path, subsets) -> pd.DataFrame:
+    triples = {split: read_triples(path, split, subsets) for split in SPLITS}
+    files = sorted({file for split in SPLITS for t in triples[split] for file in (t.composite, t.mask, t.real)})
+    looks = "".join(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n" for file in files)
     shutil.rmtree(root, ignore_errors=True)
     for split in SPLITS:
         write_list(root, split, triples[split])
-    with atomic_path(root / "ROOT") as temporary:
-        temporary.write_text(f"{path}\n", encoding="utf-8")
-    with atomic_path(root / "PICTURES") as temporary:
-        temporary.write_text(f"{_digest(path, triples)}\n", encoding="utf-8")
-    rows = pd.DataFrame([_about(triple, split) for split in SPLITS for triple in triples[split]])
+    for name, line in (("PICTURES", blake2b(looks.encode(), digest_size=16).hexdigest()), ("ROOT", path)):
+        with atomic_path(root / name) as temporary:
+            temporary.write_text(f"{line}\n", encoding="utf-8")
+    rows = pd.DataFrame([_about(triple) for split in SPLITS for triple in triples[split]])
     return rows.assign(plausible=True, tries=0, reason="")
 
 
-def _digest(path: Path, triples: dict[str, list[Triple]]) -> str:
-    """Of the names and sizes of all pictures below `path`: a look at each file, not into it."""
-    files = {file for split in triples.values() for t in split for file in (t.composite, t.mask, t.real)}
-    lines = [f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n" for file in sorted(files)]
-    return blake2b("".join(lines).encode(), digest_size=16).hexdigest()
-
-
-def _about(triple: Triple, split: str) -> dict:
-    return {"subset": triple.subset, "split": split, "name": triple.name, "photo": triple.photo}
+def _about(triple: Triple) -> dict:
+    return {"subset": triple.subset, "split": triple.split, "name": triple.name, "photo": triple.photo}
 
 
 def measure(root, at_most: int, seed: int, workers: int | None = None) -> pd.DataFrame:
@@ -221,18 +193,16 @@ def measure(root, at_most: int, seed: int, workers: int | None = None) -> pd.Dat
     psnr: of the whole composite, both pictures resized to 256 x 256.
     at_most: composites per subset and split, a seeded sample where there are more. Raises HarmonyError as Triple.load.
     """
-    jobs = []
+    chosen = []
     for split in SPLITS:
         triples = read_triples(root, split)
         for subset in dict.fromkeys(t.subset for t in triples):
             own = [t for t in triples if t.subset == subset]
-            picks = np.sort(rng(seed, "measure", subset, split).permutation(len(own))[:at_most])
-            jobs += [(split, own[pick]) for pick in picks]
-    return pd.DataFrame(parallel_map(_measure, jobs, "measuring composites", "composite", workers))
+            chosen += [own[i] for i in np.sort(rng(seed, "measure", subset, split).permutation(len(own))[:at_most])]
+    return pd.DataFrame(parallel_map(_measure, chosen, "measuring composites", "composite", workers))
 
 
-def _measure(job: tuple[str, Triple]) -> dict:
-    split, triple = job
+def _measure(triple: Triple) -> dict:
     composite, mask, real = triple.load()
     if not mask.any():
         raise HarmonyError(f"{triple.mask}: the mask has no foreground; remove its composites from the list")
@@ -240,4 +210,4 @@ def _measure(job: tuple[str, Triple]) -> dict:
     with np.errstate(divide="ignore"):  # equal pictures: infinity
         psnr = float(peak_signal_noise_ratio(*small, data_range=255))
     change = {"fmse": foreground_mse(real, composite, mask), "delta_e": foreground_delta_e(real, composite, mask)}
-    return _about(triple, split) | {"share": float(mask.mean()), **change, "psnr": psnr}
+    return _about(triple) | {"share": float(mask.mean()), **change, "psnr": psnr}

@@ -1,7 +1,8 @@
 """Classical colour transfer between two sets of pixels.
 
-Every transfer is `f(source, reference) -> result` on Nx3 and Mx3 RGB in [0, 1]; the result is Nx3, clipped to
-[0, 1]. Statistics are taken on the encoded (sRGB) values, as the papers do. Equal sets give the source back.
+Every transfer is `f(source, reference) -> result` on Nx3 and Mx3 RGB in [0, 1] (float64, N and M > 0); the result is
+Nx3, clipped to [0, 1]. Statistics are taken on the encoded (sRGB) values, as the papers do. Equal sets give the source
+back.
 """
 
 from collections.abc import Callable
@@ -18,19 +19,11 @@ RGB_TO_LMS = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.02
 LMS_TO_LAB = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ np.array([[1.0, 1, 1], [1, 1, -2], [1, -1, 0]])
 LOG_OFFSET = 1 / 255  # one level added before the logarithm, so that black is finite and the way back is exact
 LOG_MAX = 1.0  # an upper bound on log10(LMS): ten times white, where a far outlier would overflow
-RGB_TO_YCBCR = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]])  # BT.601
 VARIANCE_FLOOR = 1e-8  # a flat region keeps its flatness instead of dividing by zero
 YCBCR_STEP = 0.01  # of 255: equal colours must not be told apart by the rounding of a matrix product
 IDT_STEPS = 12
 IDT_QUANTILES = 256
 IDT_PIXELS = 2048
-
-
-def _check(pixels: np.ndarray, name: str) -> np.ndarray:
-    pixels = np.asarray(pixels, dtype=np.float64)
-    if pixels.ndim != 2 or pixels.shape[1] != 3 or len(pixels) == 0:
-        raise HarmonyError(f"{name} pixels must be Nx3 with N > 0, not {pixels.shape}; is the mask empty?")
-    return pixels
 
 
 def _match_mean_std(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -41,56 +34,39 @@ def _match_mean_std(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 def mean_std(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Mean and standard deviation matching per RGB channel, the plainest baseline."""
-    return _match_mean_std(_check(source, "source"), _check(reference, "reference")).clip(0, 1)
+    return _match_mean_std(source, reference).clip(0, 1)
 
 
 def reinhard(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Mean and standard deviation matching in l-alpha-beta (Reinhard et al. 2001, "Color Transfer between Images")."""
-    source, reference = (
-        np.log10(_check(pixels, name) @ RGB_TO_LMS.T + LOG_OFFSET) @ LMS_TO_LAB.T
-        for pixels, name in ((source, "source"), (reference, "reference"))
-    )
+    source, reference = (np.log10(x @ RGB_TO_LMS.T + LOG_OFFSET) @ LMS_TO_LAB.T for x in (source, reference))
     logs = _match_mean_std(source, reference) @ np.linalg.inv(LMS_TO_LAB).T
     return ((10 ** logs.clip(max=LOG_MAX) - LOG_OFFSET) @ np.linalg.inv(RGB_TO_LMS).T).clip(0, 1)
 
 
-def _principal(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviations (...x3) and axes (...x3x3, in columns) of covariances, floored where the region is flat."""
-    values, axes = np.linalg.eigh(covariance)
+def _principal(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviations (3), floored where the region is flat, along its principal axes (3x3, in columns)."""
+    values, axes = np.linalg.eigh(np.cov(pixels.T, bias=True))
     return np.sqrt(values.clip(min=0) + VARIANCE_FLOOR), axes
 
 
-def covariance_map(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """The linear map (...x3x3) that turns one covariance into another: principal axes onto principal axes.
-
-    An axis has no direction of its own: it is taken so that it does not turn by more than a right angle.
-    """
-    source_std, source_axes = _principal(source)
-    reference_std, reference_axes = _principal(reference)
-    direction = np.where((source_axes * reference_axes).sum(-2, keepdims=True) < 0, -1.0, 1.0)
-    return (reference_axes * direction * (reference_std / source_std)[..., None, :]) @ source_axes.swapaxes(-1, -2)
-
-
 def xiao_ma(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Mean and covariance matching in RGB (Xiao and Ma 2006, "Color Transfer in Correlated Color Space")."""
-    source, reference = _check(source, "source"), _check(reference, "reference")
-    matrix = covariance_map(np.cov(source.T, bias=True), np.cov(reference.T, bias=True))
+    """Mean and covariance matching in RGB (Xiao and Ma 2006, "Color Transfer in Correlated Color Space").
+
+    Principal axes go onto principal axes. An axis has no direction of its own: it is taken so that it does not turn by
+    more than a right angle.
+    """
+    (own_std, own_axes), (std, axes) = _principal(source), _principal(reference)
+    direction = np.where((own_axes * axes).sum(0) < 0, -1.0, 1.0)
+    matrix = (axes * direction * (std / own_std)) @ own_axes.T
     return ((source - source.mean(0)) @ matrix.T + reference.mean(0)).clip(0, 1)
 
 
 def histogram_match(source: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Cumulative histogram matching of each YCbCr channel (Fecker et al. 2008, "Histogram-Based Prefiltering for
     Luminance and Chrominance Compensation of Multiview Video")."""
-    source, reference = (
-        np.rint(rgb2ycbcr(_check(pixels, name)) / YCBCR_STEP) * YCBCR_STEP
-        for pixels, name in ((source, "source"), (reference, "reference"))
-    )
+    source, reference = (np.rint(rgb2ycbcr(x) / YCBCR_STEP) * YCBCR_STEP for x in (source, reference))
     return ycbcr2rgb(match_histograms(source, reference, channel_axis=-1)).clip(0, 1)
-
-
-def _rotations() -> np.ndarray:
-    draws = rng("color", "rotations").standard_normal((IDT_STEPS - 1, 3, 3))
-    return np.concatenate([np.eye(3)[None], np.linalg.qr(draws)[0]])
 
 
 def _quantiles(values: np.ndarray) -> np.ndarray:
@@ -107,8 +83,8 @@ def distribution_transfer(source: np.ndarray, reference: np.ndarray) -> np.ndarr
 
     The rotations are random but always the same ones; the first is the identity. No regraining.
     """
-    source, reference = _check(source, "source"), _check(reference, "reference")
-    for rotation in _rotations():
+    draws = rng("color", "rotations").standard_normal((IDT_STEPS - 1, 3, 3))
+    for rotation in (np.eye(3), *np.linalg.qr(draws)[0]):
         rotated = source @ rotation.T
         own, wanted = _quantiles(rotated), _quantiles(reference @ rotation.T)
         matched = np.stack([np.interp(rotated[:, axis], own[:, axis], wanted[:, axis]) for axis in range(3)], axis=1)
@@ -125,19 +101,6 @@ TRANSFERS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 BASELINES = {"reinhard": reinhard, "histogram": histogram_match, "mean-std": mean_std}
 
 
-def transfer_region(image, mask, reference_pixels, transfer, strength: float = 1.0) -> np.ndarray:
-    """Give the foreground of `image` the colour statistics of `reference_pixels`.
-
-    image HxWx3 uint8; mask HxW bool; reference_pixels Mx3 in [0, 1]; strength blends from the source (0) to the full
-    transfer (1). Returns HxWx3 uint8, rounded, with the background untouched. Raises HarmonyError for an empty mask.
-    """
-    source = image[mask] / 255.0
-    changed = source + strength * (transfer(source, reference_pixels) - source)
-    result = image.copy()
-    result[mask] = np.rint(changed * 255).astype(np.uint8)
-    return result
-
-
 def harmonize_classically(image: np.ndarray, mask: np.ndarray, method: str) -> np.ndarray:
     """A classical baseline: the foreground takes the statistics of the image's own background.
 
@@ -148,4 +111,6 @@ def harmonize_classically(image: np.ndarray, mask: np.ndarray, method: str) -> n
         raise HarmonyError(f"baseline {method!r} is unknown; use {', '.join(BASELINES)}")
     if mask.all() or not mask.any():
         raise HarmonyError("mask has no foreground or no background; the baseline needs both")
-    return transfer_region(image, mask, image[~mask] / 255.0, BASELINES[method])
+    result = image.copy()
+    result[mask] = np.rint(BASELINES[method](image[mask] / 255.0, image[~mask] / 255.0) * 255).astype(np.uint8)
+    return result

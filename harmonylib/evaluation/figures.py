@@ -140,3 +140,19 @@ def show(figure, name: str) -> None:
         figure.tight_layout()
     save(figure, name)
     display(figure)
+
+
+def outlined(rows, titles=None, row_labels=(), size: float = 2.0):
+    """A grid of (HxWx3 image, HxW bool masks), a list per row, with every mask outlined; titles: a list per row."""
+    shape = len(rows), len(rows[0])
+    figure, axes = plt.subplots(*shape, squeeze=False, figsize=(size * shape[1], size * shape[0]))
+    for (r, c), axis in np.ndenumerate(axes):
+        image, masks = rows[r][c]
+        axis.imshow(image)
+        for mask, colour in zip(masks, ("yellow", "cyan", "magenta", "lime"), strict=False):
+            axis.contour(mask, levels=[0.5], colors=colour, linewidths=1.2)
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(titles[r][c] if titles else "", fontsize=8)
+    for axis, label in zip(axes[:, 0], row_labels, strict=False):
+        axis.set_ylabel(label)
+    return _finished(figure)

@@ -303,7 +303,7 @@ def make_data(
     variants: int = typer.Option(1, min=1, help="composites of each photo and subset"),
     size: int = typer.Option(256, min=16, help="long side in pixels"),
     leave_out: list[str] = typer.Option(None, help="a colour transfer that no composite is to be made by"),
-    clipped: float = typer.Option(0.1, help="share of the foreground that may newly reach 0 or 255"),
+    clipped: float = typer.Option(0.1, min=0, help="share of the foreground that may newly reach 0 or 255"),
     jitter: int = typer.Option(0, min=0, help="dilate or erode masks by up to so many pixels first"),
     seed: int = typer.Option(0),
     force: bool = typer.Option(False, help="replace OUT where it is a data set"),
