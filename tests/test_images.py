@@ -4,16 +4,7 @@ import torch
 from PIL import Image
 
 from harmonylib.core.errors import HarmonyError
-from harmonylib.core.images import (
-    read_image,
-    read_mask,
-    resize_image,
-    resize_mask,
-    to_square,
-    to_tensor,
-    to_uint8,
-    write_image,
-)
+from harmonylib.core.images import read_image, read_mask, resize_image, resize_mask, to_square, to_tensor, to_uint8
 from harmonylib.data import crops
 
 
@@ -29,18 +20,6 @@ def test_soft_masks_are_cut_and_not_dithered(tmp_path):
     mask = read_mask(tmp_path / "soft.png")
     np.testing.assert_array_equal(mask, grey > 127)
     assert (np.asarray(Image.fromarray(grey).convert("1")) != mask).any()
-
-
-def test_masks_of_all_modes_are_one(tmp_path):
-    mask = soft_disc() > 127
-    grey = Image.fromarray(mask.astype(np.uint8) * 255)
-    palette = Image.fromarray(mask.astype(np.uint8)).convert("P")
-    palette.putpalette([0, 0, 0, 255, 255, 255])
-    sixteen = Image.fromarray(mask.astype(np.uint16) * 65535)
-    images = {"L": grey, "1": Image.fromarray(mask), "RGB": grey.convert("RGB"), "P": palette, "16": sixteen}
-    for name, image in images.items():
-        image.save(tmp_path / f"{name}.png")
-        np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.png"), mask, err_msg=name)
 
 
 def test_masks_stay_masks_when_resized():
@@ -64,19 +43,11 @@ def test_geometries():
         to_square(image, 10, "stretch")
 
 
-def test_sixteen_bits_and_transparency(tmp_path):
-    Image.fromarray(np.uint16([[0, 257 * 100, 65535]])).save(tmp_path / "deep.png")
-    assert read_image(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 100, 255]
+def test_transparency_is_laid_on_white(tmp_path):
     layer = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
     layer.putpixel((1, 0), (10, 20, 30, 0))
     layer.save(tmp_path / "layer.png")
     assert read_image(tmp_path / "layer.png").tolist() == [[[10, 20, 30], [255, 255, 255]]]
-
-
-def test_a_failed_write_leaves_nothing(tmp_path):
-    with pytest.raises(TypeError):
-        write_image(tmp_path / "a.png", np.zeros((3, 3, 7), np.uint8))
-    assert not list(tmp_path.iterdir())
 
 
 def test_tensors_and_back():
@@ -91,11 +62,10 @@ def test_random_crops_move_image_and_mask_together():
     mask = soft_disc(80) > 127
     image = np.where(mask[..., None], np.uint8(255), np.uint8(0)).repeat(3, axis=2)
     crop, seen = crops.random_crop(32), set()
-    for seed in range(8):
+    for seed in (*range(8), 7):
         out = crops.apply(crop, ("test", seed), mask, composite=image, real=255 - image)
         assert out["mask"].dtype == bool and out["mask"].shape == (32, 32)
         assert ((out["composite"][..., 0] > 127) == out["mask"]).mean() > 0.93
         np.testing.assert_allclose(out["composite"] + out["real"].astype(int), 255, atol=1)
         seen.add(out["mask"].tobytes())
-    again = crops.apply(crop, ("test", 7), mask, composite=image)
-    assert len(seen) > 4 and again["mask"].tobytes() == out["mask"].tobytes()
+    assert 4 < len(seen) <= 8  # the last was drawn before
