@@ -1,10 +1,8 @@
 """Memory-mapped caches of what never changes: resized pixels and posterior moments of the frozen autoencoder.
 
-A cache entry is one .npy file named after the hash of what went into it (file contents, weights, settings), with its
-checksum at the end, written beside its final place and renamed when complete: a killed run leaves nothing half-made, a
-damaged entry is made anew. Of several processes that want one entry, one makes it and the others wait. All together
-stay below HARMONYLIB_CACHE_GB gigabytes (50; a variable of the environment, since it changes no result): the ones not
-used for longest make room.
+An entry is one .npy file named after the hash of what went into it, with its checksum at the end. Killed runs leave
+nothing half-made, a damaged entry is made anew. Of several processes one makes it and the others wait. All stay below
+HARMONYLIB_CACHE_GB (50; it changes no result): those not used for longest make room.
 """
 
 import contextlib
@@ -152,7 +150,6 @@ def moments(vae, images: np.ndarray, device, batch_size: int = 32) -> np.ndarray
     """
     side = images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)
     weights = [weights_digest(part) for part in (vae.encoder, vae.quant_conv)]
-    key = {"images": _digest(np.ascontiguousarray(images)), "weights": weights, "kind": "moments"}
     rank, world = rank_and_world()
 
     @torch.inference_mode()
@@ -164,22 +161,23 @@ def moments(vae, images: np.ndarray, device, batch_size: int = 32) -> np.ndarray
                 values = vae.encode(tensor).latent_dist.parameters
                 array[mirrored, start - first : start - first + len(tensor)] = values.float().cpu().numpy()
 
-    def entry(key, first, last, fill):
-        return key, (2, last - first, 2 * vae.config.latent_channels, side, side), np.float16, fill
-
-    if world == 1:
-        return cached_array(*entry(key, 0, len(images), partial(encode, 0, len(images))))
-    batches = -(-len(images) // batch_size)  # shares are of whole batches, so that their number changes no rounding
-    bounds = list(pairwise(min(len(images), batches * n // world * batch_size) for n in range(world + 1)))
-    shares = [entry(key | {"share": [n, world]}, *bound, partial(encode, *bound)) for n, bound in enumerate(bounds)]
+    def entry(first, last, fill=None):
+        key = {"images": _digest(np.ascontiguousarray(images[first:last])), "weights": weights, "kind": "moments"}
+        shape = (2, last - first, 2 * vae.config.latent_channels, side, side)
+        return key, shape, np.float16, fill or partial(encode, first, last)
 
     def join(array):
         for share, (first, last) in zip(shares, bounds, strict=True):
             array[:, first:last] = cached_array(*share)  # waits where its process is at work
 
-    if not _path(key).is_file():
+    if world == 1:
+        return cached_array(*entry(0, len(images)))
+    batches = -(-len(images) // batch_size)  # shares are of whole batches, so that their number changes no rounding
+    bounds = list(pairwise(min(len(images), batches * n // world * batch_size) for n in range(world + 1)))
+    whole, shares = entry(0, len(images), join), [entry(*bound) for bound in bounds]
+    if not _path(whole[0]).is_file():
         _make(*shares[rank])  # not opened here: the others may have joined and removed it by now
-    joined = cached_array(*entry(key, 0, len(images), join))
+    joined = cached_array(*whole)
     for share in shares:
         _path(share[0]).unlink(missing_ok=True)
     return joined

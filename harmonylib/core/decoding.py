@@ -3,6 +3,7 @@
 Metadata never costs a picture: what Pillow stumbles over is left out with a warning (`errors.note`).
 """
 
+import contextlib
 import io
 import struct
 import warnings
@@ -26,9 +27,9 @@ TIFF_TAGS = {*range(256, 260), 262, 266, 273, 274, *range(277, 280), 284, 317, *
 TIFF_TAGS |= {*range(529, 533)}  # those that say what the pixels are
 BLACK, WHITE = 16, 239  # levels up to and from which a mask's colours count as drawn in black and white
 LABELS = 40  # values up to which, beside 255 alone, a grey mask is a list of labels with a void border
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM}
-TURNS |= {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE}
-TURNS |= {8: Image.Transpose.ROTATE_90}
+_T = Image.Transpose
+TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM}  # how EXIF orientations are undone
+TURNS |= {5: _T.TRANSPOSE, 6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90}
 
 
 def pictures_in(folder) -> tuple[list[Path], list[HarmonyError]]:
@@ -115,13 +116,10 @@ def directory(data: bytes) -> tuple[str, range]:
 
 def orientation(image: Image.Image) -> int:
     """How EXIF (or XMP) says that the stored pixels are to be turned, 2 to 8; 1: not at all, or it cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")
-            value = image.getexif().get(ExifTags.Base.Orientation)
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception):  # Pillow raises many kinds
+        value = image.getexif().get(ExifTags.Base.Orientation)
         return int(value) if value in TURNS else 1
-    except Exception:  # Pillow raises many kinds on damaged EXIF
-        return 1
+    return 1
 
 
 def one_frame(image: Image.Image, name) -> None:
@@ -187,10 +185,8 @@ def _grey(image: Image.Image, name, mask: bool) -> Image.Image:
 def mask_levels(image: Image.Image, name="the mask", source: str = "auto") -> np.ndarray:
     """HxW uint8 of a mask, upright; above MASK_THRESHOLD is foreground. Never dithered, as PIL's mode "1" would be.
 
-    Alpha that varies is the mask (a cut-out's subject is opaque), else white is. source: "alpha" or "luminance" says
-    so. Values of 0 and 1 are black and white, as are 0 and the largest of 16 and 32 bits. Raises HarmonyError where
-    colours and alpha are masks of different regions, for labels (colours of a palette, a void border) and for several
-    frames.
+    Alpha that varies is the mask (a cut-out's subject is opaque), else white is; source "alpha" or "luminance" decides.
+    Raises HarmonyError where both are masks of different regions, for labels and for several frames.
     """
     if source not in MASK_SOURCES:
         raise HarmonyError(f"--mask-from {source!r} is unknown; use {', '.join(MASK_SOURCES)}")
@@ -200,17 +196,19 @@ def mask_levels(image: Image.Image, name="the mask", source: str = "auto") -> np
     layers = plain(image, name)
     colours = np.asarray(layers.convert("RGB"))
     grey = np.asarray(Image.fromarray(colours).convert("L"))
-    if layers.mode == "RGBA" and source != "luminance":
+    if source == "luminance":
+        return grey
+    if layers.mode == "RGBA":
         alpha = np.asarray(layers.getchannel("A"))
         opaque = alpha > MASK_THRESHOLD
+        if source == "auto" and opaque.any() and not opaque.all() and _another_mask(colours, grey, opaque):
+            choice = "--mask-from alpha or --mask-from luminance"
+            raise HarmonyError(f"{name}: its alpha and its luminance are masks that differ; choose one: {choice}")
         if source == "alpha" or (alpha.min() < alpha.max() and not opaque.all()):
-            if source == "auto" and opaque.any() and _another_mask(colours, grey, opaque):
-                choice = "--mask-from alpha or --mask-from luminance"
-                raise HarmonyError(f"{name}: its alpha and its luminance are masks that differ; choose one: {choice}")
             return alpha
-    if source == "alpha":
+    elif source == "alpha":
         raise HarmonyError(f"{name}: has no transparency; leave --mask-from alpha away")
-    return _unlabelled(image, colours, grey, name) if source == "auto" else grey
+    return _unlabelled(image, colours, grey, name)
 
 
 def _another_mask(colours: np.ndarray, grey: np.ndarray, opaque: np.ndarray) -> bool:
@@ -226,15 +224,15 @@ def _another_mask(colours: np.ndarray, grey: np.ndarray, opaque: np.ndarray) -> 
 
 
 def _unlabelled(image: Image.Image, colours: np.ndarray, grey: np.ndarray, name) -> np.ndarray:
-    """`grey` of a mask without alpha, 0 and 1 stretched to 0 and 255. Raises HarmonyError for labels."""
+    """`grey`, 0 and 1 stretched to 0 and 255. Raises HarmonyError for labels: colours of a palette, a void border."""
     counts = np.bincount(grey.ravel(), minlength=256)
     labels = counts[255] and not counts[LABELS + 1 : 255].any() and counts[1 : LABELS + 1].sum() > counts[255]
     if labels or (image.mode == "P" and np.ptp(colours, axis=-1).max(initial=0) > BLACK):
         values = np.unique(np.asarray(image)).tolist()
-        void = "; 255 is a void border" if values[-1] == 255 else ""
-        values = ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")
+        shown = ", ".join(map(str, values[:5] + ["..."] * (len(values) > 5)))
+        shown += "; 255 is a void border" * (values[-1] == 255)
         kind = "indices of a palette" if image.mode == "P" else "labels"
-        raise HarmonyError(f"{name}: holds {kind} ({values}{void}); paint the foreground white and the rest black")
+        raise HarmonyError(f"{name}: holds {kind} ({shown}); paint the foreground white and the rest black")
     return grey if counts[2:].any() else grey * np.uint8(255)
 
 
