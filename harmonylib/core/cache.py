@@ -163,6 +163,7 @@ def moments(vae, images: np.ndarray, device, batch_size: int = 32) -> np.ndarray
 
     def entry(first, last, fill=None):
         key = {"images": _digest(np.ascontiguousarray(images[first:last])), "weights": weights, "kind": "moments"}
+        key |= {"share": world} if world > 1 and fill is None else {}  # one share may be all there is
         shape = (2, last - first, 2 * vae.config.latent_channels, side, side)
         return key, shape, np.float16, fill or partial(encode, first, last)
 
