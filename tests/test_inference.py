@@ -10,7 +10,7 @@ from PIL import Image
 import harmonylib as hl
 from harmonylib.core.devices import autocast
 from harmonylib.core.errors import HarmonyError
-from harmonylib.core.images import fit, to_tensor
+from harmonylib.core.images import shrink_pair, to_tensor
 from harmonylib.core.seeds import generator
 from harmonylib.inference import (
     blend,
@@ -93,7 +93,7 @@ def test_a_colour_map_is_applied_at_full_size_as_strongly_as_asked(tmp_path, com
         return np.asarray(hl.harmonize(image, mask, model=folder, device="cpu", **options))
 
     model = load_model(str(folder), "cpu")
-    change = predicted_map(model, *fit(image, mask, working_size(model)))
+    change = predicted_map(model, *shrink_pair(image, mask, working_size(model)))
     for strength in (0.0, 0.3, 1.0):
         colours = image[mask].astype(np.float32) / 255
         expected = image.copy()

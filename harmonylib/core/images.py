@@ -72,7 +72,7 @@ def to_square(array: np.ndarray, size: int, geometry: str) -> np.ndarray:
     return (resize_mask if array.dtype == bool else resize_image)(array, (size, size))
 
 
-def fit(image: np.ndarray, mask: np.ndarray, longest: int | None) -> tuple[np.ndarray, np.ndarray]:
+def shrink_pair(image: np.ndarray, mask: np.ndarray, longest: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Shrink so that the long side is at most `longest` pixels; never enlarge."""
     sides = image.shape[:2]
     factor = 1.0 if longest is None else min(1.0, longest / max(sides))

@@ -20,7 +20,7 @@ from skimage.measure import regionprops
 from skimage.segmentation import slic
 
 from ..core.errors import HarmonyError
-from ..core.images import fit, read_image, resize_mask
+from ..core.images import read_image, resize_mask, shrink_pair
 from ..core.seeds import rng as seeded
 
 SPLITS = ("train", "test")
@@ -105,7 +105,7 @@ def foreground_of_share(image: np.ndarray, mask: np.ndarray, share: float, seed:
     own = mask.mean()
     if share / FITS <= own <= share * FITS:
         return mask
-    small, inside = fit(image, mask, SUPERPIXEL_SIDE)
+    small, inside = shrink_pair(image, mask, SUPERPIXEL_SIDE)
     if not inside.any():
         return mask
     labels = slic(small, n_segments=int(np.clip(3 / share, 24, SUPERPIXELS)), compactness=10, start_label=1)
