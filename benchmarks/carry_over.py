@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from harmonylib.core.images import fit
+from harmonylib.core.images import shrink_pair
 from harmonylib.core.seeds import rng
 from harmonylib.data.embedded_photos import load_photos
 from harmonylib.data.recipes import make_composite
@@ -88,8 +88,8 @@ def compare(size: int, imperfect: bool) -> dict[str, float]:
         for recipe in RECIPES:
             words, reference = (0, "carry over", photo.name, name), (other.image, next(iter(other.masks.values())))
             composite, _ = make_composite(recipe, photo.image, mask, words, reference, tries=1)
-            small, small_mask = fit(composite, mask, size)
-            answer, _ = fit(photo.image, mask, size)
+            small, small_mask = shrink_pair(composite, mask, size)
+            answer, _ = shrink_pair(photo.image, mask, size)
             if imperfect:
                 noise = rng(*words, recipe).normal(0, 6, answer.shape)
                 answer = cv2.GaussianBlur(answer.astype(np.float32), (0, 0), 1) + noise

@@ -12,7 +12,7 @@ from .core.decoding import alike, to_rgb, turn_along
 from .core.devices import autocast, pick_device
 from .core.errors import HarmonyError
 from .core.files import stamp
-from .core.images import fit, paste, resize_mask, to_tensor, to_uint8
+from .core.images import paste, resize_mask, shrink_pair, to_tensor, to_uint8
 from .core.json_files import read_json
 from .core.picture_metadata import open_picture, picture, read_region
 from .core.seeds import generator
@@ -57,7 +57,7 @@ def harmonize(
     view = bands if bands.shape[2] == 3 else np.asarray(to_rgb(before))
     size = working_size(loaded)
     window = model_window(region, size)
-    small, small_region = fit(view[window], region[window], size)
+    small, small_region = shrink_pair(view[window], region[window], size)
     if not small_region.any():
         raise HarmonyError("the foreground is too thin for the model's working size; thicken the mask")
     pixels = bands[window][..., :3]

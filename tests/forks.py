@@ -9,9 +9,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["harmonylib.models.base", "harmonylib.augmentation.candidates"])
 
 
-def start(function, *arguments):
-    """A running child process; functions are of module level."""
-    process = CONTEXT.Process(target=_child, args=(function, arguments, {}))
+def start(function, *arguments, **environment):
+    """A running child process with these environment variables; functions are of module level."""
+    process = CONTEXT.Process(target=_child, args=(function, arguments, environment))
     process.start()
     return process
 
@@ -20,14 +20,8 @@ def start_group(function, *arguments, world: int = 2) -> list:
     """The running processes of a group, with the environment that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = []
-    for rank in range(world):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        process = CONTEXT.Process(target=_child, args=(function, arguments, names))
-        process.start()
-        group.append(process)
-    return group
+        names = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    return [start(function, *arguments, RANK=rank, LOCAL_RANK=rank, **names) for rank in range(world)]
 
 
 def codes(processes) -> list[int]:

@@ -5,11 +5,13 @@ import fcntl
 import os
 import stat
 
+import numpy as np
 import pytest
 
-from harmonylib.core import cache
 from harmonylib.core.errors import HarmonyError, HarmonyWarning
 from harmonylib.core.files import as_written, atomic_path, is_hidden, only_one
+from harmonylib.core.images import write_image
+from harmonylib.core.json_files import read_json, write_json
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
@@ -43,21 +45,41 @@ def test_a_name_that_fits_can_be_written(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_no_file_locks(tmp_path, monkeypatch, number):
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        write_image(tmp_path / "a.png", np.zeros((3, 3, 7), np.uint8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_holds_numbers_of_numpy_and_no_nan(tmp_path):
+    value = {"a": np.float32(0.5), 1: np.arange(2), "path": tmp_path, "none": [float("nan"), -np.inf], "b": np.True_}
+    write_json(tmp_path / "a.json", value)
+    again = {"a": 0.5, "1": [0, 1], "path": str(tmp_path), "none": [None, None], "b": True}
+    assert read_json(tmp_path / "a.json") == again
+    for name, text, words in (("none.json", None, "no such file"), ("bad.json", "[1", "not valid JSON")):
+        if text:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(HarmonyError, match=f"{name}: {words}"):
+            read_json(tmp_path / name)
+
+
+@pytest.mark.parametrize("number", [None, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_one_process_at_a_time_with_file_locks_and_without(tmp_path, monkeypatch, number, recwarn):
     def refuse(*words):
         raise OSError(number, os.strerror(number))
 
     (tmp_path / ".out.lock").touch()  # left over
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    if number:
+        monkeypatch.setattr(fcntl, "flock", refuse)
     for _ in range(2):
         with (
-            pytest.warns(HarmonyWarning, match="has no file locks"),
             only_one(tmp_path / "out"),
             pytest.raises(HarmonyError, match="another process"),
             only_one(tmp_path / "out"),
         ):
             pass
+    said = [str(w.message) for w in recwarn if w.category is HarmonyWarning]
+    assert all("has no file locks" in text for text in said) and bool(said) == bool(number)
     assert not list(tmp_path.iterdir())
 
 
@@ -65,10 +87,3 @@ def test_names(tmp_path):
     (tmp_path / "cafe\u0301").touch()
     assert as_written(tmp_path / "caf\u00e9").is_file() and not as_written(tmp_path / "tea").exists()
     assert is_hidden(tmp_path / ".a/b.png", tmp_path) and not is_hidden(tmp_path / "a/b.png", tmp_path)
-
-
-def test_a_cache_on_a_disk_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "ROOT", tmp_path)
-    (tmp_path / "lost+found").mkdir()
-    (tmp_path / "a.npy").write_bytes(bytes(7))
-    assert cache.clear() == 7 and [path.name for path in tmp_path.iterdir()] == ["lost+found"]

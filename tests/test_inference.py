@@ -10,7 +10,7 @@ from PIL import Image
 import harmonylib as hl
 from harmonylib.core.devices import autocast
 from harmonylib.core.errors import HarmonyError
-from harmonylib.core.images import fit, to_tensor, to_uint8
+from harmonylib.core.images import shrink_pair, to_tensor, to_uint8
 from harmonylib.core.seeds import generator
 from harmonylib.inference import (
     blend,
@@ -94,7 +94,7 @@ def test_a_colour_map_is_applied_at_full_size_as_strongly_as_asked(tmp_path, com
         return np.asarray(hl.harmonize(image, mask, model=folder, device="cpu", **options))
 
     model = load_model(str(folder), "cpu")
-    found = predicted_map(model, *fit(image, mask, working_size(model)))
+    found = predicted_map(model, *shrink_pair(image, mask, working_size(model)))
     colours = to_tensor(image)[None]
     for strength in (0.0, 0.3, 1.0):
         mapped = to_uint8(colours + strength * (apply_map(found, colours) - colours))[0].astype(int)

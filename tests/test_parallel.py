@@ -1,58 +1,65 @@
-"""Worker processes: how many, and what happens where there can be none."""
+"""Worker processes: results, errors and warnings come back in order, and what happens where there can be none."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from harmonylib.core import parallel
-from harmonylib.core.errors import HarmonyWarning
+from harmonylib.core.errors import HarmonyError, HarmonyWarning, note
+from harmonylib.core.parallel import parallel_map
 
 SCRIPT = """
-import multiprocessing, harmonylib.core.parallel
-multiprocessing.set_start_method("spawn", force=True)
-print(list(harmonylib.core.parallel.parallel_map(abs, [-1, -2], "counting", "number", workers=2)))
+from harmonylib.core.parallel import parallel_map
+print(list(parallel_map(lambda number: -number, [1, 2], "counting", "number", workers=2)))
 """
 
 
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({}, 64),
-        ({"cpu.max": "max 100000\n"}, 64),
-        ({"cpu.max": "150000 100000\n"}, 2),
-        ({"cpu.max": "5000 100000\n"}, 1),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
-        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
-    ],
-)
-def test_cores_of_a_container(tmp_path, monkeypatch, files, cores):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert parallel.available_cores(tmp_path) == cores
+def read(name):
+    if name == "bad":
+        raise HarmonyError("bad: not a number")
+    note(f"{name}: read")
+    return os.getpid(), Path(name).read_text()
+
+
+def die(item):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [None, 1, 2])
+def test_results_warnings_and_errors_come_through(tmp_path, monkeypatch, workers):
+    monkeypatch.chdir(tmp_path)  # where workers of an earlier call are not
+    for name in "abc":
+        Path(name).write_text(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        processes, texts = zip(*parallel_map(read, "abc", "reading", "file", workers), strict=True)
+    assert texts == ("a", "b", "c") and [str(w.message) for w in caught] == ["a: read", "b: read", "c: read"]
+    assert (os.getpid() in processes) == (workers != 2)  # little work is done alone
+    with pytest.raises(HarmonyError, match="^bad: not a number$"):
+        list(parallel_map(read, ["bad", "bad"], "reading", "file", workers))
+
+
+def test_a_worker_that_dies():
+    with pytest.raises(HarmonyError, match="measuring: a worker process died, probably for want of memory"):
+        list(parallel_map(die, range(4), "measuring", "photo", workers=2))
 
 
 def test_no_semaphores(monkeypatch):
-    def refuse(*words, **options):
+    def refuse():
         raise FileNotFoundError(2, "No such file or directory")
 
-    monkeypatch.setattr(parallel, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(multiprocessing, "Lock", refuse)
     with pytest.warns(HarmonyWarning, match="counting: no worker processes here"):
-        assert list(parallel.parallel_map(abs, [-1, -2], "counting", "number", workers=2)) == [1, 2]
+        assert list(parallel_map(abs, [-1, -2], "counting", "number", workers=2)) == [1, 2]
 
 
-@pytest.mark.parametrize("guard", ["", 'if __name__ == "__main__":\n    '])
-def test_a_script_without_a_guard(tmp_path, guard):
-    lines = SCRIPT.strip().splitlines()
-    (tmp_path / "mine.py").write_text("\n".join([lines[0], f"{guard}{lines[1]}", f"{guard}{lines[2]}"]))
-    environment = os.environ | {"PYTHONPATH": str(Path(parallel.__file__).parents[1])}
-    ran = subprocess.run([sys.executable, tmp_path / "mine.py"], env=environment, capture_output=True, text=True)
-    if guard:
-        assert ran.stdout == "[1, 2]\n", ran.stderr
-    else:
-        assert ran.stderr.count("Traceback") == 1  # of the script itself, none of its workers
-        assert "mine.py starts anew in each; put what it does under `if __name__" in ran.stderr
+def test_a_script_needs_no_guard(tmp_path):
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    ran = subprocess.run([sys.executable, tmp_path / "mine.py"], cwd=Path(__file__).parents[1], env=os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True)  # fmt: skip
+    assert ran.stdout == "[-1, -2]\n" and "Traceback" not in ran.stderr, ran.stderr

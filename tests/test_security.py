@@ -8,37 +8,28 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("harmonylib", "notebooks", "report", "ablations", "benchmarks")
-MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
-NOTEBOOKS = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.ipynb"))]
-IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-CALLS = {
-    "eval",
-    "exec",
-    "os.system",
-    "pickle.load",
-    "pickle.loads",
-    "yaml.load",
-    "pd.read_pickle",
-    "pandas.read_pickle",
-}
+SOURCES = [
+    path for folder in FOLDERS for kind in ("py", "ipynb") for path in sorted((ROOT / folder).rglob(f"*.{kind}"))
+]
+IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"}
+CALLS = {"eval", "exec", "os.system", "joblib.load", "yaml.load", "pd.read_pickle", "pandas.read_pickle"}
 
 
 def unsafe(source: str) -> list[str]:
     """What a module's source does that could run the code of others."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name.split(".")[0] in IMPORTS]
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in IMPORTS:
-            found.append(node.module)
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found += [name for name in names if name.split(".")[0] in IMPORTS or name in CALLS]
         if not isinstance(node, ast.Call):
             continue
         name, options = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
         if name in CALLS or (name == "torch.load" and options.get("weights_only") != "True"):
             found.append(name)
-        found += [word for word in ("trust_remote_code", "allow_pickle") if options.get(word, "False") != "False"]
-        if options.get("shell", "False") != "False" or name.endswith(("extractall", "unpack_archive")):
-            found.append(name)
+        on = [word for word in ("trust_remote_code", "allow_pickle", "shell") if options.get(word, "False") != "False"]
+        found += on + [name] * name.endswith(("extractall", "unpack_archive"))
     return found
 
 
@@ -49,7 +40,7 @@ def source_of(path: Path) -> str:
     return "\n".join(line for cell in cells for line in "".join(cell["source"]).split("\n") if not line.startswith("%"))
 
 
-@pytest.mark.parametrize("path", MODULES + NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_unsafe(path):
     assert not unsafe(source_of(path))
 
@@ -57,8 +48,8 @@ def test_nothing_unsafe(path):
 @pytest.mark.parametrize(
     "source",
     ["import pickle", "torch.load('x')", "torch.load('x', weights_only=False)", "np.load('x', allow_pickle=True)",
-     "from joblib import load", "eval('1')", "A.from_pretrained('x', trust_remote_code=True)", "run('ls', shell=True)",
-     "zipfile.ZipFile('x').extractall()"],
+     "from joblib import load", "joblib.load('x')", "eval('1')", "A.from_pretrained('x', trust_remote_code=True)",
+     "run('ls', shell=True)", "zipfile.ZipFile('x').extractall()"],
 )  # fmt: skip
 def test_the_audit_sees(source):
     assert unsafe(source)

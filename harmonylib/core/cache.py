@@ -1,10 +1,8 @@
 """Memory-mapped caches of what never changes: resized pixels and posterior moments of the frozen autoencoder.
 
-A cache entry is one .npy file named after the hash of what went into it (file contents, weights, settings), written
-beside its final place and renamed when complete, so that a killed run leaves nothing half-made; a damaged entry is made
-anew. Of several processes that want one entry, one makes it and the others wait. All entries together stay below
-HARMONYLIB_CACHE_GB gigabytes (a variable of the environment, since it changes no result): the ones not used for longest
-make room.
+An entry is one .npy file named after the hash of what went into it, with its checksum at the end. Killed runs leave
+nothing half-made, a damaged entry is made anew. Of several processes one makes it and the others wait. All stay below
+HARMONYLIB_CACHE_GB (50; it changes no result): those not used for longest make room.
 """
 
 import contextlib
@@ -28,18 +26,22 @@ from .images import read_image, read_mask, to_square
 from .progress import progress
 
 ROOT = Path("artifacts/cache")
-DEFAULT_GB = 50.0
+SOUND = 0x2144DF1C  # the CRC-32 of any bytes followed by their own CRC-32
+_checked: set[Path] = set()  # entries whose checksum this process has compared, at some GB a second
+
+
+def _digest(data) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def file_digest(path) -> str:
     """Hash of a file's bytes."""
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+    return _digest(Path(path).read_bytes())
 
 
 def weights_digest(model: torch.nn.Module) -> str:
     """Hash of a model's weights."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    return hashlib.blake2b(save(tensors), digest_size=16).hexdigest()
+    return _digest(save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}))
 
 
 def settings_of(config) -> dict:
@@ -47,99 +49,80 @@ def settings_of(config) -> dict:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
+def _path(key: dict) -> Path:
+    return ROOT / f"{_digest(json.dumps(key, sort_keys=True).encode())}.npy"
+
+
 def cached_array(key: dict, shape, dtype, fill) -> np.ndarray:
     """The read-only array stored under `key`; on the first call `fill(array)` makes it.
 
     Raises HarmonyError for an entry over the cache's bound, or over what the disk has left.
     """
-    path = _path(key)
-    with contextlib.suppress(FileNotFoundError):
-        if _whole(path):
+    while True:
+        _make(key, shape, dtype, fill)
+        with contextlib.suppress(FileNotFoundError):  # another process has just made room
             with contextlib.suppress(OSError):  # a read-only cache
-                os.utime(path)  # used now
-            return np.load(path, mmap_mode="r")
-    _make(key, shape, dtype, fill)
-    return cached_array(key, shape, dtype, fill)
+                os.utime(_path(key))  # used now
+            return np.load(_path(key), mmap_mode="r")
 
 
-def _make(key: dict, shape, dtype, fill, part_of: dict | None = None) -> None:
-    """Write the entry of `key` unless it is there, or the entry `part_of`; waits where another process writes it."""
+def _make(key: dict, shape, dtype, fill) -> None:
+    """Write the entry of `key` unless it is there and whole; waits where another process writes it."""
     path = _path(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if _whole(path):
+        return
+    ROOT.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock")):
-        if not _whole(path) and not (part_of and _path(part_of).is_file()):
-            for leftover in ROOT.glob(f".{path.stem}.*"):  # of a killed process, since the lock is ours
-                leftover.unlink()
-            _make_room(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
-            with atomic_path(path) as temporary:
-                array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=tuple(shape))
-                fill(array)
-                array.flush()
-                del array
-                path.with_suffix(".sum").write_text(_checksum(temporary))
-            _checked.add(path)
+        if _whole(path):
+            return
+        for leftover in ROOT.glob(f".{path.stem}.*"):  # of a killed process, since the lock is ours
+            leftover.unlink()
+        _make_room(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
+        with atomic_path(path) as temporary:
+            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=tuple(shape))
+            fill(array)
+            array.flush()
+            del array
+            with open(temporary, "ab") as file:
+                file.write(_checksum(temporary).to_bytes(4, "little"))
+        _checked.add(path)
 
 
-def _path(key: dict) -> Path:
-    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return ROOT / f"{digest}.npy"
-
-
-def _remove(path: Path) -> None:
-    """Delete an entry. Arrays in use stay readable (POSIX)."""
-    for part in (path, path.with_suffix(".sum")):
-        part.unlink(missing_ok=True)
-
-
-_checked: set[Path] = set()  # entries whose checksum this process has compared
-
-
-def _checksum(path: Path) -> str:
+def _checksum(path: Path) -> int:
     value = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
             value = zlib.crc32(block, value)
-    return str(value)
+    return value
 
 
 def _whole(path: Path) -> bool:
-    """Whether the entry is there and as it was written (looked at once by each process, at some GB a second)."""
-    if path not in _checked and path.is_file():
-        with contextlib.suppress(FileNotFoundError):
-            if path.with_suffix(".sum").read_text() == _checksum(path):
-                _checked.add(path)
+    with contextlib.suppress(FileNotFoundError):
+        if path not in _checked and _checksum(path) == SOUND:
+            _checked.add(path)
     return path in _checked and path.is_file()
 
 
-def limit() -> float:
-    """The bound of the cache in bytes. Raises HarmonyError when HARMONYLIB_CACHE_GB is no number above 0."""
-    text = os.environ.get("HARMONYLIB_CACHE_GB", str(DEFAULT_GB))
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise HarmonyError(f"HARMONYLIB_CACHE_GB={text}: must be a number of gigabytes above 0")
-    return value * 1e9
-
-
 def _make_room(size: int) -> None:
-    """Delete the entries not used for longest until `size` more bytes fit."""
-    bound = limit()
+    """Delete the entries not used for longest until `size` more bytes fit; arrays in use stay readable (POSIX)."""
+    text = os.environ.get("HARMONYLIB_CACHE_GB", "50")
+    try:
+        bound = float(text) * 1e9
+    except ValueError:
+        bound = 0.0
+    if not bound > 0:
+        raise HarmonyError(f"HARMONYLIB_CACHE_GB={text}: must be a number of gigabytes above 0")
     if size > bound:
-        raise HarmonyError(
-            f"{ROOT}: an entry needs {size / 1e9:.1f} GB, the cache has {bound / 1e9:g}; set HARMONYLIB_CACHE_GB higher"
-        )
-    entries = {}
+        raise HarmonyError(f"{ROOT}: an entry needs {size / 1e9:.1f} GB, HARMONYLIB_CACHE_GB is {text}; set it higher")
+    entries = []
     for path in ROOT.glob("*.npy"):
         with contextlib.suppress(FileNotFoundError):  # another process makes room, too
-            entries[path] = path.stat()
-    total = size + sum(entry.st_size for entry in entries.values())
-    for path, entry in sorted(entries.items(), key=lambda item: item[1].st_mtime):
-        if total <= bound:
-            break
-        total -= entry.st_size
-        _remove(path)
+            entries.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = size + sum(held for _, held, _ in entries)
+    for _, held, path in sorted(entries):
+        if total > bound:
+            total -= held
+            path.unlink(missing_ok=True)
     if size > shutil.disk_usage(ROOT).free:
         raise HarmonyError(f"{ROOT}: no room for {size / 1e9:.1f} GB; free some, or run `harmonylib cache clear`")
 
@@ -151,11 +134,10 @@ def pixels(paths, size: int, geometry: str, mask: bool = False) -> np.ndarray:
     """
     paths = list(paths)
     key = {"files": [file_digest(p) for p in paths], "size": size, "geometry": geometry, "mask": mask}
-    read = read_mask if mask else read_image
 
     def fill(array):
         for i, path in enumerate(progress(paths, desc="caching masks" if mask else "caching images", unit="file")):
-            array[i] = to_square(read(path), size, geometry)
+            array[i] = to_square(read_mask(path) if mask else read_image(path), size, geometry)
 
     return cached_array(key, (len(paths), size, size) + (() if mask else (3,)), bool if mask else np.uint8, fill)
 
@@ -166,11 +148,8 @@ def moments(vae, images: np.ndarray, device, batch_size: int = 32) -> np.ndarray
     The autoencoder's encoder is frozen in every stage, so this is computed once per image (Sec. 3.2). Under torchrun
     each process encodes its share, and one of them puts the shares together.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    side = images.shape[1] // factor
-    digest = hashlib.blake2b(np.ascontiguousarray(images), digest_size=16).hexdigest()
-    encoder = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
-    key = {"images": digest, "weights": [weights_digest(m) for m in encoder.values()], "kind": "moments"}
+    side = images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)
+    weights = [weights_digest(part) for part in (vae.encoder, vae.quant_conv)]
     rank, world = rank_and_world()
 
     @torch.inference_mode()
@@ -182,28 +161,26 @@ def moments(vae, images: np.ndarray, device, batch_size: int = 32) -> np.ndarray
                 values = vae.encode(tensor).latent_dist.parameters
                 array[mirrored, start - first : start - first + len(tensor)] = values.float().cpu().numpy()
 
-    def entry(key, first, last, fill):
-        return key, (2, last - first, 2 * vae.config.latent_channels, side, side), np.float16, fill
-
-    if world == 1:
-        return cached_array(*entry(key, 0, len(images), partial(encode, 0, len(images))))
-
-    batches = -(-len(images) // batch_size)  # shares are of whole batches, so that their number changes no rounding
-    bounds = [min(len(images), batches * number // world * batch_size) for number in range(world + 1)]
-    shares = [
-        entry(key | {"share": [number, world]}, first, last, partial(encode, first, last))
-        for number, (first, last) in enumerate(pairwise(bounds))
-    ]
+    def entry(first, last, fill=None):
+        key = {"images": _digest(np.ascontiguousarray(images[first:last])), "weights": weights, "kind": "moments"}
+        key |= {"share": world} if world > 1 and fill is None else {}  # one share may be all there is
+        shape = (2, last - first, 2 * vae.config.latent_channels, side, side)
+        return key, shape, np.float16, fill or partial(encode, first, last)
 
     def join(array):
-        for share, (first, last) in zip(shares, pairwise(bounds), strict=True):
+        for share, (first, last) in zip(shares, bounds, strict=True):
             array[:, first:last] = cached_array(*share)  # waits where its process is at work
 
-    if not _path(key).is_file():
-        _make(*shares[rank], part_of=key)  # not opened here: the others may have joined and removed it by now
-    joined = cached_array(*entry(key, 0, len(images), join))
-    for share_key, *_ in shares:
-        _remove(_path(share_key))
+    if world == 1:
+        return cached_array(*entry(0, len(images)))
+    batches = -(-len(images) // batch_size)  # shares are of whole batches, so that their number changes no rounding
+    bounds = list(pairwise(min(len(images), batches * n // world * batch_size) for n in range(world + 1)))
+    whole, shares = entry(0, len(images), join), [entry(*bound) for bound in bounds]
+    if not _path(whole[0]).is_file():
+        _make(*shares[rank])  # not opened here: the others may have joined and removed it by now
+    joined = cached_array(*whole)
+    for share in shares:
+        _path(share[0]).unlink(missing_ok=True)
     return joined
 
 

@@ -18,11 +18,9 @@ def pick_device(name: str | None = "auto") -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        return torch.empty(0, device=name).device
     except Exception as error:
         raise HarmonyError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try device: auto") from None
-    return device
 
 
 def has_bf16(device: torch.device) -> bool:

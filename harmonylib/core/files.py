@@ -19,8 +19,7 @@ def atomic_path(path, durable: bool = False):
     """Yield a temporary path beside `path` that replaces it on success and vanishes on failure.
 
     A link is written through. Who may read the file is what the umask says; nothing calls chmod, which mounted shares
-    and buckets refuse. durable: bytes and name are on the disk before this returns, so that a power cut cannot leave an
-    empty file.
+    and buckets refuse. durable: the bytes are on the disk before the name is, so that a power cut leaves no empty file.
     """
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,21 +28,11 @@ def atomic_path(path, durable: bool = False):
     try:
         yield temporary
         if durable:
-            _flush(temporary)
+            with open(temporary, "r+b") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        if durable and os.name == "posix":
-            with contextlib.suppress(OSError):  # some file systems cannot
-                _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def inside(root, name) -> Path:
@@ -88,35 +77,27 @@ def locked(path, timeout: float = -1):
 
     Where the file system has no locks, a file that is there while it is held stands for one. Raises filelock.Timeout.
     """
-    lock = FileLock(path, timeout=timeout, fallback_to_soft=False)  # which would take any leftover for a held lock
-    try:
-        lock.acquire()
+    try:  # filelock's own fallback knows one kind of error only, and takes a leftover for a held lock
+        lock = FileLock(path, timeout=timeout, fallback_to_soft=False).acquire()
     except OSError as error:
-        if isinstance(error, Timeout) or error.errno not in NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
-        lock = SoftFileLock(f"{path}.held", timeout=timeout)
         note(f"{Path(path).parent}: has no file locks; files *.held stand for them, remove them after a crash")
-        lock.acquire()
-    try:
-        yield lock
-    finally:
-        lock.release()
+        lock = SoftFileLock(f"{path}.held", timeout=timeout).acquire()
+    with lock:
+        yield
 
 
 @contextlib.contextmanager
 def only_one(folder):
     """Hold `folder` while the block runs; a killed process lets go of it. Raises HarmonyError if another holds it."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name[:80]}.lock")
+    path = Path(folder).with_name(f".{Path(folder).name[:80]}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:
-            lock = stack.enter_context(locked(path, timeout=0))
+            stack.enter_context(locked(path, timeout=0))
         except Timeout:
             raise HarmonyError(f"{folder}: another process is writing there; wait for it or stop it") from None
-        try:
-            yield
-        finally:
-            for name in {str(path), lock.lock_file}:
-                with contextlib.suppress(OSError):  # Windows removes no open file
-                    os.unlink(name)
+        if os.name == "posix":  # elsewhere it is removed as it is let go of
+            stack.callback(path.unlink, missing_ok=True)
+        yield

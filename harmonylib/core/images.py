@@ -53,8 +53,6 @@ def resize_image(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Nearest-neighbour resize of an HxW bool mask to (height, width)."""
-    if mask.shape == tuple(size):
-        return mask
     return np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST)) > 0
 
 
@@ -68,18 +66,17 @@ def to_square(array: np.ndarray, size: int, geometry: str) -> np.ndarray:
     if geometry not in ("squash", "centre-crop"):
         raise HarmonyError(f"geometry {geometry!r} is unknown; use squash or centre-crop")
     if geometry == "centre-crop":
-        height, width = array.shape[:2]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
+        side = min(array.shape[:2])
+        top, left = ((length - side) // 2 for length in array.shape[:2])
         array = array[top : top + side, left : left + side]
     return (resize_mask if array.dtype == bool else resize_image)(array, (size, size))
 
 
-def fit(image: np.ndarray, mask: np.ndarray, longest: int | None) -> tuple[np.ndarray, np.ndarray]:
+def shrink_pair(image: np.ndarray, mask: np.ndarray, longest: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Shrink so that the long side is at most `longest` pixels; never enlarge."""
-    height, width = image.shape[:2]
-    factor = 1.0 if longest is None else min(1.0, longest / max(height, width))
-    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    sides = image.shape[:2]
+    factor = 1.0 if longest is None else min(1.0, longest / max(sides))
+    size = tuple(max(1, round(side * factor)) for side in sides)
     return resize_image(image, size), resize_mask(mask, size)
 
 

@@ -1,33 +1,18 @@
 """Metrics files: JSON that any reader accepts (no NaN, no infinity), written atomically."""
 
 import json
-import math
 from pathlib import Path
-
-import numpy as np
 
 from .errors import HarmonyError
 from .files import atomic_path
 
 
-def _plain(value):
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def write_json(path, value) -> None:
-    """Write `value` with NaN and infinities as null."""
+    """Write `value`, which may hold paths, arrays and numpy's numbers, with NaN and infinities as null."""
+    plain = json.dumps(value, default=lambda item: str(item) if isinstance(item, Path) else item.tolist())
+    value = json.loads(plain, parse_constant=lambda name: None)
     with atomic_path(path) as temporary:
-        text = json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own escapes of lone surrogates
 
 

@@ -1,79 +1,63 @@
 """One function over many items in several processes: results in order, bounded by the number of cores."""
 
-import contextlib
-import math
+import multiprocessing
 import os
-import sys
+import time
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import current_process, get_start_method
-from pathlib import Path
-
-from threadpoolctl import threadpool_limits
 
 from .errors import HarmonyError, note
 from .progress import progress
 
-_function: Callable | None = None  # of this worker process
+ALONE_SECONDS = 2.0  # less work than that is not worth the start of processes, which import all that it needs
 
-
-def _start(function: Callable) -> None:
-    global _function
-    _function = function
-    threadpool_limits(1)  # one thread a process: more would fight over the cores
-
-
-def _call(item):
-    return _function(item)
-
-
-def available_cores(root="/sys/fs/cgroup") -> int:
-    """The cores that this process may use: its affinity, and its share where a cgroup (`root`) bounds that."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup v2, v1
-        with contextlib.suppress(OSError, ValueError):  # not there; "max", no bound
-            quota, period = map(int, " ".join(Path(root, name).read_text() for name in names).split())
-            if quota > 0:
-                cores = min(cores, math.ceil(quota / period))
-    return max(1, cores)
+# That worker processes which have grown are replaced is nothing to worry about.
+warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
 
 
 def parallel_map(function: Callable, items: Iterable, desc: str, unit: str, workers: int | None = None) -> Iterator:
-    """Yield function(item) of every item in order, worked out by `workers` processes (None: one a core), with a bar.
+    """Yield function(item) of every item in order, worked out by `workers` processes, with a bar.
 
-    function: of module level, or a functools.partial of one; it is sent to each process once. Exceptions come through.
-    Where there can be no processes (no /dev/shm), this one does it all. Raises HarmonyError when a process dies.
+    None: one process a core that this one may use, unless it is done in 2 seconds alone. Exceptions and warnings come
+    through. Where there can be no processes (no /dev/shm), this one does it all. Raises HarmonyError when one dies.
     """
     items = list(items)
-    workers = min(workers or available_cores(), len(items))
-    if getattr(current_process(), "_inheriting", False):  # a worker that runs its parent's script without a guard
-        sys.exit(1)
-    pool = _pool(function, workers, desc) if workers > 1 else None
-    if pool is None:
-        yield from map(function, progress(items, desc=desc, unit=unit))
+    yield from progress(_results(function, deque(items), desc, workers), total=len(items), desc=desc, unit=unit)
+
+
+def _results(function: Callable, items: deque, desc: str, workers: int | None) -> Iterator:
+    start = time.monotonic()
+    while items and workers is None and time.monotonic() - start < ALONE_SECONDS:
+        yield function(items.popleft())
+    if not items:
         return
-    chunk = max(1, min(8, len(items) // (4 * workers)))
     try:
-        with pool:
-            yield from progress(pool.map(_call, items, chunksize=chunk), total=len(items), desc=desc, unit=unit)
-    except BrokenProcessPool:
+        multiprocessing.Lock()  # joblib would go on in one process, too, but say so less clearly
+        import joblib
+    except (OSError, ImportError) as error:
+        note(f"{desc}: no worker processes here ({error}); one process does it all, so it takes longer")
+        yield from map(function, items)
+        return
+    workers = min(workers or joblib.cpu_count(), len(items))
+    with joblib.parallel_config("loky", inner_max_num_threads=1):
+        pool = joblib.Parallel(workers, return_as="generator", max_nbytes=None)
+    try:
+        for result, warned in pool(joblib.delayed(_call)(function, os.getcwd(), item) for item in items):
+            for warning in warned:
+                warnings.warn(warning, stacklevel=2)
+            yield result
+    except BrokenProcessPool as error:
+        if "un-serialize" in str(error):
+            raise HarmonyError(f"{desc}: worker processes cannot import {function}; move it to a module") from None
         why = "probably for want of memory; free some, try again"
-        if get_start_method() != "fork" and (script := _unguarded()):
-            why = f'because {script} starts anew in each; put what it does under `if __name__ == "__main__":`'
         raise HarmonyError(f"{desc}: a worker process died, {why}") from None
 
 
-def _pool(function: Callable, workers: int, desc: str) -> ProcessPoolExecutor | None:
-    try:
-        return ProcessPoolExecutor(workers, initializer=_start, initargs=(function,))
-    except (OSError, ImportError, NotImplementedError) as error:  # no semaphores
-        note(f"{desc}: no worker processes here ({error}); one process does it all, so it takes longer")
-        return None
-
-
-def _unguarded() -> str | None:
-    """The script that was started, if it has no `__main__` guard."""
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    with contextlib.suppress(OSError, TypeError):
-        return None if "__main__" in Path(script).read_text(encoding="utf-8", errors="replace") else script
+def _call(function: Callable, folder: str, item) -> tuple:
+    """(function(item), what it warned of), in a worker process, which may have served a call from another folder."""
+    os.chdir(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return function(item), [warning.message for warning in caught]

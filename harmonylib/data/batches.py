@@ -16,7 +16,7 @@ import torch
 
 from ..core import cache
 from ..core.errors import HarmonyError
-from ..core.images import fit, read_pair, to_tensor
+from ..core.images import read_pair, shrink_pair, to_tensor
 from ..core.progress import progress
 from ..core.seeds import rng, seed_for
 from .recipes import DEFAULTS, RECIPES, RecipeSettings, jitter, recolor, restyle, soften, widened
@@ -59,7 +59,7 @@ def prefetched(batches, steps: range, pinned: bool):
 def load_pairs(pairs, longest: int = 256) -> list[tuple[np.ndarray, np.ndarray]]:
     """Read (image, mask) paths into memory, shrunk to `longest`. Raises HarmonyError where their sizes differ."""
     paths = progress(pairs, desc="reading photos", unit="photo")
-    return [fit(*read_pair(image, mask), longest) for image, mask in paths]
+    return [shrink_pair(*read_pair(image, mask), longest) for image, mask in paths]
 
 
 class PhotoBatches:

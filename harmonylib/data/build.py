@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import HarmonyError
-from ..core.images import fit
+from ..core.images import shrink_pair
 from ..core.parallel import parallel_map
 from ..core.seeds import rng, seed_for
 from .embedded_photos import Photo, foreground_of_share, random_crop
@@ -138,8 +138,8 @@ def draw_pair(photo: Photo, number: int, share: float, settings: BenchmarkSettin
 
 
 def shrink(photo: Photo, image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """`images.fit`. Raises HarmonyError naming the photo when its mask is empty or full at that size."""
-    image, mask = fit(image, mask, size)
+    """`images.shrink_pair`. Raises HarmonyError naming the photo when its mask is empty or full at that size."""
+    image, mask = shrink_pair(image, mask, size)
     if mask.all() or not mask.any():
         gone = "background" if mask.all() else "foreground"
         raise HarmonyError(f"photo {photo.name}: at {size} px no {gone} is left; enlarge size or remove the photo")

@@ -20,7 +20,7 @@ from skimage.measure import regionprops
 from skimage.segmentation import slic
 
 from ..core.errors import HarmonyError
-from ..core.images import fit, read_image, resize_mask
+from ..core.images import read_image, resize_mask, shrink_pair
 from ..core.seeds import rng as seeded
 
 SUPERPIXELS = 200  # at most, so that the smallest are objects and not texture
@@ -87,7 +87,7 @@ def foreground_of_share(image: np.ndarray, mask: np.ndarray, share: float, seed:
     Depends on the arguments only.
     """
     own = mask.mean()
-    small, inside = fit(image, mask, SUPERPIXEL_SIDE)
+    small, inside = shrink_pair(image, mask, SUPERPIXEL_SIDE)
     if share / FITS <= own <= share * FITS or not inside.any():
         return mask
     labels = slic(small, n_segments=int(np.clip(3 / share, 24, SUPERPIXELS)), compactness=10, start_label=1)
