@@ -52,21 +52,6 @@ def test_flat_images_by_hand(flat, protocol, expected):
         assert result[metric] == pytest.approx(value, rel=1e-6), metric
 
 
-def test_two_by_two_by_hand():
-    # errors per pixel and channel: (3, 0, 0), (0, 0, 0) / (0, 4, 0), (5, 5, 5); squares 9, 0, 16, 75
-    real = np.full((2, 2, 3), 50, np.uint8)
-    pred = real.copy()
-    pred[0, 0] += np.array([3, 0, 0], np.uint8)
-    pred[1, 0] -= np.array([0, 4, 0], np.uint8)
-    pred[1, 1] += 5
-    result = score(pred, real, np.array([[True, False], [False, True]]), "standard")
-    assert result["mse"] == 100 / 12
-    assert result["fmse"] == (9 + 75) / 6
-    assert result["bmse"] == 16 / 6
-    assert result["psnr"] == pytest.approx(10 * math.log10(65025 * 12 / 100))
-    assert math.isnan(result["ssim"]) and math.isnan(result["fssim"])  # smaller than the window
-
-
 # A float prediction of 110.6 on 100: rounded 111, truncated 110, kept 110.6
 @pytest.mark.parametrize(
     ("protocol", "fmse"),
@@ -148,7 +133,9 @@ def test_empty_and_full_masks(flat, protocol):
     assert math.isnan(full["bmse"]) and full["fmse"] == pytest.approx(28)  # here the foreground is the image
 
 
-def test_psnr_peak_of_zero():
+def test_small_images_and_a_peak_of_zero():
+    small = score(grey(1, 2), grey(2, 2), np.ones((2, 2), bool), "standard")
+    assert small["mse"] == 1 and math.isnan(small["ssim"]) and math.isnan(small["fssim"])  # smaller than the window
     assert score(grey(90), grey(100), quarter(), "dovenet")["psnr"] == -math.inf  # a flat prediction
     assert score(grey(90), grey(0), quarter(), "saic")["psnr"] == -math.inf  # a black real image
     assert score(grey(0), grey(255), quarter(), "standard")["psnr"] == 0  # differences of uint8 do not wrap
@@ -178,20 +165,16 @@ def test_views_score_like_copies(protocol):
     [
         ({"protocol": "lpips"}, "protocol 'lpips'"),
         ({"pred": grey(1, 128)}, "pred: 128x128x3 instead of 256x256x3"),
-        ({"pred": grey(1, 512), "protocol": "iih"}, "pred: 512x512x3"),
         ({"pred": grey(1)[..., 0]}, "pred: 256x256 instead"),
         ({"pred": Image.new("RGB", (256, 256))}, "pred: None instead of uint8 or floats"),
         ({"pred": grey(1, dtype=np.int32)}, "pred: int32"),
         ({"pred": grey(np.nan, dtype=np.float32)}, "pred: has NaN"),
         ({"pred": grey(0.5, dtype=np.float32)}, "0..255; scale them"),
         ({"real": grey(1, dtype=np.float32)}, "real: float32 instead of uint8"),
-        ({"real": np.zeros((256, 256, 4), np.uint8)}, "real: 256x256x4"),
         ({"real": None}, "real: nothing"),
         ({"mask": np.zeros((128, 128), bool)}, "mask: 128x128"),
         ({"mask": np.zeros((256, 256), np.uint8)}, "mask > 127"),
-        ({"mask": np.zeros((256, 256))}, "mask: float64 instead of bool"),
         ({"mask": np.full((256, 256), 255.0), "protocol": "saic"}, "divide an 8-bit mask by 255"),
-        ({"mask": np.full((256, 256), np.nan), "protocol": "saic"}, "NaN"),
         ({"composite": grey(1, 128)}, "composite: 128x128"),
     ],
 )

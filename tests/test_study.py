@@ -118,7 +118,6 @@ VOTE = {"image": "a", "choice": "ours", "shown": ["ours", "theirs"]}
     ("files", "message"),
     [
         ([{"votes": []}], "not a votes file"),
-        ([[1]], "not a votes file"),
         ([{"study": "s", "participant": "p", "votes": []}], "without votes"),
         ([{"study": "s", "participant": "p", "votes": [VOTE, VOTE]}], "not a votes file"),
         ([{"study": "s", "participant": "p", "votes": [VOTE | {"choice": "x"}]}], "not a votes file"),

@@ -103,15 +103,13 @@ def score(pred, real, mask, protocol="diffharmony", composite=None) -> dict:
     squared = cv2.transform(difference * difference, np.ones((1, 3)))  # whole numbers below 2^24 for uint8: exact
     pixels, area = mask.size, float(mask.sum(dtype=np.float64))
     total, inside = (float(values.sum(dtype=np.float64)) for values in (squared, squared * mask))
-    mse, fmse, bmse = total / (3 * pixels), math.nan, math.nan
+    mse, fmse = total / (3 * pixels), math.nan
     if area > 0:
         fmse = mse * pixels / area if choice.whole_fmse else inside / (3 * area + choice.epsilon)
-    if area < pixels:
-        bmse = (total - inside) / (3 * (pixels - area))
+    bmse = (total - inside) / (3 * (pixels - area)) if area < pixels else math.nan
     peak = {"255": 255.0, "real-max": float(real.max()), "predicted-range": float(np.ptp(pred))}[choice.peak]
-    noise, psnr = mse + choice.epsilon, -math.inf
-    if noise == 0 or peak > 0:
-        psnr = 10 * math.log10(peak**2 / noise) if noise else math.inf
+    noise = mse + choice.epsilon
+    psnr = math.inf if noise == 0 else 10 * math.log10(peak**2 / noise) if peak > 0 else -math.inf
     return dict(zip(METRICS, (mse, psnr, fmse, bmse, *_ssim(pred, real, mask, choice.ssim)), strict=True))
 
 
@@ -125,17 +123,14 @@ def _ssim(pred, real, mask, kind: str) -> tuple[float, float]:
     number = np.float64 if padded else np.float32  # float32 keeps the variances of values around 0
     shift = number(0 if padded else np.rint(real.mean()))
     x, y = pred.astype(number) - shift, real.astype(number) - shift
-    mean_x, mean_y, squares, products = (
-        cv2.sepFilter2D(values, -1, window, window, borderType=border) for values in (x, y, x * x + y * y, x * y)
-    )
+    mean_x, mean_y, squares, products = (cv2.sepFilter2D(values, -1, window, window, borderType=border)
+                                         for values in (x, y, x * x + y * y, x * y))  # fmt: skip
     unbiased = number(1 / (1 - 1 / sample))
     variances, covariance = unbiased * (squares - mean_x**2 - mean_y**2), unbiased * (products - mean_x * mean_y)
     c1, c2, mean_x, mean_y = number((0.01 * scale) ** 2), number((0.03 * scale) ** 2), mean_x + shift, mean_y + shift
     similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     similarity /= (mean_x**2 + mean_y**2 + c1) * (variances + c2)
-    similarity = cv2.transform(
-        similarity, np.full((1, 3), 1 / 3)
-    )  # numpy's mean over 3 channels takes 40 times as long
+    similarity = cv2.transform(similarity, np.full((1, 3), 1 / 3))  # their mean, at a fraction of numpy's time
     fssim = float((similarity * mask).sum(dtype=np.float64) / mask.sum(dtype=np.float64)) if mask.any() else math.nan
     inner = similarity if padded else similarity[edge:-edge, edge:-edge]
     return float(inner.mean(dtype=np.float64)), fssim
@@ -173,9 +168,7 @@ def _check(name: str, array, size, floats: bool = False) -> None:
         shape, allowed = tuple(size), bool
     if np.shape(array) != shape or not np.size(array):
         got, want = ("x".join(map(str, numbers)) for numbers in (np.shape(array), shape))
-        raise HarmonyError(
-            f"{name}: {got or 'nothing'} instead of {want} (height, width, colours) like real; resize it"
-        )
+        raise HarmonyError(f"{name}: {got or 'nothing'} instead of {want} (height, width, colours) like real; mend it")
     real_valued = floats and np.issubdtype(dtype or object, np.floating)
     if dtype != allowed and not real_valued:
         either = " or floats" if floats else ""
@@ -188,10 +181,10 @@ def _check(name: str, array, size, floats: bool = False) -> None:
 
 
 def summarise(table: pd.DataFrame, parts: dict[str, pd.Series] | None = None) -> dict:
-    """Averages over images (per-image values first, then the mean), over all and per part: {name: a bool for each row},
-    None: the subsets.
+    """Averages over images (per-image values first, then the mean), over all and per part.
 
-    table: one row per model and image with columns model, subset, name, photo and any of `METRICS`.
+    table: one row per model and image with columns model, subset, name, photo and any of `METRICS`. parts: {name: a
+    bool for each row}; None: the subsets.
     Returns {model: {"all" | part: {"n", "photos", metric: mean, "interval": {metric: [lo, hi]}}}}; the intervals are
     95 % bootstraps over photos. Undefined values (fmse of an empty mask) are left out and identical images make psnr
     inf: either adds a "status" line. Empty parts have n 0 and None for every metric.
