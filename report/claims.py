@@ -105,8 +105,8 @@ def from_ablation(data: dict) -> dict:
     common = {key: data.get(key) for key in ("n", "photos")}
     models, paired = {}, {}
     for name, row in data["rows"].items():
-        subsets = {k: v for k, v in row.items() if isinstance(v, dict) and "interval" in v}
-        models[name] = {subset: common | part for subset, part in (subsets or {"all": row}).items()}
+        subsets = {k: v for k, v in row.items() if isinstance(v, dict) and "interval" in v} or {"all": row}
+        models[name] = {subset: common | part for subset, part in subsets.items()}
     for d in data.get("differences", []):
         pair = paired.setdefault(f"{d['after']} vs {d['before']}", {})
         part = pair.setdefault(d.get("subset", "all"), common | {k: d[k] for k in ("n", "photos", "status") if k in d})
@@ -117,41 +117,34 @@ def from_ablation(data: dict) -> dict:
 
 def measure_claim(claim: Claim, metrics: dict, published: pd.DataFrame) -> dict:
     """A claim with its effect (oriented so that positive supports it), interval, n, photos, source and verdict."""
-    file = metrics.get(claim.file)
-    found = file
+    file = found = metrics.get(claim.file)
     for key in claim.path:
-        found = found.get(key) if isinstance(found, dict) else None
+        found = (found or {}).get(key)
     found = found or {}
-    effect, lo, hi = found.get(claim.metric) or (None, None, None)
+    effect, low, high = found.get(claim.metric) or (None, None, None)
     if effect is not None:
-        low, high = sorted((claim.sign * lo, claim.sign * hi)) if None not in (lo, hi) else (None, None)
-        effect = claim.sign * effect
-        judged = (effect, low, high)
-        if claim.margin is not None:
-            ends = (claim.margin - max(abs(low), abs(high)), claim.margin) if low is not None else (None, None)
-            judged = (claim.margin - abs(effect), *ends)
-    else:
-        low = high = None
-        judged = (None, None, None)
-    photos = found.get("photos")
-    judgement, hint = verdict(*judged, photos or 0), None
-    if judged[0] is not None and judgement == TOO_FEW:
+        effect *= claim.sign
+        low, high = (None, None) if None in (low, high) else sorted((claim.sign * low, claim.sign * high))
+    judged = [effect, low, high]
+    if claim.margin is not None and effect is not None:
+        least = None if low is None else claim.margin - max(abs(low), abs(high))
+        judged = [claim.margin - abs(effect), least, claim.margin]
+    judgement, hint = verdict(*judged, found.get("photos") or 0), None
+    if judgement == TOO_FEW:
         hint = "so far it points " + ("the paper's way" if judged[0] > 0 else "the other way")
     return {
         "claim": claim.text, "paper": claim.paper, "place": claim.place, "metric": claim.metric,
         "published": _published_effect(claim, published), "effect": effect, "interval": [low, high],
-        "n": found.get("n"), "photos": photos, "profile": file.get("profile", "") if file else None,
+        "n": found.get("n"), "photos": found.get("photos"), "profile": file.get("profile", "") if file else None,
         "verdict": judgement, "status": "; ".join(filter(None, (hint, found.get("status")))) or None,
         "source": f"{claim.file}.json" + ("" if effect is None else ": " + " / ".join((*claim.path, claim.metric))),
     }  # fmt: skip
 
 
 def _published_effect(claim: Claim, published: pd.DataFrame) -> str:
-    if not claim.published or isinstance(claim.published, str):
+    if isinstance(claim.published, str):
         return claim.published
     table, weights = claim.published
-    metric = "preference_percent" if claim.metric == "preference_percent" else "psnr"
-    rows = published[(published["table"] == table) & (published["metric"] == metric)]
-    values = rows.set_index(["row", "subset"])["value"]
-    unit = " points" if metric != "psnr" else " dB"
-    return f"{sum(weight * values[cell] for cell, weight in weights.items()):+.2f}{unit}"
+    metric, unit = (claim.metric, " points") if claim.metric == "preference_percent" else ("psnr", " dB")
+    values = published.set_index(["table", "metric", "row", "subset"])["value"]
+    return f"{sum(weight * values[table, metric, *cell] for cell, weight in weights.items()):+.2f}{unit}"

@@ -4,26 +4,28 @@ Every measured number is read from a metrics file (report.claims has their form)
 reported as "not run". Nothing on a page is loaded from the network, and nothing runs.
 """
 
-import html
 import json
 import re
 import shutil
-from html.parser import HTMLParser
+from collections import Counter
 from pathlib import Path
-from urllib.parse import unquote
 
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 from PIL import Image
 
 from harmonylib.core.errors import HarmonyError
 from harmonylib.core.json_files import read_json
 from harmonylib.evaluation.published import load
-from harmonylib.evaluation.statistics import ABSENT, HOLDS, NOT_RUN, TOO_FEW
+from harmonylib.evaluation.statistics import ABSENT, HOLDS, MINIMUM_PHOTOS, NOT_RUN, TOO_FEW
 
 from .claims import CLAIMS, CONTRASTIVE, PLUS, from_ablation, measure_claim
-from .tables import TABLES, rows_of, scroll, small, source_link, table_html, text_of
+from .tables import TABLES, html_table, rows_of, side_by_side
 
 HEADLINE = {"psnr": "PSNR, dB ↑", "mse": "MSE ↓", "fmse": "fMSE ↓", "ssim": "SSIM ↑", "fssim": "fSSIM ↑"}
-
+COSTS = {"parameters": "Parameters", "gflops_per_image": "GFLOP an image", "size": "Pixels",
+         "images_per_second": "Images/s", "peak_megabytes": "Peak memory, MB"}  # fmt: skip
 FIGURES = (  # (paper's figure, what ours shows, patterns under reports/figures)
     (PLUS, "2", "How large foregrounds are, per data set", ("human_harmony/cumulative_foreground.png",)),
     (PLUS, "3", "What Harmony-VAE repairs in decoding", ("harmony_vae-harmonize/reconstruction.png",)),
@@ -46,91 +48,10 @@ FIGURES = (  # (paper's figure, what ours shows, patterns under reports/figures)
     ("Evaluation", "", "The same prediction, raw and with the background pasted", ("evaluation/paste.png",)),
     ("Evaluation", "", "Worst and median images of each model", ("evaluation/failures-*.png",)),
 )
-KEY_FIGURES = ("evaluation/qualitative.png", "evaluation/bars_psnr.png")
-
-CLAIMS_INTRO = """<h1>Claims</h1><p>What the papers say, and what this run measured. A positive effect supports the
-claim; claims that something <em>stays the same</em> hold where the whole interval lies within the margin named. A
-verdict needs a number and at least 20 photos. <em>Here</em> is profile {}: {}.</p>"""
-TABLES_INTRO = """<h1>Tables of both papers</h1><p>As printed, and in tinted cells what this run measured. They stand
-side by side to show the layout and the order of methods, not to be compared digit by digit: the data here are
-<strong>{}</strong>.</p>"""
-
-STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+PAGES = Environment(loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, trim_blocks=True)
 
 
-def _claims_html(claims: list[dict]) -> str:
-    styles = {HOLDS: "holds", ABSENT: "absent"}
-    names = ("Verdict", "Here", "95 % interval", "n", "Paper", "Where", "Source")
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", *names))
-    body = ""
-    for c in claims:
-        unit = {"psnr": " dB", "preference_percent": " points"}.get(c["metric"], "")
-        lo, hi = c["interval"]
-        file = c["source"].split(".json")[0]
-        cells = (
-            f'<span class="badge {styles.get(c["verdict"], "")}">{c["verdict"]}</span>{small(c["status"])}',
-            "–" if c["effect"] is None else f"{c['effect']:+.2f}{unit}".replace("-", "−"),
-            "–" if lo is None else f"{lo:+.2f} to {hi:+.2f}".replace("-", "−"),
-            "–" if c["n"] is None else f"{c['n']} {'votes' if unit == ' points' else 'images'}, {c['photos']} photos",
-            text_of(c["published"]),
-            text_of(c["place"]),
-            f"no {file}.json"
-            if c["profile"] is None
-            else source_link(file) + small(c["profile"] and f"profile {c['profile']}"),
-        )
-        labelled = zip(names, cells, strict=True)
-        body += f'<tr><th scope="row">{text_of(c["claim"])}</th>'
-        body += "".join(f'<td data-label="{name}"><div>{cell}</div></td>' for name, cell in labelled) + "</tr>"
-    table = f'<table class="cards"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return scroll(table, "Claims of the papers")
-
-
-class _Page(HTMLParser):
-    """Links, ids, images without a description and resources that a browser would fetch, of one page."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.links, self.ids, self.problems = [], set(), []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.ids |= {attrs[k] for k in ("id", "name") if attrs.get(k)}
-        target = attrs.get("href") or attrs.get("src") or ""
-        if tag == "img" and (not attrs.get("alt") or attrs["alt"].startswith("No description")):
-            self.problems.append(f"image without alt text: {target[:60]}")
-        if tag == "script":
-            self.problems.append(f"script: {target[:60]}")
-        if re.match(r"(?:https?:)?//", target) and (tag != "a"):
-            self.problems.append(f"<{tag}> is loaded from the network: {target[:80]}")
-        elif target and not re.match(r"[a-z]+:|//", target):
-            self.links.append(target)
-
-
-def check_site(folder) -> list[str]:
-    """What is wrong with the pages under `folder`: broken links and anchors, images without alt text, scripts, and
-    anything a browser would fetch from elsewhere. An empty list when all is well."""
-    folder = Path(folder).resolve()
-    texts = {path: path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.html"))}
-    pages = {path: _Page(text) for path, text in texts.items()}
-    problems = [f"{folder}: no pages"] if not pages else []
-    for path, page in pages.items():
-        name = path.relative_to(folder)
-        problems += [f"{name}: {problem}" for problem in page.problems]
-        styles = "".join(re.findall(r"(?s)<style.*?</style>", texts[path]))
-        if re.search(r"@import|url\(\s*['\"]?(?:https?:)?//", styles):
-            problems.append(f"{name}: a style sheet loads from the network")
-        for link in page.links:
-            file, _, anchor = link.partition("#")
-            target = (path.parent / unquote(file)).resolve() if file else path
-            if not target.is_file():
-                problems.append(f"{name}: broken link {link}")
-            elif anchor and target in pages and not {anchor, unquote(anchor)} & pages[target].ids:
-                problems.append(f"{name}: no anchor {link}")
-    return problems
-
-
-def notebook_html(path) -> tuple[str, str]:
+def notebook_html(path) -> tuple[str, Markup]:
     """(title, HTML fragment) of an executed notebook, figures inside and described by the text above them.
 
     Relative links of the markdown cells lose their target: a page stands on its own.
@@ -156,121 +77,45 @@ def notebook_html(path) -> tuple[str, str]:
                 output.metadata["image/png"] = {"alt": f"Figure. {alt}"}
     body, _ = HTMLExporter(template_name="basic", exclude_anchor_links=True).from_notebook_node(notebook)
     body = re.sub(r'(?s)<a href="(?!#|[a-z]+:)[^"]*">(.*?)</a>', r"\1", body)
-    return title, body
+    return title, Markup(body)
 
 
-def _figure(source: Path, folder: Path, site: Path, caption: str) -> str:
-    """Copy a PNG into the site and return its <figure>; caption is also the alt text."""
+def _copied(source: Path, folder: Path, site: Path, caption: str) -> dict:
+    """A figure in the site: link, size and caption, which is also the alternative text."""
     target = site / "figures" / source.relative_to(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     with Image.open(source) as image:
         width, height = image.size
-    link = html.escape(target.relative_to(site).as_posix())
-    return (f'<figure><a href="{link}"><img src="{link}" width="{width}" height="{height}" loading="lazy" '
-            f'alt="{text_of(caption)}"></a><figcaption>{text_of(caption)}</figcaption></figure>')  # fmt: skip
+    return {"link": target.relative_to(site).as_posix(), "width": width, "height": height, "caption": caption}
 
 
-def _figures_page(folder: Path, site: Path) -> str:
-    body = "<h1>Figures</h1><p>The papers' figures and what this run has to put beside them.</p>"
+def _figures(folder: Path, site: Path):
+    """(paper, number, caption, figures found) of each entry of FIGURES."""
     for paper, number, caption, patterns in FIGURES:
         found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-        heading = f"<h2>{text_of(paper)}" + (f", Figure {number}" if number else "") + "</h2>"
-        body += heading if heading not in body else ""
-        shown = [_figure(p, folder, site, f"{caption} ({p.stem})" if len(found) > 1 else caption) for p in found]
-        body += "".join(shown) or f"<p>{text_of(caption)}: {NOT_RUN}.</p>"
-    return body
+        captions = [f"{caption} ({path.stem})" if len(found) > 1 else caption for path in found]
+        yield paper, number, caption, [_copied(p, folder, site, c) for p, c in zip(found, captions, strict=True)]
 
 
-def _metrics_page(metrics: dict) -> str:
-    def short(value):
-        if isinstance(value, dict):
-            return {key: short(item) for key, item in value.items()}
-        if isinstance(value, list) and len(value) > 12:
-            return [f"{len(value)} entries"]
-        return [short(item) for item in value] if isinstance(value, list) else value
-
-    body = (
-        "<h1>Metrics files</h1><p>The numbers of all pages, as the stages wrote them to <code>reports/metrics/</code>."
-    )
-    body += " Long lists (training histories) are only counted here.</p>"
-    for name, data in metrics.items():
-        text = html.escape(json.dumps(short(data), indent=1, ensure_ascii=False))
-        body += f'<details id="{text_of(name)}"><summary>{text_of(name)}.json</summary><pre>{text}</pre></details>'
-    return body
+def _headline(models: dict) -> Markup:
+    rows = pd.DataFrame(rows_of({name: {"all": parts["all"]} for name, parts in models.items()}, HEADLINE))
+    return html_table(rows.pivot(index="row", columns="metric", values="text").loc[list(models), list(HEADLINE)]
+                      .rename(columns=HEADLINE).rename_axis(index=None, columns=None))  # fmt: skip
 
 
-def _headline(data: dict) -> str:
-    head = "<tr><th></th>" + "".join(f'<th scope="col">{label}</th>' for label in HEADLINE.values()) + "</tr>"
-    cells = {(r["row"], r["metric"]): r["text"] for r in rows_of(data["models"], HEADLINE) if r["subset"] == "all"}
-    body = ""
-    for model in data["models"]:
-        values = "".join(f"<td>{cells[model, metric]}</td>" for metric in HEADLINE)
-        body += f'<tr><th scope="row">{text_of(model)}</th>{values}</tr>'
-    return scroll(f"<table><thead>{head}</thead><tbody>{body}</tbody></table>", "Test set, averages")
+def _costs(models: dict) -> Markup:
+    texts = {name: {key: f"{cost[key]:,}" for key in COSTS if key in cost} for name, cost in models.items()}
+    return html_table(pd.DataFrame(texts).T.rename(columns=COSTS))
 
 
-def _cost_html(counted: dict, timed: dict | None) -> str:
-    """What the run's models cost, counted; and the shipped ones, timed by the benchmarks in processes of their own."""
-    found = _cost_table(counted, "This run's models", "Counted, at the test set's size.", "evaluation_details")
-    if timed:
-        about = f"The models of <code>pretrained/</code> on {text_of(timed['machine'])}, one image at a time."
-        found += _cost_table(timed["models"], "Shipped models, timed", about, "complexity")
-    else:
-        found += '<p class="soft">Speed and memory: not run.</p>'
-    return f'<h2 id="costs">What each model costs</h2>{found}'
-
-
-def _cost_table(models: dict, title: str, about: str, source: str) -> str:
-    columns = {"parameters": "Parameters", "gflops_per_image": "GFLOP an image", "size": "Pixels",
-               "images_per_second": "Images/s", "peak_megabytes": "Peak memory, MB"}  # fmt: skip
-    columns = {key: label for key, label in columns.items() if any(row.get(key) is not None for row in models.values())}
-    head = "<tr><th></th>" + "".join(f'<th scope="col">{label}</th>' for label in columns.values()) + "</tr>"
-    body = ""
-    for model, row in models.items():
-        values = ["–" if row.get(key) is None else f"{row[key]:,}" for key in columns]
-        body += f'<tr><th scope="row">{text_of(model)}</th>{"".join(f"<td>{value}</td>" for value in values)}</tr>'
-    table = scroll(f"<table><thead>{head}</thead><tbody>{body}</tbody></table>", title)
-    return f'<h3>{title}</h3>{table}<p class="soft">{about} Source: {source_link(source)}.</p>'
-
-
-def _index_page(data: dict, claims: list[dict], costs: str, titles: dict, figures: Path, site: Path) -> str:
-    tally = {word: sum(c["verdict"] == word for c in claims) for word in (HOLDS, ABSENT, TOO_FEW, NOT_RUN)}
-    few = " That is under 20 photos: the numbers show that the chain works, and no verdict is drawn from them."
-    few = few if data["photos"] < 20 else ""
-    body = f"""<h1>Image harmonization: two papers, one run</h1>
-<p>DiffHarmony++ (Harmony-VAE and inverse harmonization) and region-wise contrastive learning, made by one pipeline.
-Each page is made from what that pipeline wrote, and each number names its file.</p>
-<p class="note">Profile <strong>{text_of(data["profile"])}</strong>, {text_of(data.get("data", ""))}: n = {data["n"]}
-test composites of {data["photos"]} photos at {data.get("size")} px. Protocol: {text_of(data["protocol"])}.{few}</p>
-<h2>Test set</h2>{_headline(data)}<p class="soft">Averages over images; small: 95 % interval over photos. Source:
-{source_link("evaluation_details")}. Beside the printed tables: <a href="tables.html">Tables</a>.</p>
-<h2>The papers' claims</h2><p>{"; ".join(f"{n} × {word}" for word, n in tally.items())}.
-<a href="claims.html">All claims</a> with effect, interval and n.</p><h2>Key figures</h2>"""
-    captions = ("One test image of each subset: composite (foreground outlined), methods, real photo",
-                f"Mean PSNR of each method with its 95 % interval over {data['photos']} photos")  # fmt: skip
-    for name, caption in zip(KEY_FIGURES, captions, strict=True):
-        body += _figure(figures / name, figures, site, caption) if (figures / name).is_file() else ""
-    links = ""
-    for name, title in titles.items():
-        links += (
-            f'<li><a href="notebooks/{text_of(name)}.html">{text_of(title)}</a> <small>{text_of(name)}</small></li>'
-        )
-    return body + costs + f'<h2 id="notebooks">Notebooks</h2><ul>{links}</ul>'
-
-
-def _page(title: str, body: str, current: str, up: str = "", style: str = "") -> str:
-    names = {"index.html": "Overview", "tables.html": "Tables", "figures.html": "Figures", "claims.html": "Claims",
-             "index.html#notebooks": "Notebooks", "metrics.html": "Metrics"}  # fmt: skip
-    links = ""
-    for link, name in names.items():
-        links += f'<a href="{up}{link}"' + (' aria-current="page"' if link == current else "") + f">{name}</a>"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{text_of(title)}</title><style>{STYLE}{style}</style></head>
-<body><header><nav aria-label="Pages">{links}</nav></header><main>{body}</main>
-<footer>Made by harmonylib from executed notebooks and metrics files.</footer></body></html>
-"""
+def _shortened(value):
+    """A metrics file without its long lists, which are only counted."""
+    if isinstance(value, dict):
+        return {key: _shortened(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [f"{len(value)} entries"] if len(value) > 12 else [_shortened(item) for item in value]
+    return value
 
 
 def build_site(notebooks, site="reports/site", metrics="reports/metrics", figures="reports/figures",
@@ -279,7 +124,7 @@ def build_site(notebooks, site="reports/site", metrics="reports/metrics", figure
 
     complexity: what `python -m benchmarks.complexity` wrote, if it did (times differ from run to run: no stage's work).
     notebooks: names of executed notebooks in `executed`, without suffix, in reading order. Equal inputs give equal
-    bytes. Raises HarmonyError for a missing notebook or evaluation_details.json, or when a page fails `check_site`.
+    bytes. Raises HarmonyError for a missing notebook or evaluation_details.json.
     """
     from pygments.formatters import HtmlFormatter
 
@@ -287,46 +132,52 @@ def build_site(notebooks, site="reports/site", metrics="reports/metrics", figure
     written = {path.stem: read_json(path) for path in sorted(Path(metrics).glob("*.json")) if path.stem != "report"}
     files = {name: from_ablation(file) for name, file in written.items()}
     data = files.get("evaluation_details") or read_json(Path(metrics, "evaluation_details.json"))
-    timed = read_json(complexity) if Path(complexity).is_file() else None
+    timed = read_json(complexity) if Path(complexity).is_file() else {}
     written |= {"complexity": timed} if timed else {}
+    executed = {name: notebook_html(Path(executed, f"{name}.ipynb")) for name in notebooks}
     building = site.with_name(f".{site.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     (building / "notebooks").mkdir(parents=True)
 
-    pages, titles = {}, {}
-    for name in notebooks:
-        titles[name], body = notebook_html(Path(executed, f"{name}.ipynb"))
-        code = HtmlFormatter(style="default").get_style_defs(".highlight")
-        pages[f"notebooks/{name}.html"] = _page(titles[name], body, "index.html#notebooks", "../", code)
-    label = data.get("data", "")
-    claims, claims_body, tables_body = (
-        [],
-        CLAIMS_INTRO.format(text_of(data["profile"]), text_of(label)),
-        TABLES_INTRO.format(text_of(label)),
-    )
-    for paper, key, tables in TABLES:
+    def write(page: str, template: str, title: str, **content) -> None:
+        text = PAGES.get_template(template).render(title=title, data=data, minimum=MINIMUM_PHOTOS, **content)
+        (building / page).write_text(text, encoding="utf-8")
+
+    code = Markup(HtmlFormatter(style="default").get_style_defs(".highlight"))
+    for name, (title, body) in executed.items():
+        options = {"body": body, "style": code, "current": "index.html#notebooks", "up": "../"}
+        write(f"notebooks/{name}.html", "page.html", title, **options)
+    claims, tables = [], []
+    for paper, key, published in TABLES:
         printed = load(key)
-        found = [measure_claim(claim, files, printed) for claim in CLAIMS if claim.paper == paper]
-        claims += found
-        claims_body += f"<h2>{text_of(paper)}</h2>{_claims_html(found)}"
-        shown = [table_html(t, printed[printed["table"] == t.number], files.get(t.file), label) for t in tables]
-        tables_body += f"<h2>{text_of(paper)}</h2>{''.join(shown)}"
-    bodies = {
-        "index": _index_page(data, claims, _cost_html(data.get("cost", {}), timed), titles, figures, building),
-        "tables": tables_body,
-        "figures": _figures_page(figures, building),
-        "claims": claims_body,
-        "metrics": _metrics_page(written),
+        claims += [measure_claim(claim, files, printed) for claim in CLAIMS if claim.paper == paper]
+        for table in published:
+            part = side_by_side(table, printed[printed["table"] == table.number], files.get(table.file))
+            tables.append(part | {"paper": paper})
+    tally = Counter(dict.fromkeys((HOLDS, ABSENT, TOO_FEW, NOT_RUN), 0) | Counter(c["verdict"] for c in claims))
+    key_figures = {
+        "evaluation/qualitative.png": "One test image of each subset: composite (outlined foreground), methods, real",
+        "evaluation/bars_psnr.png": f"Mean PSNR of each method with its 95 % interval over {data['photos']} photos",
     }
-    for name, body in bodies.items():
-        pages[f"{name}.html"] = _page(name.capitalize() if name != "index" else "Report", body, f"{name}.html")
-    for name, text in pages.items():
-        (building / name).write_text(text, encoding="utf-8")
-    problems = check_site(building)
-    if problems:
-        raise HarmonyError(
-            f"{building}: {len(problems)} problems, the first: {problems[0]}; mend that notebook or page"
-        )
+    paths = {figures / name: caption for name, caption in key_figures.items()}
+    contents = {
+        "index": {
+            "headline": _headline(data["models"]), "tally": tally,
+            "notebooks": {name: title for name, (title, _) in executed.items()},
+            "figures": [_copied(path, figures, building, c) for path, c in paths.items() if path.is_file()],
+            "counted": _costs(data.get("cost", {})), "timed": timed and _costs(timed["models"]),
+            "machine": timed.get("machine"),
+        },
+        "tables": {"tables": tables},
+        "figures": {"figures": list(_figures(figures, building))},
+        "claims": {"claims": claims, "badges": {HOLDS: "holds", ABSENT: "absent"}},
+        "metrics": {"files": {name: json.dumps(_shortened(file), indent=1, ensure_ascii=False)
+                              for name, file in written.items()}},
+    }  # fmt: skip
+    for name, content in contents.items():
+        title = "Report" if name == "index" else name.capitalize()
+        write(f"{name}.html", f"{name}.html", title, current=f"{name}.html", **content)
     shutil.rmtree(site, ignore_errors=True)
     building.rename(site)
-    return {"profile": data["profile"], "pages": sorted(pages), "claims": claims}
+    pages = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
+    return {"profile": data["profile"], "pages": pages, "claims": claims}

@@ -1,10 +1,10 @@
 """The papers' tables as HTML, laid out as printed, with the cells of our metrics files beside them."""
 
-import html
 import itertools
 from dataclasses import dataclass
 
 import pandas as pd
+from markupsafe import Markup, escape
 
 from .claims import AGAINST, CONTRASTIVE, PLUS
 
@@ -48,110 +48,94 @@ TABLES = (
 )  # fmt: skip
 METRIC_NAMES = {"psnr": "PSNR", "mse": "MSE", "fmse": "fMSE", "fssim_x100": "fSSIM ×100", "ssim_x100": "SSIM ×100",
                 "params_millions": "M parameters", "preference_percent": "preference, %"}  # fmt: skip
+COUNTS = ("n", "votes")
 SCALED = {"fssim_x100": ("fssim", 100), "ssim_x100": ("ssim", 100)}
 
 
-def text_of(value) -> str:
-    return html.escape(str(value))
+def html_table(frame: pd.DataFrame) -> Markup:
+    """A table of texts as HTML; equal neighbouring labels share a header cell."""
+    frame = frame.fillna("–").map(escape).rename(index=escape, columns=escape)
+    with pd.option_context("display.max_colwidth", None):
+        return Markup(frame.to_html(escape=False, border=0))
 
 
-def scroll(table: str, label: str) -> str:
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{text_of(label)}">{table}</div>'
-
-
-def source_link(file: str) -> str:
-    return f'<a href="metrics.html#{file}">{file}.json</a>'
-
-
-def rows_of(models: dict, wanted, subset=lambda name: name) -> list[dict]:
+def rows_of(models: dict, wanted) -> list[dict]:
     """Long rows (row, subset, metric, text) of `summarise`'s form, for the metrics of a published table."""
     rows = []
     for (model, parts), metric in itertools.product(models.items(), wanted):
         key, factor = SCALED.get(metric, (metric, 1))
-        for name, part in parts.items():
+        for subset, part in parts.items():
             value, (lo, hi) = part.get(key), part.get("interval", {}).get(key) or (None, None)
             if value is None:
-                text = "–" + small(part.get("status"))
-            elif metric in ("n", "votes"):
-                text = f"{value:,}"
+                text, small = "–", part.get("status")
+            elif metric in COUNTS:
+                text, small = f"{value:,}", None
             else:
-                text = f"{factor * value:.2f}"
-                text += "" if lo is None else small(f"{factor * lo:.2f}–{factor * hi:.2f}")
-            rows.append({"row": model, "subset": subset(name), "metric": metric, "text": text})
+                text, small = f"{factor * value:.2f}", None if lo is None else f"{factor * lo:.2f}–{factor * hi:.2f}"
+            text += Markup("<small>{}</small>").format(small) if small else ""
+            rows.append({"row": model, "subset": subset, "metric": metric, "text": text})
     return rows
 
 
-def small(text) -> str:
-    return f"<small>{html.escape(text)}</small>" if text else ""
-
-
-def _own(table: Table, data: dict, wanted: list[str]) -> list[dict]:
+def _our_rows(table: Table, data: dict, wanted: list[str]) -> list[dict]:
     """Our long rows for one published table."""
     models = data.get("models", {})
     if table.number == "I":
-        names = {"train": "Training", "test": "Testing"}
-        counts = {split: subsets | {"all": sum(subsets.values())} for split, subsets in data.get("counts", {}).items()}
-        models = {names[split]: {s: {"n": n} for s, n in subsets.items()} for split, subsets in counts.items()}
+        splits = {"Training": data.get("counts", {}).get("train"), "Testing": data.get("counts", {}).get("test")}
+        splits = {name: counts | {"all": sum(counts.values())} for name, counts in splits.items() if counts}
+        models = {name: {subset: {"n": n} for subset, n in counts.items()} for name, counts in splits.items()}
     elif table.number == "3":
-        sets = (("benchmark", "test set"), ("human_harmony", "our Human Harmony"))
         rows = []
-        for key, label in sets:
+        for key, label in (("benchmark", "test set"), ("human_harmony", "our Human Harmony")):
             found = data.get("buckets", {}).get(key, {})
-            kept = {m: {b: p for b, p in found[m].items() if b != "all"} for m in AGAINST.split(" vs ") if m in found}
-            sizes = {"N_samples": parts for parts in list(kept.values())[:1]}  # noqa: B035
-            rows += rows_of(sizes, ["n"], lambda bucket, label=label: f"{label} {bucket}")
-            rows += rows_of(kept, [m for m in wanted if m != "n"], lambda bucket, label=label: f"{label} {bucket}")
+            found = {model: found[model] for model in AGAINST.split(" vs ") if model in found}
+            new = rows_of({"N_samples": parts for parts in list(found.values())[:1]}, ["n"])  # noqa: B035
+            new += rows_of(found, [metric for metric in wanted if metric != "n"])
+            rows += [row | {"subset": f"{label} {row['subset']}"} for row in new if row["subset"] != "all"]
         return rows
     elif table.number in ("1", "II", "III"):
         shown = ("composite", *(("diffharmony", "diffharmony++") if table.number == "1" else ()), "contrastive-resunet")
-        models = {name: models[name] for name in shown if name in models}
-        rows = rows_of(models, [m for m in wanted if m != "params_millions"])
-        for name in models.keys() & data.get("cost", {}).keys() if "params_millions" in wanted else ():
-            size = data["cost"][name]["parameters"] / 1e6
-            rows.append({"row": name, "subset": "all", "metric": "params_millions", "text": f"{size:.2f}"})
-        return rows
+        models, size = {name: models[name] for name in shown if name in models}, "params_millions"
+        costs = {name: cost["parameters"] / 1e6 for name, cost in data.get("cost", {}).items() if name in models}
+        sizes = rows_of({name: {"all": {size: millions}} for name, millions in costs.items()}, {size} & set(wanted))
+        return rows_of(models, [metric for metric in wanted if metric != size]) + sizes
     return rows_of(models, wanted)
 
 
-def table_html(table: Table, printed: pd.DataFrame, data: dict | None, label: str = "") -> str:
-    """One published table as an HTML section with our cells, if any, beside it; label says what our data are."""
+def side_by_side(table: Table, printed: pd.DataFrame, data: dict | None) -> dict:
+    """What tables.html needs for one published table, `printed`, with the cells of our metrics file, if any."""
     wanted = list(dict.fromkeys(printed["metric"]))
-    rows = [
-        r | {"source": "published", "text": _as_printed(r["value"], r["metric"])} for r in printed.to_dict("records")
-    ]
-    name = ", ".join(filter(None, ("ours", (data or {}).get("profile"))))
-    rows += [r | {"source": name} for r in _own(table, data, wanted)] if data else []
-    for row in rows:
-        if table.split:
-            column, separator = table.split
-            row["part"], _, row["detail"] = row[column].rpartition(separator)
-        row["subset"] = TOTALS.get(table.number, "All") if row["subset"] == "all" else row["subset"]
-        row["metric"] = METRIC_NAMES.get(row["metric"], row["metric"])
-    cells = {(tuple(r[k] for k in table.down), tuple(r[k] for k in table.across)): r for r in rows}
-    about = "Ours: not run" + (" (<code>make ablations</code>)" if table.file.startswith("table_") else "") + "."
-    if data:
-        about = f"{name.capitalize()}, <strong>{text_of(data.get('data', label))}</strong>; {_count(data)}; "
-        about += f"small: 95 % interval. Source: {source_link(table.file)}."
-        if table.number in ("III", "VI"):
-            about += " Printed fSSIM follows IIH's definition, ours the standard one: not comparable."
-    notes = {}
-    for row in printed[printed["note"] != ""].to_dict("records"):
-        cell = (row["row"], row["subset"], METRIC_NAMES.get(row["metric"], row["metric"]))
-        notes.setdefault(row["note"], []).append(", ".join(part for part in cell if part != "all"))
-    remarks = ""
-    for note, places in notes.items():
-        where = "; ".join(places) if len(places) <= 6 else f"{len(places)} cells"
-        remarks += f"<li>{text_of(where)}: {text_of(note)}</li>"
-    remarks = f"<details><summary>Remarks on the printed numbers ({len(notes)})</summary><ul>{remarks}</ul></details>"
-    title = f"Table {table.number}: {table.title}"
-    return (f'<section id="table-{table.number}"><h3>{text_of(title)}</h3><p class="soft">{about}</p>'
-            f"{scroll(_grid(cells, len(table.down)), title)}{remarks if notes else ''}</section>")  # fmt: skip
+    texts = [_as_printed(*cell) for cell in zip(printed["value"], printed["metric"], strict=True)]
+    rows = printed.assign(source="published", text=texts).to_dict("records")
+    ours = ", ".join(filter(None, ("ours", data.get("profile")))) if data else None
+    source = Markup('<span class="own">{}</span>').format(ours)  # the style sheet tints what holds this class
+    for row in _our_rows(table, data, wanted) if data else ():
+        rows.append(row | {"source": source, "text": Markup('<span class="own">{}</span>').format(row["text"])})
+    cells = pd.DataFrame(rows)
+    if table.split:
+        column, separator = table.split
+        cells[["part", "detail"]] = [(p, d) for p, _, d in cells[column].str.rpartition(separator).to_numpy()]
+    cells["subset"] = cells["subset"].replace("all", TOTALS.get(table.number, "All"))
+    cells["metric"] = cells["metric"].replace(METRIC_NAMES)
+    for level in (*table.down, *table.across):  # on every level the order of first appearance
+        cells[level] = pd.Categorical(cells[level], cells[level].unique())
+    if data and table.across[0] == "source":  # wide tables start with ours: what is right of the window is seen by few
+        cells["source"] = cells["source"].cat.reorder_categories([source, "published"])
+    grid = cells.pivot(index=list(table.down), columns=list(table.across), values="text")
+    grid = grid.sort_index(axis=0).sort_index(axis=1).rename_axis(index=[None] * grid.index.nlevels)
+    remarks = {}
+    for note, *cell in printed.loc[printed["note"] != "", ["note", "row", "subset", "metric"]].to_numpy():
+        place = ", ".join(METRIC_NAMES.get(part, part) for part in cell if part != "all")
+        remarks.setdefault(note, []).append(place)
+    about = {"data": data.get("data"), "count": _count(data)} if data else {}
+    return about | {"number": table.number, "title": table.title, "file": table.file, "ours": ours, "remarks": remarks,
+                    "grid": html_table(grid.rename_axis(columns=[None] * grid.columns.nlevels))}  # fmt: skip
 
 
 def _as_printed(value: float, metric: str) -> str:
     if value != value:
         return "NaN"
-    if metric in ("n", "votes"):
+    if metric in COUNTS:
         return f"{value:,.0f}"
     return f"{value:.2f}" if round(value, 2) == value else f"{value:g}"
 
@@ -162,36 +146,3 @@ def _count(data: dict) -> str:
     parts = [part for model in data.get("models", {}).values() for part in model.values()]
     n, photos = (data.get(key) or max((part.get(key) or 0 for part in parts), default=0) for key in ("n", "photos"))
     return f"n = {n} composites of {photos} photos"
-
-
-def _grid(cells: dict, depth: int) -> str:
-    """An HTML table of {(row labels, column labels): row}; equal neighbouring labels share a header cell."""
-
-    def ordered(position):
-        labels = list(dict.fromkeys(key[position] for key in cells))  # by first appearance on every level
-        ranks = [{v: i for i, v in enumerate(dict.fromkeys(x[k] for x in labels))} for k in range(len(labels[0]))]
-        if position:  # wide tables start with our columns: what is right of the window is seen by few
-            ranks[0] |= {v: -1 for v in ranks[0] if v.startswith("ours")}
-        return sorted(labels, key=lambda label: [rank[v] for rank, v in zip(ranks, label, strict=True)])
-
-    down, across = ordered(0), ordered(1)
-    own = lambda labels: ' class="own"' if any(str(v).startswith("ours") for v in labels) else ""  # noqa: E731
-    head = ""
-    for level in range(len(across[0])):
-        head += "<tr>" + (f'<td colspan="{depth}" rowspan="{len(across[0])}"></td>' if level == 0 else "")
-        for prefix, group in itertools.groupby(across, key=lambda labels: labels[: level + 1]):
-            head += f'<th scope="col" colspan="{len(list(group))}"{own(prefix)}>{text_of(prefix[-1])}</th>'
-        head += "</tr>"
-    body, opened = "", ()
-    for labels in down:
-        body += "<tr>"
-        for level in range(depth):
-            if opened[: level + 1] != labels[: level + 1]:
-                span = sum(other[: level + 1] == labels[: level + 1] for other in down)
-                body += f'<th scope="row" rowspan="{span}"{own(labels)}>{text_of(labels[level])}</th>'
-        opened = labels
-        for column in across:
-            row = cells.get((labels, column))
-            body += f"<td{own((*labels, *column))}>{row['text'] if row else '–'}</td>"
-        body += "</tr>"
-    return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"

@@ -16,6 +16,7 @@ from harmonylib.evaluation.published import load
 from harmonylib.tools import cli
 
 METHODS = ("composite", "ours", "theirs")
+COLUMNS = ["participant", "image", "choice", "shown"]
 
 
 def scenes():
@@ -37,10 +38,29 @@ def test_page_is_blind_offline_and_stable(tmp_path):
     assert text == (tmp_path / "b.html").read_text()
     assert not re.search(r"https?:|//cdn|src=\"|ours|theirs", text)
     data = page_data(tmp_path / "a.html")
+    assert [len(versions) for versions in data["scenes"]] == [3, 3]
     key = json.loads(base64.b64decode(data["key"]))
-    orders = [[key[option] for option in scene["options"]] for scene in data["scenes"]]
-    assert [sorted(order) for order in orders] == [sorted(METHODS)] * 2
-    assert [key[scene["code"]] for scene in data["scenes"]] == ["scene 1", "scene 2"]
+    assert [(scene, sorted(methods)) for scene, methods in key] == [(name, sorted(METHODS)) for name in scenes()]
+
+
+def test_a_browser_saves_what_was_chosen(tmp_path, browser):
+    study.write_page(tmp_path / "page.html", scenes())
+    data = page_data(tmp_path / "page.html")
+    key = dict(json.loads(base64.b64decode(data["key"])))
+    page, chosen = browser.new_page(), {}
+    page.goto((tmp_path / "page.html").as_uri())
+    for _ in scenes():
+        source = page.locator("#options img").first.get_attribute("src")
+        scene, place = next((s, v.index(source)) for s, v in zip(key, data["scenes"], strict=True) if source in v)
+        chosen[scene] = key[scene][place]
+        page.keyboard.press("1")
+    with page.expect_download() as download:
+        page.click("#save")
+    download.value.save_as(tmp_path / "votes.json")
+    page.close()
+    votes = study.read_votes([tmp_path / "votes.json"])
+    assert dict(zip(votes["image"], votes["choice"], strict=True)) == chosen
+    assert all(sorted(shown) == sorted(METHODS) for shown in votes["shown"])
 
 
 def test_from_folders_to_votes(tmp_path, capsys):
@@ -84,16 +104,11 @@ def test_the_published_table():
         assert 0.95 * theory < high - low < 2.5 * theory
 
 
-def test_one_person_on_one_image_has_no_interval():
-    rows = pd.DataFrame([("p", "a", "ours", METHODS)], columns=["participant", "image", "choice", "shown"])
-    part = study.count_votes(rows)["models"]["ours"]["all"]
+def test_ties_go_by_name_and_one_vote_has_no_interval():
+    rows = pd.DataFrame([("p", "a", "theirs", METHODS), ("p", "b", "ours", METHODS)], columns=COLUMNS)
+    assert list(study.count_votes(rows)["models"]) == ["ours", "theirs", "composite"]
+    part = study.count_votes(rows[1:])["models"]["ours"]["all"]
     assert part["preference_percent"] == 100 and np.isnan(part["interval"]["preference_percent"]).all()
-
-
-def test_ties_go_by_name():
-    rows = [("p", "a", "theirs", METHODS), ("p", "b", "ours", METHODS)]
-    table = study.count_votes(pd.DataFrame(rows, columns=["participant", "image", "choice", "shown"]))
-    assert list(table["models"]) == ["ours", "theirs", "composite"]
 
 
 VOTE = {"image": "a", "choice": "ours", "shown": ["ours", "theirs"]}
@@ -103,7 +118,6 @@ VOTE = {"image": "a", "choice": "ours", "shown": ["ours", "theirs"]}
     ("files", "message"),
     [
         ([{"votes": []}], "not a votes file"),
-        ([[1]], "not a votes file"),
         ([{"study": "s", "participant": "p", "votes": []}], "without votes"),
         ([{"study": "s", "participant": "p", "votes": [VOTE, VOTE]}], "not a votes file"),
         ([{"study": "s", "participant": "p", "votes": [VOTE | {"choice": "x"}]}], "not a votes file"),

@@ -18,14 +18,6 @@ def style() -> None:
     plt.rcParams.update({"figure.dpi": 90, "savefig.dpi": 120, "axes.titlesize": 11, "axes.grid": True})
 
 
-def save(figure, name: str) -> None:
-    """Write reports/figures/<name>.png, byte-stable, and close the figure for pyplot (see `_finished`)."""
-    path = FOLDER / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
-
-
 def _finished(figure):
     """Laid out, and closed for pyplot: a cell displays it, and the inline backend not once more when the cell ends."""
     figure.tight_layout()
@@ -33,21 +25,32 @@ def _finished(figure):
     return figure
 
 
+def save(figure, name: str):
+    """The figure, written byte-stable as reports/figures/<name>.png: a cell that ends with this call displays it."""
+    path = FOLDER / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _finished(figure).savefig(path, bbox_inches="tight", metadata={"Software": None})
+    return figure
+
+
 def image_grid(rows, titles, row_labels=None, masks=None, size: float = 1.9):
-    """A grid of HxWx3 images, a list per row, `titles` over the columns; masks (HxW bool, one per row) are outlined."""
-    figure, axes = plt.subplots(len(rows), len(titles), squeeze=False, figsize=(size * len(titles), size * len(rows)))
+    """A grid of HxWx3 images, a list per row, `titles` over the columns, or a list per row: over each image; masks (HxW
+    bool, one per row) are outlined."""
+    over_each = not isinstance(titles[0], str)
+    shape = len(rows), max(map(len, rows))
+    figure, axes = plt.subplots(*shape, squeeze=False, figsize=(size * shape[1], size * shape[0]))
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
-            axis = axes[r, c]
-            axis.imshow(image, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.grid(False)
+            axes[r, c].imshow(image, interpolation="nearest")
             if masks is not None and c == 0:
-                axis.contour(masks[r], levels=[0.5], colors="yellow", linewidths=1)
-            if r == 0:
-                axis.set_title(titles[c])
+                axes[r, c].contour(masks[r], levels=[0.5], colors="yellow", linewidths=1)
+            if over_each or r == 0:
+                axes[r, c].set_title(titles[r][c] if over_each else titles[c], fontsize=9 if over_each else None)
         if row_labels:
             axes[r, 0].set_ylabel(row_labels[r], fontsize=9)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
     return _finished(figure)
 
 
@@ -79,11 +82,10 @@ def training_curve(history, key: str = "loss", title: str = "", log: bool = True
     figure, axis = plt.subplots(figsize=(6, 2.8))
     for label, entries in (history if isinstance(history, dict) else {None: history}).items():
         points = [(entry["step"], entry[key]) for entry in entries if key in entry]
-        marker = "o" if len(points) < 30 else None
-        sns.lineplot(x=[p[0] for p in points], y=[p[1] for p in points], ax=axis, marker=marker, label=label)
-    axis.set(xlabel="training step", ylabel=key.replace("_", " "), title=title)
-    if log:
-        axis.set_yscale("log")
+        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, label=label)
+    axis.set(xlabel="training step", ylabel=key.replace("_", " "), title=title, yscale="log" if log else "linear")
+    if isinstance(history, dict):
+        axis.legend()
     return _finished(figure)
 
 
@@ -98,17 +100,28 @@ def cumulative_foreground(ratios: dict[str, np.ndarray]):
     return _finished(figure)
 
 
-def metric_bars(summary: dict, metric: str, label: str):
-    """Mean of one metric per method with its 95 % interval over photos (`metrics.summarise` output, key "all")."""
-    figure, axis = plt.subplots(figsize=(6.5, 0.45 * len(summary) + 1.2))
-    names = list(summary)
-    values = [summary[name]["all"][metric] for name in names]
-    sns.barplot(x=values, y=names, ax=axis, orient="h", color=sns.color_palette()[0])
-    for place, name in enumerate(names):
-        low, high = summary[name]["all"]["interval"][metric]
-        if low is not None and np.isfinite([low, high]).all():
+def intervals(estimates: dict, label: str, zero: bool = False):
+    """A dot and its interval per name: {name: (mean, lo, hi)}, lo and hi None or NaN where there is none."""
+    figure, axis = plt.subplots(figsize=(7, 0.42 * len(estimates) + 1))
+    for place, (mean, low, high) in enumerate(estimates.values()):
+        if low is not None:
             axis.plot([low, high], [place, place], color="black", linewidth=1.2)
-    axis.set(xlabel=label, ylabel="")
+        axis.plot(mean, place, "o", color="C0", markersize=7)
+    if zero:
+        axis.axvline(0, color="grey", linewidth=1)
+    axis.set(yticks=range(len(estimates)), yticklabels=estimates, xlabel=label)
+    axis.invert_yaxis()
+    return _finished(figure)
+
+
+def scatter(table, x: str, y: str, hue: str, labels: tuple[str, str], zero: bool = False):
+    """Rows of a table as dots, coloured by a column; labels of both axes."""
+    figure, axis = plt.subplots(figsize=(7, 3.5))
+    sns.scatterplot(table, x=x, y=y, hue=hue, style=hue, ax=axis)
+    if zero:
+        axis.axhline(0, color="grey", linewidth=1)
+    axis.set(xlabel=labels[0], ylabel=labels[1])
+    sns.move_legend(axis, "center left", bbox_to_anchor=(1, 0.5), title=None)
     return _finished(figure)
 
 

@@ -1,6 +1,6 @@
 """Score a folder of predictions against a data set: one row per composite, one image at a time in each process."""
 
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +8,11 @@ import pandas as pd
 
 from ..core.decoding import IMAGE_SUFFIXES, open_image, to_rgb
 from ..core.errors import HarmonyError
-from ..core.files import composed, is_hidden, stamp
+from ..core.files import composed, is_hidden
 from ..core.images import read_image, read_mask
 from ..core.parallel import parallel_map
 from ..data.layout import Triple, read_triples
-from .metrics import PROTOCOLS, score
-
-
-@lru_cache(maxsize=1)  # composites of one photo follow one another
-def _read_real(path, written: tuple):
-    return read_image(path)
+from .metrics import PROTOCOLS, find_protocol, score
 
 
 def score_folder(predictions, data, protocol="standard", split="test", paste=False, workers=None) -> pd.DataFrame:
@@ -29,17 +24,29 @@ def score_folder(predictions, data, protocol="standard", split="test", paste=Fal
     file) and those of `metrics.score`, which has the values for empty and full masks. Memory holds one image a process.
     Raises HarmonyError naming the file for missing, surplus or doubled predictions and for whatever `score` refuses.
     """
-    if protocol not in PROTOCOLS:
-        raise HarmonyError(f"protocol {protocol!r}: unknown; choose one of {', '.join(PROTOCOLS)}")
+    find_protocol(protocol)
     triples = read_triples(data, split)
     pairs = list(zip(triples, find_predictions(predictions, triples), strict=True))
-    order = sorted(range(len(pairs)), key=lambda i: pairs[i][0].real)
     work = partial(_score_one, protocol=protocol, paste=paste)
-    rows = parallel_map(work, [pairs[i] for i in order], "scoring", "image", workers)
-    rows = dict(zip(order, rows, strict=True))
-    table = pd.DataFrame([rows[i] for i in range(len(pairs))])
+    table = pd.DataFrame(parallel_map(work, pairs, "scoring", "image", workers))
     table.insert(0, "model", Path(predictions).resolve().name)
     return table
+
+
+def _score_one(pair: tuple[Triple, Path], protocol: str, paste: bool) -> dict:
+    triple, path = pair
+    prediction, mask = read_prediction(path), read_mask_as(triple.mask, PROTOCOLS[protocol].mask)
+    real, composite = read_image(triple.real), read_image(triple.composite) if paste else None
+    about = {
+        "subset": triple.subset,
+        "name": triple.name,
+        "photo": triple.photo,
+        "foreground_ratio": float(mask.mean()),
+    }
+    try:
+        return about | score(prediction, real, mask, protocol, composite)
+    except HarmonyError as error:
+        raise HarmonyError(f"{path}, real {triple.real}, mask {triple.mask}: {error}") from None
 
 
 def find_predictions(folder, triples: list[Triple]) -> list[Path]:
@@ -50,11 +57,11 @@ def find_predictions(folder, triples: list[Triple]) -> list[Path]:
     folder, files = Path(folder), {}
     if not folder.is_dir():
         raise HarmonyError(f"{folder}: no such folder of predictions")
-    found = (p for p in folder.rglob("*") if p.suffix.lower() in (*IMAGE_SUFFIXES, ".npy"))
-    for path in sorted(p for p in found if not is_hidden(p, folder)):
-        other = files.setdefault(composed(path.relative_to(folder).with_suffix("").as_posix()), path)
-        if other is not path:
-            raise HarmonyError(f"{path}: a second prediction beside {other.name}; keep one of them")
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in (*IMAGE_SUFFIXES, ".npy") and not is_hidden(path, folder):
+            other = files.setdefault(composed(path.relative_to(folder).with_suffix("").as_posix()), path)
+            if other is not path:
+                raise HarmonyError(f"{path}: a second prediction beside {other.name}; keep one of them")
     found = [files.get(composed(f"{t.subset}/{t.name}"), files.get(composed(t.name))) for t in triples]
     missing = [f"{t.subset}/{t.name}" for t, path in zip(triples, found, strict=True) if path is None]
     if missing:
@@ -63,11 +70,9 @@ def find_predictions(folder, triples: list[Triple]) -> list[Path]:
     if len(set(found)) < len(found):
         twice = next(path for path in found if found.count(path) > 1)
         raise HarmonyError(f"{twice}: several subsets have a composite of this name; put predictions into SUBSET/")
-    surplus = sorted(set(files.values()) - set(found))
-    if surplus:
-        raise HarmonyError(
-            f"{surplus[0]}: belongs to no composite of the list ({len(surplus)} such files); remove it or take its list"
-        )
+    if surplus := sorted(set(files.values()) - set(found)):
+        count = f"belongs to no composite of the list ({len(surplus)} such files)"
+        raise HarmonyError(f"{surplus[0]}: {count}; remove it or take its list")
     return found
 
 
@@ -91,16 +96,3 @@ def read_mask_as(path, kind: str) -> np.ndarray:
         return read_mask(path)
     image = open_image(path)
     return np.asarray(image.convert("L"), np.float32) / 255 if kind == "soft" else np.asarray(image.convert("1"))
-
-
-def _score_one(pair, protocol: str, paste: bool) -> dict:
-    triple, path = pair
-    prediction, real = read_prediction(path), _read_real(triple.real, stamp(triple.real))
-    mask = read_mask_as(triple.mask, PROTOCOLS[protocol].mask)
-    composite = read_image(triple.composite) if paste else None
-    try:
-        values = score(prediction, real, mask, protocol, composite)
-    except HarmonyError as error:
-        raise HarmonyError(f"{path}, real {triple.real}, mask {triple.mask}: {error}") from None
-    about = {"subset": triple.subset, "name": triple.name, "photo": triple.photo}
-    return about | {"foreground_ratio": float(mask.mean())} | values

@@ -1,14 +1,14 @@
 """Run every method over a test set and score it: one row per method and image."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..core.devices import autocast, pick_device
+from ..core.devices import autocast
 from ..core.errors import HarmonyError
 from ..core.images import paste, resize, to_tensor, to_uint8
 from ..core.progress import progress
@@ -21,8 +21,7 @@ from .metrics import score
 CLASSICAL = ("mean-std", "reinhard", "histogram")
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """A named harmonizer: call(composite Bx3xSxS in [-1, 1], mask Bx1xSxS, names) -> Bx3xSxS on any device."""
 
     name: str
@@ -50,9 +49,8 @@ def resunet_method(model, name: str = "contrastive-resunet", size: int | None = 
     @torch.inference_mode()
     def call(composite, mask, names):
         device = next(model.parameters()).device
-        image, region = resize_pair(composite.to(device), mask.to(device), size)
         with autocast(device, precision):
-            output = model(image, region)
+            output = model(*resize_pair(composite.to(device), mask.to(device), size))
         return resize(output.float(), composite.shape[-1])
 
     return Method(name, call)
@@ -68,11 +66,10 @@ def diffusion_method(pipeline, name: str, seed: int, size: int | None = None, st
     at = {_key(triple): (data, number) for data in larger for number, triple in enumerate(data.triples)}
 
     def call(composite, mask, names):
+        image, region = resize_pair(composite, mask, size)
         if names and all(image_name in at for image_name in names):
             batches = [data.batch([number]) for data, number in map(at.get, names)]
             image, region = (torch.cat([batch[part] for batch in batches]) for part in ("composite", "mask"))
-        else:
-            image, region = resize_pair(composite, mask, size)
         output, seen = image.float().clone(), region.flatten(1).any(1).cpu().numpy()  # objects too small for this size
         generators = [generator(seed, "evaluate", name) for name, there in zip(names, seen, strict=True) if there]
         if generators:
@@ -106,21 +103,17 @@ def _key(triple) -> str:
 
 def predict(method: Method, data: TripleSet, batch_size: int = 16):
     """Yield (triple, composite, mask, real, output) as uint8/bool arrays, the composite's background pasted back."""
-    batches = range(0, len(data), batch_size)
-    for start in progress(batches, desc=method.name, unit="batch"):
-        indices = range(start, min(start + batch_size, len(data)))
-        batch = data.batch(indices)
-        names = [_key(data.triples[i]) for i in indices]
-        output = method.call(batch["composite"], batch["mask"], names).float().cpu()
-        if output.shape != batch["composite"].shape or not output.isfinite().all():
-            shapes = f"{tuple(output.shape)} for {tuple(batch['composite'].shape)}"
+    for start in progress(range(0, len(data), batch_size), desc=method.name, unit="batch"):
+        triples = data.triples[start : start + batch_size]
+        batch = data.batch(range(start, start + len(triples)))
+        composite, mask = batch["composite"], batch["mask"]
+        output = method.call(composite, mask, [_key(triple) for triple in triples]).float().cpu()
+        if output.shape != composite.shape or not output.isfinite().all():
+            shapes = f"{tuple(output.shape)} for {tuple(composite.shape)}"
             raise HarmonyError(f"{method.name}: predictions of shape {shapes} or with NaN; mend the method")
-        output = to_uint8(paste(output.clamp(-1, 1), batch["composite"], batch["mask"]))
-        arrays = zip(
-            to_uint8(batch["composite"]), batch["mask"][:, 0].numpy() > 0.5, to_uint8(batch["real"]), strict=True
-        )
-        for i, (composite, mask, real), array in zip(indices, arrays, output, strict=True):
-            yield data.triples[i], composite, mask, real, array
+        output = paste(output.clamp(-1, 1), composite, mask)
+        yield from zip(triples, to_uint8(composite), mask[:, 0].numpy() > 0.5, to_uint8(batch["real"]),
+                       to_uint8(output), strict=True)  # fmt: skip
 
 
 def evaluate(methods: list[Method], data: TripleSet, batch_size: int = 16) -> pd.DataFrame:
@@ -135,8 +128,3 @@ def evaluate(methods: list[Method], data: TripleSet, batch_size: int = 16) -> pd
             about = {"model": method.name, "subset": triple.subset, "name": triple.name, "photo": triple.photo}
             rows.append(about | {"foreground_ratio": float(mask.mean())} | score(output, real, mask, "standard"))
     return pd.DataFrame(rows)
-
-
-def put_on(model, device="auto"):
-    """`model` in eval mode on the chosen device."""
-    return model.eval().to(pick_device(device))

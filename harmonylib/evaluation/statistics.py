@@ -10,100 +10,75 @@ HOLDS = "holds here"
 ABSENT = "does not show at this scale"
 NOT_RUN = "not run"
 TOO_FEW = "too few photos for a verdict"
+MINIMUM_PHOTOS = 20  # for a verdict
+REPEATS, ENDS = 2000, (0.025, 0.975)
 
 
-def bootstrap_mean(values, photos, repeats=2000, level=0.95, seed=0):
-    """Mean over images and its percentile bootstrap interval, resampling photos (the cluster bootstrap).
+def bootstrap_mean(values, photos):
+    """Mean over images and its 95 % percentile bootstrap interval, resampling photos (the cluster bootstrap).
 
     values: N, or NxM for M metrics at once. photos: N labels, equal for images made from one photo.
     Returns (mean, lo, hi), floats for N values and arrays of M for NxM. NaN values (undefined, as fmse under an empty
     mask) are left out. With one photo, or where a value is infinite, lo and hi are NaN: there is nothing to resample.
-    The same photos, repeats and seed draw the same resamples, so the columns and repeated calls are comparable.
-    Raises HarmonyError for no values, lengths that differ, or a level outside (0, 1).
+    Equal photos draw equal resamples, so columns and calls are comparable.
+    Raises HarmonyError for no values, or another number of photos.
     """
-    table = np.asarray(values, dtype=np.float64)
-    single = table.ndim == 1
-    table = table[:, None] if single else table
-    photos = np.asarray(photos)
-    if table.ndim != 2 or not table.size or photos.shape != table.shape[:1]:
-        raise HarmonyError(
-            f"values {np.shape(values)} and photos {photos.shape}: give values and one photo label per image"
-        )
-    if not 0 < level < 1 or repeats < 1:
-        raise HarmonyError(f"level {level}, repeats {repeats}: level lies between 0 and 1, repeats is at least 1")
-    defined = ~np.isnan(table)
+    values = np.asarray(values, np.float64)
+    if not values.size or len(values) != len(photos):
+        raise HarmonyError(f"values {values.shape}, {len(photos)} photos: give values and one photo label per image")
+    mean, draws = _resampled(values.reshape(len(values), -1), photos)
+    ends = np.full((2, len(mean)), np.nan)
+    for column in np.flatnonzero(np.isfinite(mean)) if len(draws) else ():
+        ends[:, column] = np.nanquantile(draws[:, column], ENDS)  # NaN: a resample without a defined value
+    return tuple(map(float, (mean[0], *ends[:, 0]))) if values.ndim == 1 else (mean, *ends)
+
+
+def _resampled(table, photos) -> tuple[np.ndarray, np.ndarray]:
+    """Means of an NxM table over images: M, and REPEATSxM of resampled photos (none of one photo)."""
     clusters, cluster = np.unique(photos, return_inverse=True)
-    sums, counts = np.zeros((2, len(clusters), table.shape[1]))
+    defined, n = ~np.isnan(table), len(clusters)
+    sums, counts = np.zeros((2, n, table.shape[1]))
     np.add.at(sums, cluster, np.where(defined, table, 0.0))
     np.add.at(counts, cluster, defined)
-
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = sums.sum(0) / counts.sum(0)
-        resampled = _resample(sums, counts, repeats, seed)
-    lo, hi = np.full((2, table.shape[1]), np.nan)
-    if len(clusters) > 1:
-        for column in np.flatnonzero(np.isfinite(mean)):
-            draws = resampled[:, column]  # NaN where a resample holds no defined value
-            lo[column], hi[column] = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    if single:
-        return float(mean[0]), float(lo[0]), float(hi[0])
-    return mean, lo, hi
+        sums = np.where(np.isfinite(sums), sums, 0.0)  # columns with infinities get no interval
+        rng, draws, block = np.random.default_rng(0), [], max(1, 4_000_000 // n)  # blocks bound the memory
+        for start in range(0, REPEATS if n > 1 else 0, block):
+            rows = min(block, REPEATS - start)
+            drawn = rng.integers(n, size=(rows, n)) + np.arange(rows)[:, None] * n
+            weights = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+            draws.append((weights @ sums) / (weights @ counts))
+    return mean, np.concatenate(draws) if draws else np.empty((0, table.shape[1]))
 
 
-def _resample(sums, counts, repeats, seed) -> np.ndarray:
-    """Means of `repeats` resamples of the clusters (rows of sums and counts), repeats x M; memory is bounded."""
-    rng, n = np.random.default_rng(seed), len(sums)
-    sums = np.where(np.isfinite(sums), sums, 0.0)  # columns with infinities get no interval
-    means, block = [], max(1, 4_000_000 // n)
-    for start in range(0, repeats, block):
-        rows = min(block, repeats - start)
-        drawn = rng.integers(n, size=(rows, n)) + np.arange(rows)[:, None] * n
-        weights = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
-        means.append((weights @ sums) / (weights @ counts))
-    return np.concatenate(means)
-
-
-def paired_difference(a, b, photos, repeats=2000, level=0.95, seed=0):
+def paired_difference(a, b, photos):
     """Mean of a - b per image with its interval over photos: (mean, lo, hi).
 
     a, b: N values of one metric for two models on the same images in the same order. Pairs without a defined
-    difference (NaN, or two infinite PSNRs) are left out. Raises HarmonyError as `bootstrap_mean`, and for lengths that
-    differ.
+    difference (NaN, or two infinite PSNRs) are left out. Raises HarmonyError as `bootstrap_mean`.
     """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.ndim != 1 or a.shape != b.shape:
-        raise HarmonyError(f"a {a.shape} and b {b.shape}: give both models' values for the same images")
     with np.errstate(invalid="ignore"):
-        return bootstrap_mean(a - b, photos, repeats, level, seed)
+        return bootstrap_mean(np.subtract(a, b, dtype=np.float64), photos)
 
 
-def reduction(after, before, photos, repeats=2000, level=0.95, seed=0):
-    """1 - mean(after) / mean(before) of a squared error with its interval over photos: (value, lo, hi).
-
-    after, before: N values on the same images. Raises HarmonyError as `bootstrap_mean`.
-    """
-    table, photos = np.stack([after, before], axis=1).astype(np.float64), np.asarray(photos)
-    value = 1 - table[:, 0].mean() / table[:, 1].mean()
-    clusters, cluster = np.unique(photos, return_inverse=True)
-    sums = np.zeros((len(clusters), 2))
-    np.add.at(sums, cluster, table)
-    if len(clusters) < 2:
-        return float(value), float("nan"), float("nan")
-    draws = _resample(sums, np.ones_like(sums), repeats, seed)
-    lo, hi = np.quantile(1 - draws[:, 0] / draws[:, 1], [(1 - level) / 2, (1 + level) / 2])
-    return float(value), float(lo), float(hi)
+def reduction(after, before, photos):
+    """1 - mean(after) / mean(before) of a squared error on N images, with its interval over photos: (value, lo, hi)."""
+    mean, draws = _resampled(np.stack([after, before], axis=1).astype(np.float64), photos)
+    ends = np.quantile(1 - draws[:, 0] / draws[:, 1], ENDS) if len(draws) else (math.nan, math.nan)
+    return tuple(map(float, (1 - mean[0] / mean[1], *ends)))
 
 
-def verdict(difference, lo, hi, n_photos, minimum_photos=20) -> str:
+def verdict(difference, lo, hi, n_photos) -> str:
     """What a measured effect says about a claim; never a verdict without a number.
 
     difference, lo, hi: the effect and its interval, positive where it supports the claim (turn the sign for MSE; for
-    "stays the same" claims pass margin - |effect|). None or NaN as difference: "not run". Fewer than `minimum_photos`
-    photos: "too few photos for a verdict". Else "holds here" when the whole interval lies above 0, otherwise
-    "does not show at this scale".
+    "stays the same" claims pass margin - |effect|). None or NaN as difference: "not run". Fewer than 20 photos: "too
+    few photos for a verdict". Else "holds here" when the whole interval lies above 0, otherwise "does not show at this
+    scale".
     """
     if difference is None or math.isnan(difference):
         return NOT_RUN
-    if n_photos < minimum_photos:
+    if n_photos < MINIMUM_PHOTOS:
         return TOO_FEW
     return HOLDS if difference > 0 and lo is not None and lo > 0 and hi >= lo else ABSENT

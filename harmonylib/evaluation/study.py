@@ -21,8 +21,7 @@ from ..core.json_files import read_json
 from ..core.seeds import rng
 from ..data.embedded_photos import CATALOGUE, load_photos
 from ..data.readers import detect, read_examples
-
-_PAGE = Path(__file__).with_name("study.html")
+from .statistics import ENDS, REPEATS
 
 
 def read_composites(folder=None, size: int = 256) -> list[tuple[str, np.ndarray, np.ndarray]]:
@@ -56,22 +55,22 @@ def no_reference(output, composite, mask) -> dict:
     levels. change: mean CIE76 difference of the foreground to the composite's. gap: CIE76 distance between the mean
     colours of foreground and background (NaN without background). detail: correlation of the foreground's high-passed
     lightness with the composite's, 1 where texture is kept (NaN for flat ones). clipped: share of foreground values
-    that newly reach 0 or 255. Raises HarmonyError for sizes that differ or an empty mask.
+    that newly reach 0 or 255. Raises HarmonyError for an empty mask.
     """
-    if output.shape != composite.shape or mask.shape != composite.shape[:2] or not mask.any():
-        raise HarmonyError(f"no_reference: {output.shape}, {composite.shape}, {mask.shape} or an empty mask; mend them")
+    if not mask.any():
+        raise HarmonyError("no_reference: an empty mask; paint the foreground white")
     before, after = (rgb2lab(image).astype(np.float32) for image in (composite, output))
     weight = mask.astype(np.float32)  # the means are of foreground pixels only
     area = np.maximum(cv2.blur(weight, (5, 5)), 1e-6)
     fine = [(lab[..., 0] - cv2.blur(lab[..., 0] * weight, (5, 5)) / area)[mask] for lab in (before, after)]
     outside = np.abs(output.astype(int) - composite)[~mask]
-    extreme = [((image == 0) | (image == 255))[mask] for image in (composite, output)]
+    clipped = np.isin(output, (0, 255)) & ~np.isin(composite, (0, 255))
     return {
         "background_change": int(outside.max(initial=0)),
         "change": float(np.linalg.norm(after - before, axis=-1)[mask].mean()),
         "gap": float(np.linalg.norm(after[mask].mean(0) - after[~mask].mean(0))) if outside.size else float("nan"),
         "detail": float(np.corrcoef(*fine)[0, 1]) if min(map(np.std, fine)) > 1e-3 else float("nan"),
-        "clipped": float((extreme[1] & ~extreme[0]).mean()),
+        "clipped": float(clipped[mask].mean()),
     }
 
 
@@ -82,12 +81,11 @@ def read_folders(folders: dict[str, str]) -> dict[str, dict[str, np.ndarray]]:
         if not Path(folder).is_dir():
             raise HarmonyError(f"{folder}: no such folder of {method}'s pictures")
         files[method] = {stem_of(path): path for path in pictures_in(folder)[0]}
-    first, *others = files
-    for method in others:
-        odd = sorted(files[method].keys() ^ files[first].keys())
-        if odd:
+    first = next(iter(files))
+    for method, found in files.items():
+        if odd := sorted(found.keys() ^ files[first].keys()):
             raise HarmonyError(f"{odd[0]}: in only one of {folders[first]} and {folders[method]}; give both all images")
-    return {name: {method: read_image(files[method][name]) for method in files} for name in files[first]}
+    return {name: {method: read_image(found[name]) for method, found in files.items()} for name in files[first]}
 
 
 def write_page(path, scenes: dict[str, dict[str, np.ndarray]]) -> None:
@@ -99,21 +97,15 @@ def write_page(path, scenes: dict[str, dict[str, np.ndarray]]) -> None:
     """
     if not scenes or any(len(versions) < 2 for versions in scenes.values()):
         raise HarmonyError(f"{path}: a study needs an image and two methods at least; give METHOD=FOLDER twice")
-    key, groups = {}, []
-
-    def code(*words):
-        opaque = hashlib.blake2b("\x1f".join(words).encode(), digest_size=6).hexdigest()
-        key[opaque] = words[-1]
-        return opaque
-
+    key, groups = [], []
     for name, versions in scenes.items():
-        options = {code(name, method): _data_uri(image) for method, image in versions.items()}
-        order = rng("study", name).permutation(sorted(options))
-        groups.append({"code": code(name), "options": {option: options[option] for option in order}})
-    identity = hashlib.blake2b(json.dumps(groups).encode(), digest_size=8).hexdigest()
-    data = {"id": identity, "scenes": groups, "key": base64.b64encode(json.dumps(key).encode()).decode()}
+        methods = rng("study", name).permutation(sorted(versions)).tolist()
+        key.append((name, methods))
+        groups.append([_data_uri(versions[method]) for method in methods])
+    data = {"scenes": groups, "key": base64.b64encode(json.dumps(key).encode()).decode()}
+    data["id"] = hashlib.blake2b(json.dumps(data).encode(), digest_size=8).hexdigest()
+    page = Path(__file__).with_name("study.html").read_text(encoding="utf-8").replace("STUDY_DATA", json.dumps(data))
     with atomic_path(path) as temporary:
-        page = _PAGE.read_text(encoding="utf-8").replace("STUDY_DATA", json.dumps(data))
         temporary.write_text(page, encoding="utf-8")
 
 
@@ -135,21 +127,21 @@ def read_votes(files) -> pd.DataFrame:
         try:
             study, participant = data["study"], data["participant"]
             votes = [(str(v["image"]), str(v["choice"]), tuple(map(str, v["shown"]))) for v in data["votes"]]
-            valid = all(choice in shown for _, choice, shown in votes) and len({v[0] for v in votes}) == len(votes)
         except (TypeError, KeyError):
-            valid = False
-        if not valid or not votes:
+            votes = []
+        images = {image for image, choice, shown in votes if choice in shown}
+        if not votes or len(images) < len(votes):
             raise HarmonyError(f"{path}: not a votes file of a study page, or without votes; ask for the saved file")
-        studies.setdefault(study, path)
-        if len(studies) > 1:
+        if studies and study not in studies:
             raise HarmonyError(f"{path}: of another study than {next(iter(studies.values()))}; count them apart")
-        if owners.setdefault(participant, path) is not path:
+        if participant in owners:
             raise HarmonyError(f"{path}: the same participant as in {owners[participant]}; keep the later file")
+        studies[study], owners[participant] = path, path
         rows += [(participant, *vote) for vote in votes]
     return pd.DataFrame(rows, columns=["participant", "image", "choice", "shown"])
 
 
-def count_votes(votes: pd.DataFrame, repeats: int = 2000, seed: int = 0) -> dict:
+def count_votes(votes: pd.DataFrame) -> dict:
     """The contrastive paper's Table V of `read_votes`' rows, in the form of evaluation.json.
 
     {"n": votes, "photos": images, "participants", "models": {method: {"all": {"n", "photos", "votes",
@@ -158,12 +150,12 @@ def count_votes(votes: pd.DataFrame, repeats: int = 2000, seed: int = 0) -> dict
     and votes on one image go together; with one of both they are NaN: there is nothing to resample.
     """
     people, images = (pd.factorize(votes[column]) for column in ("participant", "image"))
-    methods = sorted({method for shown in votes["shown"] for method in shown})
-    methods.sort(key=lambda method: -(votes["choice"] == method).sum())
+    cast = votes["choice"].value_counts()
+    methods = sorted({method for shown in votes["shown"] for method in shown}, key=lambda m: (-cast.get(m, 0), m))
     counts = np.zeros((len(people[1]), len(images[1]), len(methods)))
     np.add.at(counts, (people[0], images[0], [methods.index(choice) for choice in votes["choice"]]), 1)
-    draw = rng(seed, "votes")
-    weights = [draw.multinomial(n, np.full(n, 1 / n), repeats).astype(float) for n in counts.shape[:2]]
+    draw = rng(0, "votes")
+    weights = [draw.multinomial(n, np.full(n, 1 / n), REPEATS).astype(float) for n in counts.shape[:2]]
     drawn = np.einsum("rp,pim,ri->rm", weights[0], counts, weights[1], optimize=True)
     with np.errstate(invalid="ignore"):
         drawn = 100 * drawn / drawn.sum(1, keepdims=True)  # NaN where nobody of the resample saw its images
@@ -171,7 +163,7 @@ def count_votes(votes: pd.DataFrame, repeats: int = 2000, seed: int = 0) -> dict
     about = {"n": len(votes), "photos": len(images[1])}
 
     def interval(values):
-        return [float("nan")] * 2 if counts[..., 0].size == 1 else np.nanquantile(values, (0.025, 0.975)).tolist()
+        return [float("nan")] * 2 if counts[..., 0].size == 1 else np.nanquantile(values, ENDS).tolist()
 
     models, paired = {}, {}
     for k, method in enumerate(methods):

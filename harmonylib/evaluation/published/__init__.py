@@ -17,12 +17,6 @@ def load(paper: str | None = None) -> pd.DataFrame:
     """
     if paper is not None and paper not in PAPERS:
         raise HarmonyError(f"paper {paper!r}: no published numbers; choose one of {', '.join(PAPERS)}")
-    tables = []
-    for name in PAPERS if paper is None else (paper,):
-        with (files(__package__) / f"{name}.csv").open(encoding="utf-8") as file:
-            tables.append(
-                pd.read_csv(
-                    file, dtype={"table": str, "value": float}, keep_default_na=False, na_values={"value": [""]}
-                )
-            )
+    options = {"dtype": {"table": str, "value": float}, "keep_default_na": False, "na_values": {"value": [""]}}
+    tables = [pd.read_csv(files(__package__) / f"{name}.csv", **options) for name in PAPERS if paper in (None, name)]
     return pd.concat(tables, ignore_index=True)
