@@ -74,8 +74,9 @@ bench: .venv  ## ours against the plain implementation, timed in one run: a tabl
 fuzz: .venv  ## 10,000 generated inputs for everything that reads files and settings
 	FUZZ_INPUTS=10000 .venv/bin/python -m pytest -q tests/test_fuzz.py
 
-test-long: test fuzz  ## what takes long, too: 10,000 generated inputs, 1,000 odd uploads to the app
+test-long: test fuzz  ## what takes long, too: 10,000 generated inputs, 1,000 odd uploads, README's commands, a wheel
 	ODD_UPLOADS=1000 .venv/bin/python -m pytest -q tests/test_app.py -k odd
+	.venv/bin/python -m pytest -q tests/long/*.py
 
 clean:  ## remove .venv and tool caches; data, models and reports stay
 	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info

@@ -25,10 +25,8 @@ def __getattr__(name):
     """Load public names on first use, so that `import harmonylib` is quick."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'harmonylib' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
 
 
 def __dir__():
-    return sorted(set(globals()) | set(_PUBLIC))
+    return sorted({*globals(), *_PUBLIC})

@@ -29,10 +29,8 @@ def tiny_vae():
 @pytest.fixture
 def tiny_pipeline(tiny_vae):
     torch.manual_seed(1)
-    unet = build_unet((32, 32)).eval()
-    pipeline = DiffHarmonyPipeline(
-        HarmonyVAE.from_vae(tiny_vae), unet, base_scheduler("v_prediction"), PromptEmbedding(1, 32)
-    )
+    vae, unet = HarmonyVAE.from_vae(tiny_vae), build_unet((32, 32)).eval()
+    pipeline = DiffHarmonyPipeline(vae, unet, base_scheduler("v_prediction"), PromptEmbedding(1, 32))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -10,6 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import odd
@@ -27,7 +28,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """photo.png, mask.png (other size: small.png) and a random ResUNet in toy/."""
+    """photo.png, mask.png (as a cut-out: cut.png; of another size: small.png) and a random ResUNet in toy/."""
     root = tmp_path_factory.mktemp("app")
     ramp = np.linspace(0, 200, 320)[None, :, None] + np.arange(200)[:, None, None] / 5 + [0, 10, 15]
     Image.fromarray(ramp.astype(np.uint8)).save(root / "photo.png")
@@ -35,6 +36,7 @@ def folder(tmp_path_factory):
     mask[50:150, 100:220] = 255
     Image.fromarray(mask).save(root / "mask.png")
     Image.fromarray(mask[::2, ::2]).save(root / "small.png")
+    odd.layers((9, 9, 9), mask).save(root / "cut.png")
     save_resunet(root / "toy")
     return root
 
@@ -45,13 +47,8 @@ def address(folder):
     (folder / "cwd").mkdir()
     command = [sys.executable, "-m", "harmonylib.tools.cli", "app", "--port", "0", "--no-browser", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder / "cwd")}
-    process = subprocess.Popen(
-        [*command, "--model", str(folder / "toy")],
-        cwd=folder / "cwd",
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command += ["--model", str(folder / "toy")]
+    process = subprocess.Popen(command, cwd=folder / "cwd", env=environment, stdout=subprocess.PIPE, text=True)
     yield re.search(r"http://\S+/", process.stdout.readline())[0]
     process.terminate()
     process.wait(20)
@@ -81,16 +78,22 @@ def post(address, files, **fields):
     return status, lines, answer
 
 
-def test_upload_to_download(address, folder):
-    files = {"picture": folder / "photo.png", "mask": folder / "mask.png"}
-    status, lines, data = post(address, files, model="toy", strength=1)
+def check_change(before, after, region):
+    """Only the region changed."""
+    before, after, region = (np.asarray(Image.open(file)) for file in (before, after, region))
+    assert np.array_equal(before[region < 128], after[region < 128])
+    assert not np.array_equal(before[region > 127], after[region > 127])
+
+
+@pytest.mark.parametrize("mask", ["mask.png", "cut.png"])
+def test_upload_to_download(address, folder, mask):
+    status, lines, data = post(
+        address, {"picture": folder / "photo.png", "mask": folder / mask}, model="toy", strength=1
+    )
     assert status == 200 and lines[-1] == {"name": "photo-harmonized.png", "type": "image/png", "bytes": len(data)}
-    assert [line.get("stage") for line in lines[:-1]] == [
-        "waiting", "reading", "loading the model", "harmonizing", "saving"
-    ]  # fmt: skip
-    before, after = np.asarray(Image.open(folder / "photo.png")), np.asarray(Image.open(io.BytesIO(data)))
-    region = np.asarray(Image.open(folder / "mask.png")) > 127
-    assert np.array_equal(before[~region], after[~region]) and not np.array_equal(before[region], after[region])
+    stages = [line.get("stage") for line in lines[:-1]]
+    assert stages == ["waiting", "reading", "loading the model", "harmonizing", "saving"]
+    check_change(folder / "photo.png", io.BytesIO(data), folder / "mask.png")
 
 
 def test_bad_uploads_are_one_line(address, folder):
@@ -136,32 +139,28 @@ def test_odd_uploads_leave_it_serving(address, folder, tmp_path):
     assert lines[-1]["bytes"] == len(data)
 
 
+def from_here(routes, ask, *words, **options):
+    """What `ask(address, …)` returns of an app that this process serves."""
+
+    async def serve():
+        sockets = bind_sockets(0, "127.0.0.1")
+        HTTPServer(routes).add_sockets(sockets)
+        address = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/"
+        return await asyncio.to_thread(ask, address, *words, **options)
+
+    return asyncio.run(serve())
+
+
 def test_what_is_no_error_of_ours_frees_the_queue(folder, monkeypatch):
     def broken(*words, **options):
         raise SystemError("two\nlines")
 
-    async def ask():
-        monkeypatch.setattr(app, "harmonize", broken)
-        routes = app.application("127.0.0.1", [folder / "toy"], "cpu")
-        sockets = bind_sockets(0, "127.0.0.1")
-        HTTPServer(routes).add_sockets(sockets)
-        address, files = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/", ("photo.png", "mask.png")
-        files = dict(zip(("picture", "mask"), (folder / name for name in files), strict=True))
-        for _ in range(app.MAX_WAITING + 1):
-            answer = await asyncio.to_thread(post, address, files, model="toy")
-            assert answer[1][-1] == {"error": "SystemError: two lines"} and not routes.settings["waiting"]
-
-    asyncio.run(ask())
-
-
-def test_a_cut_out_is_a_mask(address, folder, tmp_path):
-    region = np.asarray(Image.open(folder / "mask.png")) > 127
-    odd.layers((9, 9, 9), region).save(tmp_path / "cut.png")
-    _, lines, data = post(
-        address, {"picture": folder / "photo.png", "mask": tmp_path / "cut.png"}, model="toy", strength=1
-    )
-    changed = (np.asarray(Image.open(io.BytesIO(data))) != np.asarray(Image.open(folder / "photo.png"))).any(-1)
-    assert changed[region].any() and not changed[~region].any()
+    monkeypatch.setattr(app, "harmonize", broken)
+    routes = app.application("127.0.0.1", [folder / "toy"], "cpu")
+    files = {"picture": folder / "photo.png", "mask": folder / "mask.png"}
+    for _ in range(app.MAX_WAITING + 1):
+        _, lines, _ = from_here(routes, post, files, model="toy")
+        assert lines[-1] == {"error": "SystemError: two lines"} and not routes.settings["waiting"]
 
 
 @pytest.mark.parametrize(
@@ -177,12 +176,8 @@ def test_a_cut_out_is_a_mask(address, folder, tmp_path):
     ],
 )
 def test_origins_behind_a_proxy(folder, host, origins, asked, status):
-    async def ask():
-        sockets = bind_sockets(0, "127.0.0.1")
-        HTTPServer(app.application(host, [folder / "toy"], "cpu", origins)).add_sockets(sockets)
-        return await asyncio.to_thread(fetch, f"http://127.0.0.1:{sockets[0].getsockname()[1]}/setup", **asked)
-
-    assert asyncio.run(ask())[0] == status
+    routes = app.application(host, [folder / "toy"], "cpu", origins)
+    assert from_here(routes, lambda address: fetch(f"{address}setup", **asked)[0]) == status
 
 
 def test_an_origin_that_is_none(folder):
@@ -203,11 +198,8 @@ def test_examples(address):
     offered = json.loads(fetch(f"{address}setup")[1])
     assert offered["models"][0] == "toy" and len(offered["examples"]) >= 3
     for name in offered["examples"]:
-        sizes = {
-            Image.open(io.BytesIO(fetch(f"{address}examples/{name.replace(' ', '%20')}/{part}")[1])).size
-            for part in ("picture", "mask")
-        }
-        assert len(sizes) == 1
+        files = (fetch(f"{address}examples/{quote(name)}/{part}")[1] for part in ("picture", "mask"))
+        assert len({Image.open(io.BytesIO(file)).size for file in files}) == 1
 
 
 @pytest.fixture
@@ -227,7 +219,7 @@ def downloaded(page, path):
     with page.expect_download() as download:
         page.click("#download")
     download.value.save_as(path)
-    return download.value.suggested_filename, np.asarray(Image.open(path))
+    return download.value.suggested_filename
 
 
 def test_page_with_odd_files_and_then_a_good_one(page, folder, tmp_path):
@@ -247,10 +239,8 @@ def test_page_with_files(page, folder, tmp_path):
     page.select_option("#model", "toy")
     page.click("#go")
     page.wait_for_selector("#compare:visible")
-    name, after = downloaded(page, tmp_path / "out.png")
-    before, region = np.asarray(Image.open(folder / "photo.png")), np.asarray(Image.open(folder / "mask.png")) > 127
-    assert name == "photo-harmonized.png"
-    assert np.array_equal(before[~region], after[~region]) and not np.array_equal(before[region], after[region])
+    assert downloaded(page, tmp_path / "out.png") == "photo-harmonized.png"
+    check_change(folder / "photo.png", tmp_path / "out.png", folder / "mask.png")
     page.fill("#compare", "20")
     assert page.eval_on_selector("#after", "e => getComputedStyle(e).clipPath") == "inset(0px 0px 0px 20%)"
     page.click("#edit")
@@ -280,8 +270,8 @@ def test_page_with_a_drawn_mask(page, folder, tmp_path):
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.click("#go")
     page.wait_for_selector("#compare:visible")
-    _, after = downloaded(page, tmp_path / "out.png")
-    before = np.asarray(Image.open(folder / "photo.png"))
+    downloaded(page, tmp_path / "out.png")
+    before, after = (np.asarray(Image.open(path)) for path in (folder / "photo.png", tmp_path / "out.png"))
     changed = (before != after).any(-1)
     rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
     assert np.abs(np.array([rows[0], rows[-1], columns[0], columns[-1]]) - [50, 150, 80, 240]).max() <= 3

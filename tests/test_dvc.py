@@ -61,9 +61,8 @@ class Settings(ast.NodeVisitor):
 
     def visit_Call(self, node):
         names = [self.dotted(argument) for argument in node.args]
-        if (
-            "" in names and ast.unparse(node.func) != "getattr"
-        ):  # all of `run`: what the function reads of it, and the section that it is told by name
+        if "" in names and ast.unparse(node.func) != "getattr":
+            # all of `run`: what the function reads of it, and the section that it is told by name
             texts = {value.value for value in node.args if isinstance(value, ast.Constant)}
             self.found |= texts & SECTIONS | settings_of(ast.unparse(node.func).split(".")[-1], names.index(""))
         for argument in (node.func, *node.args, *node.keywords):
@@ -71,11 +70,10 @@ class Settings(ast.NodeVisitor):
                 self.visit(argument)
 
     def visit_Attribute(self, node):
-        name = self.dotted(node)
-        if name is None:
-            self.generic_visit(node)
-        else:
+        if name := self.dotted(node):
             self.found.add(name)
+        else:
+            self.generic_visit(node)
 
     def visit_Name(self, node):
         if self.known.get(node.id) and isinstance(node.ctx, ast.Load):
@@ -105,15 +103,17 @@ def below(name: str, other: str, mark: str) -> bool:
     return name == other or name.startswith(other + mark)
 
 
-def test_settings_are_found_in_code():
-    code = """run = settings()
-P, size = run.resunet, run.evaluation.size
-A = run.ablations
-training = TrainSettings.of(run, "diffharmony", task)
-print(f"{run.seed}", A.seeds, vars(P))"""
-    reader = Settings({})
-    reader.visit(ast.parse(code))
-    assert reader.found == {"seed", "ablations.seeds", "resunet", "diffharmony", "precision", "compile"}
+def test_what_an_edit_reruns():
+    """What `dvc status` names after it: the stages that list the file or a folder above it."""
+    listed = {stage.id: set().union(*stage.values[1]) for stage in stages()}
+
+    def reruns(file: str) -> set[str]:
+        return {stage for stage, deps in listed.items() if any(below(file, dep, "/") for dep in deps)}
+
+    assert not reruns("harmonylib/tools/app.py") | reruns("harmonylib/tools/app_page/app.js")
+    training = reruns("harmonylib/training.py")
+    assert {"base", "harmony_vae", "diffharmony", "resunet"} <= training <= reruns("harmonylib/data/batches.py")
+    assert {"evaluation", "report"} <= reruns("harmonylib/evaluation/statistics.py")
 
 
 @pytest.mark.parametrize(("notebooks", "deps", "params"), stages())

@@ -60,7 +60,7 @@ def command(*arguments):
 def test_run_is_stable_typed_and_quiet(root, monkeypatch, capfd):
     write(root / "notebooks/03_x.ipynb", PARAMETERS, NOISY, FIGURE)
     executed = root / "reports/notebooks/03_x-inverse-3.ipynb"
-    (root / "reports/notebooks").mkdir(parents=True)
+    executed.parent.mkdir(parents=True)
     executed.with_suffix(".failed.ipynb").write_text("of an earlier run")
     arguments = ["-p", "task=inverse", "-p", "seed=3"]
     assert command("run", "notebooks/03_x.ipynb", *arguments) == 0
@@ -98,7 +98,7 @@ def test_a_users_settings_change_nothing(root, monkeypatch):
     assert "image/png" in text and "svg" not in text and "white" in text and "red" not in text
 
 
-def test_a_failing_cell(root, capfd):
+def test_a_failing_cell_and_a_dying_kernel(root, capfd):
     write(root / "notebooks/a.ipynb", "x = 1", "print('before')", "raise ValueError('the reason\\nand more')", "x")
     good = root / "reports/notebooks/a.ipynb"
     good.parent.mkdir(parents=True)
@@ -110,10 +110,7 @@ def test_a_failing_cell(root, capfd):
     assert good.read_text() == "the last good run"
     partial = nbformat.read(root / "reports/notebooks/a.failed.ipynb", as_version=4)
     assert any(output.get("text") == "before\n" for cell in partial.cells for output in cell.get("outputs", []))
-
-
-def test_a_dying_kernel(root, capfd):
-    write(root / "a.ipynb", "x = 1", "import os; os.kill(os.getpid(), 9)")
+    write(root / "a.ipynb", "x = 1", "import os; os.kill(os.getpid(), 9)", "x")
     assert command("run", "a.ipynb") == 1
     error = capfd.readouterr().err
     assert error.startswith("error: a.ipynb, cell In [2]: the kernel died") and error.count("\n") == 1
@@ -149,9 +146,10 @@ def test_a_notebook_as_a_program(root):
     [
         ("tusk=inverse", "no parameter tusk; did you mean task?"),
         ("colour=1", "no parameter colour (it has task, seed, rate, fast, limit)"),
-        ("seed=x", "parameter seed must be an int, not 'x'"),
-        ("fast=0", "parameter fast must be true or false, not 0"),
-        ("task=3", """parameter task must be a string, not 3 (an int); to pass text: -p task='"3"'"""),
+        ("seed=x", "parameter seed must be of type int like 0, not 'x'"),
+        ("seed=true", "parameter seed must be of type int like 0, not True"),
+        ("fast=0", "parameter fast must be of type bool like True, not 0"),
+        ("task=3", """parameter task must be of type str like 'harmonize', not 3; to pass text: -p task='"3"'"""),
         ("seed", "-p seed: must be NAME=VALUE"),
         ("seed=[1", "-p seed=[1, line 1: not valid YAML"),
     ],
@@ -169,12 +167,13 @@ def test_values_are_typed():
     assert notebooks.parse_parameters(pairs) == dict(a=False, b=1e-4, c="inverse", d=[1, 2], e=None, f=None, g="x=y")
 
 
-@pytest.mark.parametrize("text", [None, "{", "{}", '{"cells": 3, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}'])
-def test_damaged_notebooks_are_named(root, text):
-    if text is not None:
+def test_damaged_notebooks_are_named(root):
+    for text in ("", "{", "{}", '{"cells": 3, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}'):
         (root / "a.ipynb").write_text(text)
-    with pytest.raises(HarmonyError, match="^a.ipynb: n"):
-        notebooks.read_notebook("a.ipynb")
+        with pytest.raises(HarmonyError, match="^a.ipynb: not a valid notebook"):
+            notebooks.read_notebook("a.ipynb")
+    with pytest.raises(HarmonyError, match="^b.ipynb: no such notebook"):
+        notebooks.read_notebook("b.ipynb")
 
 
 def test_strip(root, capsys):
@@ -198,23 +197,16 @@ def test_strip(root, capsys):
     }  # fmt: skip
 
 
-def _of_the_repository(test):
-    paths = sorted(path for folder in ("notebooks", "ablations") for path in (REPOSITORY / folder).rglob("*.ipynb"))
-    return pytest.mark.parametrize("path", paths, ids=lambda path: f"{path.parent.name}-{path.stem}")(test)
-
-
-@_of_the_repository
-def test_the_repositorys_notebooks_are_stripped(path):
-    assert not notebooks.strip(path, check=True), f"run: python -m harmonylib.tools.notebooks strip {path}"
-
-
-@_of_the_repository
-def test_no_cell_draws_into_an_output_widget(path):
-    """Headless, an Output widget sends each picture back to the kernel while the cell's reply is on its way; with large
-    pictures the reply was lost now and then, and the notebook hung for ever. ipywidgets.Image does without.
+@pytest.mark.parametrize("folder", ["notebooks", "ablations"])
+def test_the_repositorys_notebooks(folder):
+    """They are stripped, and no cell draws into an Output widget: headless, it sends each picture back to the kernel
+    while the cell's reply is on its way; with large pictures the reply was lost now and then, and the notebook hung for
+    ever. ipywidgets.Image does without.
     """
-    code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
-    assert not re.search(r"\b(interact\w*|Output)\(", code)
+    for path in sorted((REPOSITORY / folder).rglob("*.ipynb")):
+        assert not notebooks.strip(path, check=True), f"run: python -m harmonylib.tools.notebooks strip {path}"
+        code = "\n".join(cell.source for cell in notebooks.read_notebook(path).cells if cell.cell_type == "code")
+        assert not re.search(r"\b(interact\w*|Output)\(", code), path
 
 
 def test_every_notebook_has_exercises_with_solutions():

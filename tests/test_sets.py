@@ -4,20 +4,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from harmonylib.augmentation.candidates import Candidate, Choice, Pair, pairs_of
-from harmonylib.augmentation.sets import (
-    build_human_harmony,
-    clean_photos,
-    human_photos,
-    mix,
-    mix_count,
-    photo_pairs_of,
-)
-from harmonylib.core.cache import file_digest
+from harmonylib.augmentation import sets
+from harmonylib.augmentation.candidates import Pair, pairs_of
+from harmonylib.augmentation.sets import build_human_harmony, clean_photos, human_photos, mix, mix_count, photo_pairs_of
 from harmonylib.core.errors import HarmonyError
-from harmonylib.core.images import resize_image, write_image
+from harmonylib.core.images import paste, resize_image, write_image
 from harmonylib.core.json_files import write_json
 from harmonylib.core.seeds import rng
 from harmonylib.data.audit import audit
@@ -50,20 +44,16 @@ def root(tmp_path_factory):
 
 def write_candidates(root, source, shrink=1, unusable=()):
     """Candidates of the pairs of `source`."""
-    records, pairs = [], {pair.key: pair for pair in pairs_of(read_triples(source, "train"))}
+    rows, pairs = [], {pair.key: pair for pair in pairs_of(read_triples(source, "train"))}
     for subset, name in VARIANTS:
-        rows, pair = [], pairs[subset, name]
         for index in range(K):
             real, mask = photo(name.split("_")[0])
             real[mask] = 10 * index
             image = resize_image(real, (40 // shrink, 48 // shrink))
-            row = {"index": index, "status": "nan" if (name, index) in unusable else "ok", "strength": 10.0 * index}
-            if row["status"] == "ok":
-                row["file"] = write_composite(root, subset, name, f"g{index}", image, ".png")
-            rows.append(row)
-        inputs = [file_digest(pair.real), file_digest(pair.mask)]
-        records.append({"subset": subset, "pair": name, "inputs": inputs, "candidates": rows})
-    write_json(root / "manifest.json", {"settings": {"k": K}, "pairs": records})
+            row = {"subset": subset, "pair": name, "index": index, "inputs": pairs[subset, name].digest()}
+            row |= {"status": "nan" if (name, index) in unusable else "ok", "strength": 10.0 * index}
+            rows.append(row | {"file": write_composite(root, subset, name, f"g{index}", image, ".png")})
+    write_json(root / "manifest.json", {"settings": {"k": K}, "candidates": rows})
     return root
 
 
@@ -85,10 +75,12 @@ def test_mix_count(gamma, n2, n1, count):
     assert mix_count(gamma, n2, n1) == count
 
 
-@pytest.mark.parametrize("gamma", [-0.1, float("nan"), float("inf")])
-def test_bad_gamma(gamma, root, candidates, tmp_path):
-    with pytest.raises(HarmonyError, match="gamma"):
-        mix(root, candidates, tmp_path / "out", gamma, 0)
+def test_bad_gammas(root, candidates, tmp_path):
+    for gamma in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(HarmonyError, match="gamma"):
+            mix(root, candidates, tmp_path / "out", gamma, 0)
+    with pytest.raises(HarmonyError, match="the training list is empty"):
+        mix_count(1.0, 0, 0)
     assert not list(tmp_path.iterdir())
 
 
@@ -98,16 +90,17 @@ def test_counts_of_uneven_pairs(root, candidates, tmp_path):
     assert report["Hday2night"] == {"pairs": 1, "composites": 3, "per_pair": 3, "generated": 3}
     assert all(len(generated(tmp_path / "out", name)) == 3 for _, name in VARIANTS)
     train = read_triples(tmp_path / "out", "train")
-    assert len(train) == 10 + 12 and set(read_lines(root / "IHD_train.txt")) < set(
-        read_lines(tmp_path / "out/IHD_train.txt")
-    )
+    before, after = (set(read_lines(folder / "IHD_train.txt")) for folder in (root, tmp_path / "out"))
+    assert len(train) == 10 + 12 and before < after
     assert (tmp_path / "out" / "IHD_test.txt").read_bytes() == (root / "IHD_test.txt").read_bytes()
     assert len(read_triples(tmp_path / "out", "test")) == 1
     for triple in train:
         composite, mask, real = triple.load()
         if "_g" in triple.name:
             assert composite[mask].std() == 0 and real[mask].std() > 0
-    assert not [p for p in tmp_path.iterdir() if p.name != "out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    summary = json.loads((tmp_path / "out/made_by_harmonylib.json").read_text())
+    assert summary["gamma"] == 1.0 and summary["strength"] == [0.0, None]  # plain JSON
 
 
 def test_choice_depends_on_the_seed_and_grows_with_gamma(root, candidates, tmp_path):
@@ -115,42 +108,41 @@ def test_choice_depends_on_the_seed_and_grows_with_gamma(root, candidates, tmp_p
         mix(root, candidates, tmp_path / name, gamma, seed)
     a, b, c, d = (set(read_lines(tmp_path / name / "IHD_train.txt")) for name in "abcd")
     assert a == b and a < c and a != d
+    assert mix(root, tmp_path / "nothing", tmp_path / "zero", 0, 0)["HFlickr"]["generated"] == 0  # needs no candidates
+    assert read_lines(tmp_path / "zero/IHD_train.txt") == read_lines(root / "IHD_train.txt")
     subset = mix(root, candidates, tmp_path / "e", 0.5, 0, subsets=["HFlickr"])
     assert list(subset) == ["HFlickr"] and set(read_lines(tmp_path / "e" / "IHD_train.txt")) < a
 
 
-def test_gamma_zero_needs_no_candidates(root, tmp_path):
-    assert mix(root, tmp_path / "nothing", tmp_path / "out", 0, 0)["HFlickr"]["generated"] == 0
-    assert read_lines(tmp_path / "out" / "IHD_train.txt") == read_lines(root / "IHD_train.txt")
-
-
-def test_more_than_k_is_an_error(root, candidates, tmp_path):
-    with pytest.raises(HarmonyError, match="asks for 7 .* but there are 5"):
+def test_too_few_candidates(root, candidates, tmp_path):
+    with pytest.raises(HarmonyError, match="asks for 7 generated composites but 5 are usable"):
         mix(root, candidates, tmp_path / "out", 3.0, 0)
     unusable = write_candidates(tmp_path / "unusable", root, unusable={("f1_1", i) for i in range(3)})
     with pytest.raises(HarmonyError, match="f1_1: .* 3 .* 2 are usable"):
         mix(root, unusable, tmp_path / "out", 1.0, 0)
     assert mix(root, unusable, tmp_path / "out", 0.6, 0)["HFlickr"]["per_pair"] == 2
+    report = mix(root, unusable, tmp_path / "out", 1.0, 0, leave_out={("HFlickr", "f1_1")})
+    assert report["HFlickr"] == {"pairs": 3, "composites": 7, "per_pair": 3, "generated": 6}
+    assert not generated(tmp_path / "out", "f1_1") and len(generated(tmp_path / "out", "f0_1")) == 3
     with pytest.raises(HarmonyError, match="strength"):
         mix(root, candidates, tmp_path / "out2", 1.0, 0, strength=(25, 45))
 
 
-def test_pairs_can_be_left_out(root, tmp_path):
-    tiny = write_candidates(tmp_path / "tiny", root, unusable={("f1_1", i) for i in range(K)})
-    report = mix(root, tiny, tmp_path / "out", 1.0, 0, leave_out={("HFlickr", "f1_1")})
-    assert report["HFlickr"] == {"pairs": 3, "composites": 7, "per_pair": 3, "generated": 6}
-    assert not generated(tmp_path / "out", "f1_1") and len(generated(tmp_path / "out", "f0_1")) == 3
-
-
-def test_unfinished_candidates_and_mixed_sets_are_refused(root, candidates, tmp_path):
+def test_what_cannot_be_mixed(root, candidates, tmp_path):
     with pytest.raises(HarmonyError, match="incomplete"):
-        mix(root, tmp_path, tmp_path / "out", 1.0, 0)
-    write_json(tmp_path / "manifest.json", {"pairs": []})
-    with pytest.raises(HarmonyError, match="not a manifest of candidates"):
         mix(root, tmp_path, tmp_path / "out", 1.0, 0)
     mix(root, candidates, tmp_path / "out", 1.0, 0)
     with pytest.raises(HarmonyError, match="already"):
-        mix(tmp_path / "out", candidates, tmp_path / "twice", 0.1, 0)
+        mix(tmp_path / "out", candidates, tmp_path / "other", 0.1, 0)
+    shutil.copytree(root, tmp_path / "set")
+    made = write_candidates(tmp_path / "made", tmp_path / "set")
+    write_image(next((tmp_path / "set/HFlickr/real_images").glob("f1.*")), 255 - photo("f1")[0])
+    with pytest.raises(HarmonyError, match=r"f1\..*: changed .* run `harmonylib generate` again"):
+        mix(tmp_path / "set", made, tmp_path / "other", 1.0, 0)
+    write_list(tmp_path / "set", "train", [])
+    with pytest.raises(HarmonyError, match="the train list has no composites"):
+        mix(tmp_path / "set", candidates, tmp_path / "other", 1.0, 0)
+    assert not (tmp_path / "other").exists()
 
 
 def test_small_candidates_are_brought_to_the_reals_size(root, tmp_path):
@@ -163,24 +155,16 @@ def test_small_candidates_are_brought_to_the_reals_size(root, tmp_path):
             assert abs(int(composite[19, 18, 0]) - 10 * int(triple.name[-1])) <= 1
 
 
-def test_candidates_of_a_photo_that_changed_are_refused(root, tmp_path):
-    shutil.copytree(root, tmp_path / "set")
-    made = write_candidates(tmp_path / "made", tmp_path / "set")
-    real = next((tmp_path / "set/HFlickr/real_images").glob("f1.*"))
-    write_image(real, 255 - photo("f1")[0])
-    with pytest.raises(HarmonyError, match=r"f1\..*: changed .* run `harmonylib generate` again"):
-        mix(tmp_path / "set", made, tmp_path / "out", 1.0, 0)
-    assert not (tmp_path / "out").exists()
+def full(*_):
+    raise OSError(28, "No space left on device")
 
 
 def test_an_interrupted_mix_leaves_the_old_set(root, candidates, tmp_path, monkeypatch):
     out = tmp_path / "out"
     mix(root, candidates, out, 0.2, 0)
     before = (out / "IHD_train.txt").read_bytes()
-    monkeypatch.setattr(
-        "harmonylib.augmentation.sets.write_list", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full"))
-    )
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(sets, "write_list", full)
+    with pytest.raises(OSError, match="No space"):
         mix(root, candidates, out, 1.0, 0)
     monkeypatch.undo()
     assert (out / "IHD_train.txt").read_bytes() == before
@@ -198,21 +182,19 @@ def test_foreign_folders_are_never_replaced(root, candidates, tmp_path):
 
 
 def human(folder, names):
-    pairs, choices = [], []
+    """(pairs, choices) of photos, each with the kept candidate g3 and a rejected one."""
+    files = []
     for name in names:
-        real, mask = photo(name)
-        write_image(folder / "images" / f"{name}.png", real)
-        write_image(folder / "masks" / f"{name}.png", mask)
-        pairs.append((folder / "images" / f"{name}.png", folder / "masks" / f"{name}.png"))
-    pairs = photo_pairs_of(pairs)
+        files.append((folder / "images" / f"{name}.png", folder / "masks" / f"{name}.png"))
+        for path, part in zip(files[-1], photo(name), strict=True):
+            write_image(path, part)
+    pairs, rows = photo_pairs_of(files), []
     for number, pair in enumerate(pairs):
         real, mask = pair.load(24)
-        real = real.copy()
-        real[mask] = number
-        line = write_composite(folder / "candidates", pair.subset, pair.name, "g3", real, ".png")
-        kept = Candidate(*pair.key, 3, folder / "candidates" / line, 9.0)
-        choices.append(Choice(kept, 0.9, ((Candidate(*pair.key, 0, kept.path, 1.0), 0.1),)))
-    return pairs, choices
+        composite = paste(np.full_like(real, number), real, mask)
+        line = write_composite(folder / "candidates", pair.subset, pair.name, "g3", composite, ".png")
+        rows += [(*pair.key, folder / "candidates" / line, kept) for kept in (True, False)]
+    return pairs, pd.DataFrame(rows, columns=["subset", "pair", "path", "kept"])
 
 
 def test_human_harmony(tmp_path):
@@ -235,19 +217,15 @@ def test_human_harmony(tmp_path):
     assert {t.name for t in read_triples(again, "test")} == {t.name for t in test}
 
 
-def test_human_harmony_split_is_the_papers(tmp_path):
-    assert round(29103 * 7404 / 73146) == 2946
-    pairs, choices = human(tmp_path, ["a", "b"])
-    assert build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24)["test"] == 1
-    with pytest.raises(HarmonyError, match="training list has no photo left of 1"):
-        build_human_harmony(pairs[:1], choices[:1], tmp_path / "one", 0, size=24)
-    with pytest.raises(HarmonyError, match="is 24x20, not 48x40; give its own size"):
-        build_human_harmony(pairs, choices, tmp_path / "big", 0)
-    assert not (tmp_path / "big").exists()
-
-
-def test_human_harmony_split_can_be_given(tmp_path):
+def test_the_split_of_human_harmony(tmp_path, monkeypatch):
     pairs, choices = human(tmp_path, ["a", "b", "c"])
+    assert round(29103 * 7404 / 73146) == 2946  # the paper's own
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(sets, "write_json", full)  # the last file of all
+        build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24)
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+    with pytest.raises(HarmonyError, match="training list has no photo left of 1"):
+        build_human_harmony(pairs[:1], choices[:2], tmp_path / "one", 0, size=24)
     counts = build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24, test={"a", "b"})
     assert (counts["train"], counts["test"]) == (1, 2)
     assert {t.photo for t in read_triples(tmp_path / "out", "test")} == {"a", "b"}
@@ -270,24 +248,13 @@ def test_embedded_portraits(tmp_path):
     assert all(np.array_equal(a.load()[0], b[0]) for a, b in zip(again, windows, strict=True))
 
 
-def test_people_of_a_folder(tmp_path):
+def test_photos_of_a_folder_and_their_names(tmp_path):
     human(tmp_path, ["a-1", "b"])
-    settings = SimpleNamespace(source="photos", path=str(tmp_path), pairs=0)
-    pairs, sources, test = human_photos(settings, tmp_path / "work", 0)
+    pairs, sources, test = human_photos(SimpleNamespace(source="photos", path=str(tmp_path)), tmp_path / "work", 0)
     assert [p.photo for p in pairs] == ["a_1", "b"] == list(sources) and test is None
-    for source, path in (("photo", str(tmp_path)), ("photos", None)):
-        with pytest.raises(HarmonyError, match="human_harmony.source"):
-            human_photos(SimpleNamespace(source=source, path=path, pairs=0), tmp_path, 0)
-    with pytest.raises(HarmonyError, match="at least 1"):
-        human_photos(SimpleNamespace(source="embedded", path=None, pairs=0), tmp_path, 0)
-
-
-def test_photo_names_stay_apart():
-    (pair,) = photo_pairs_of([(Path("x/street-1.jpg"), Path("m/street-1.png"))])
-    assert (pair.photo, pair.name) == ("street_1", "street_1_1")
     twins = photo_pairs_of([(Path(f"{where}/images/1.jpg"), Path("m")) for where in ("ccp", "coco")])
     assert [pair.photo for pair in twins] == ["ccp_1", "coco_1"]
-    with pytest.raises(HarmonyError, match="2 photos are named a_1"):
+    with pytest.raises(HarmonyError, match="a_1.jpg: a second photo named a_1"):
         photo_pairs_of([(Path("x/a-1.jpg"), Path("m")), (Path("x/a_1.jpg"), Path("m"))])
 
 
@@ -325,33 +292,3 @@ def test_imaterialist_photos(tmp_path):
     assert "iMaterialist" in sources["abc"][0] and pairs[0].load()[1].sum() == 2800  # the union of two segments
     kept, dropped = clean_photos(pairs)
     assert [p.photo for p in kept] == ["abc"] and dropped["plain"] == ["plain_1"]
-
-
-def test_an_empty_training_list_is_refused(root, candidates, tmp_path):
-    shutil.copytree(root, tmp_path / "empty")
-    write_list(tmp_path / "empty", "train", [])
-    with pytest.raises(HarmonyError, match="the train list has no composites"):
-        mix(tmp_path / "empty", candidates, tmp_path / "out", 1.0, 0)
-    with pytest.raises(HarmonyError, match="the training list is empty"):
-        mix_count(1.0, 0, 0)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_full_disk_leaves_no_human_harmony(tmp_path, monkeypatch):
-    pairs, choices = human(tmp_path, ["a", "b"])
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("harmonylib.augmentation.sets.write_json", full)  # the last file of all
-    with pytest.raises(OSError, match="No space"):
-        build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24)
-    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
-    with pytest.raises(HarmonyError, match="chosen, but its pair is not given"):
-        build_human_harmony(pairs[1:], choices, tmp_path / "out", 0, size=24)
-
-
-def test_summary_is_plain_json(root, candidates, tmp_path):
-    mix(root, candidates, tmp_path / "out", 1.0, 0)
-    summary = json.loads((tmp_path / "out" / "made_by_harmonylib.json").read_text())
-    assert summary["gamma"] == 1.0 and summary["strength"] == [0.0, None]

@@ -153,18 +153,3 @@ def did_you_mean(name: str, known) -> str:
     """A question with the close matches of `name` to end an error message, or "" when there are none."""
     matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
-
-
-def same_type(value, example) -> bool:
-    """Whether `value` may stand where `example` stands: equal types, an int for a float, anything for None."""
-    if isinstance(example, list) and isinstance(value, list):
-        return not example or all(any(same_type(item, kind) for kind in example) for item in value)
-    return example is None or type(value) is type(example) or (type(value), type(example)) == (int, float)
-
-
-def type_name(value) -> str:
-    """The type of a setting in a reader's words, with its article."""
-    if isinstance(value, list) and value:
-        return f"a list (of {type_name(value[0])})"
-    names = {bool: "true or false", int: "an int", float: "a float", str: "a string", list: "a list", dict: "a mapping"}
-    return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import functools
 import io
+import itertools
 import json
 import re
 import threading
@@ -56,11 +57,10 @@ class _Handler(web.RequestHandler):
             self.set_header(name, value)
 
     def prepare(self):
-        hosts, origin = self.settings["hosts"], self.request.headers.get("Origin")
-        foreign = bool(hosts) and self.request.host_name not in hosts
-        origins = self.settings["origins"]
+        hosts, origins = self.settings["hosts"], self.settings["origins"]
+        origin = self.request.headers.get("Origin")
         own = origin in (None, *origins) or (origin == f"http://{self.request.host}" and bool(hosts or not origins))
-        if foreign or not own:
+        if not own or (hosts and self.request.host_name not in hosts):
             raise web.HTTPError(403)
 
     def write_error(self, status_code, **details):
@@ -75,47 +75,41 @@ class _Setup(_Handler):
     """What the page offers: models, examples, limits."""
 
     def get(self):
-        self.write(
-            {
-                "models": list(self.settings["models"]),
-                "examples": [name for name, _ in examples()],
-                "max_bytes": MAX_BYTES,
-                "max_pixels": MAX_PIXELS,
-            }
-        )
+        limits = {"max_bytes": MAX_BYTES, "max_pixels": MAX_PIXELS}
+        self.write({"models": list(self.settings["models"]), "examples": list(examples()), **limits})
 
 
 class _Example(_Handler):
     def get(self, name: str, part: str):
-        files = dict(examples()).get(name)
-        if files is None:
+        if name not in examples():
             raise web.HTTPError(404)
         self.set_header("Content-Type", "image/png" if part == "mask" else "image/jpeg")
-        self.write(files[part])
+        self.write(examples()[name][part])
 
 
 @functools.cache
-def examples() -> list[tuple[str, dict[str, bytes]]]:
-    """(name, {"picture": JPEG, "mask": PNG}) of composites made of the embedded test photos."""
-    made = []
+def examples() -> dict[str, dict[str, bytes]]:
+    """{name: {"picture": JPEG, "mask": PNG}} of composites made of the embedded test photos."""
+    made = {}
     for photo in load_photos("test"):
         part, mask = next(iter(photo.masks.items()))
         composite, _ = make_composite("HAdobe5k", photo.image, mask, (0, "app", photo.name))
         files = {"picture": io.BytesIO(), "mask": io.BytesIO()}
         write_picture(Image.fromarray(composite), files["picture"], "JPEG")
         Image.fromarray(mask.astype(np.uint8) * 255).save(files["mask"], "PNG")
-        made.append((f"{photo.name} {part}", {key: file.getvalue() for key, file in files.items()}))
+        made[f"{photo.name} {part}"] = {key: file.getvalue() for key, file in files.items()}
     return made
 
 
-class _Cancelled(Exception):
+class _Cancelled(BaseException):
     """The page went away."""
 
 
 class _Harmonize(_Handler):
     """POST picture, mask, mask_from, model, seed, strength, feather, fit_mask, kind -> lines of JSON, then the file.
 
-    Lines: {"stage", "step", "steps"} as work goes on, then {"error"} or {"name", "type", "bytes"}.
+    Lines: {"stage"}, and {"stage", "step", "steps"} of a diffusion model, as work goes on; then {"error"} or {"name",
+    "type", "bytes"}.
     """
 
     def initialize(self):
@@ -128,75 +122,71 @@ class _Harmonize(_Handler):
         waiting = self.settings["waiting"]
         if len(waiting) >= MAX_WAITING:
             raise web.HTTPError(503, reason="too many pictures are waiting; try again in a minute")
-        loop, states = asyncio.get_running_loop(), asyncio.Queue()
+        loop, lines = asyncio.get_running_loop(), asyncio.Queue()
 
-        def report(stage: str, step: int = 0, steps: int = 0) -> None:
+        def report(**line) -> None:
             if self.gone.is_set():
                 raise _Cancelled
-            loop.call_soon_threadsafe(states.put_nowait, {"stage": stage, "step": step, "steps": steps})
+            loop.call_soon_threadsafe(lines.put_nowait, line)
 
-        waiting.add(self)
-        states.put_nowait({"stage": "waiting", "step": 0, "steps": 0})
-        job = loop.run_in_executor(self.settings["pool"], self._work, report)
-        job.add_done_callback(lambda _: states.put_nowait(None))
-        try:
-            with contextlib.suppress(iostream.StreamClosedError, _Cancelled):
-                while (state := await states.get()) is not None:
-                    await self._line(state)
+        def work() -> bytes:
+            with contextlib.suppress(_Cancelled):
                 try:
-                    name, kind, data = job.result()
-                except _Cancelled:
-                    raise
+                    about, data = self._work(report)
+                    report(**about, bytes=len(data))
+                    return data
                 except Exception as error:  # whatever a picture raises, the page gets a line and the next its turn
                     text = str(error) if isinstance(error, HarmonyError) else f"{type(error).__name__}: {error}"
-                    await self._line({"error": " ".join(text.split())})
-                    return
-                await self._line({"name": name, "type": kind, "bytes": len(data)})
-                await self.finish(data)
+                    report(error=" ".join(text.split()))
+            return b""
+
+        waiting.add(self)
+        lines.put_nowait({"stage": "waiting"})
+        job = loop.run_in_executor(self.settings["pool"], work)
+        job.add_done_callback(lambda _: lines.put_nowait(None))
+        try:
+            with contextlib.suppress(iostream.StreamClosedError):
+                while (line := await lines.get()) is not None:
+                    self.write(json.dumps(line) + "\n")
+                    await self.flush()
+                await self.finish(job.result())
         finally:
             self.gone.set()
             await asyncio.wait([job])
             waiting.discard(self)
 
-    async def _line(self, state: dict) -> None:
-        self.write(json.dumps(state) + "\n")
-        await self.flush()
-
-    def _work(self, report) -> tuple[str, str, bytes]:
-        report("reading")
+    def _work(self, report) -> tuple[dict, bytes]:
+        """({"name", "type"}, bytes) of the harmonized picture."""
+        report(stage="reading")
         files = {}
         for part in ("picture", "mask"):
             if part not in self.request.files:
                 raise HarmonyError(f"no {part} was sent")
             upload = self.request.files[part][0]
             files[part] = io.BytesIO(upload.body), upload.filename
-        name, options = self.get_body_argument("model", ""), self._options()
-        if name not in self.settings["models"]:
-            raise HarmonyError(f"model {name!r} is not offered here")
-        kind = self.get_body_argument("kind", "png")
+        name, kind, ask = files["picture"][1], self.get_body_argument("kind", "png"), self.get_body_argument
+        try:
+            options = {key: float(ask(key, "0")) for key in ("strength", "feather")} | {"seed": int(ask("seed", "0"))}
+        except ValueError:
+            raise HarmonyError("seed, strength and feather must be numbers") from None
+        if ask("model", "") not in self.settings["models"]:
+            raise HarmonyError(f"model {ask('model', '')!r} is not offered here")
         if kind not in KINDS:
             raise HarmonyError(f"kind {kind!r} is unknown; use {', '.join(KINDS)}")
         picture = open_picture(*files["picture"], MAX_PIXELS)
-        check_kind(picture, KINDS[kind][0], files["picture"][1])
-        mask = read_region(*files["mask"], self.get_body_argument("mask_from", "auto"), MAX_PIXELS)
-        report("loading the model")
-        folder, device = self.settings["models"][name], self.settings["device"]
-        model = load_model(str(folder), str(pick_device(device)))
-        report("harmonizing")
+        check_kind(picture, KINDS[kind][0], name)
+        mask = read_region(*files["mask"], ask("mask_from", "auto"), MAX_PIXELS)
+        report(stage="loading the model")
+        folder, device = self.settings["models"][ask("model")], self.settings["device"]
+        model = load_model(folder, device)
+        report(stage="harmonizing")
         with _reported(model, report):
-            result = harmonize(picture, mask, model=folder, device=device, **options)
-        report("saving")
+            fit_mask = ask("fit_mask", "") == "true"
+            result = harmonize(picture, mask, model=folder, device=device, fit_mask=fit_mask, **options)
+        report(stage="saving")
         data = io.BytesIO()
-        write_picture(result, data, KINDS[kind][0], files["picture"][1])
-        return f"{Path(files['picture'][1]).stem}-harmonized.{kind}", KINDS[kind][1], data.getvalue()
-
-    def _options(self) -> dict:
-        try:
-            options = {key: float(self.get_body_argument(key, "0")) for key in ("strength", "feather")}
-            seed = int(self.get_body_argument("seed", "0"))
-        except ValueError:
-            raise HarmonyError("seed, strength and feather must be numbers") from None
-        return options | {"seed": seed, "fit_mask": self.get_body_argument("fit_mask", "") == "true"}
+        write_picture(result, data, KINDS[kind][0], name)
+        return {"name": f"{Path(name).stem}-harmonized.{kind}", "type": KINDS[kind][1]}, data.getvalue()
 
 
 @contextlib.contextmanager
@@ -205,14 +195,8 @@ def _reported(model, report):
     if not isinstance(model, DiffHarmonyPipeline):
         yield
         return
-    step = 0
-
-    def count(*_):
-        nonlocal step
-        step += 1
-        report("harmonizing", step, STEPS)
-
-    handle = model.unet.register_forward_hook(count)
+    steps = itertools.count(1)
+    handle = model.unet.register_forward_hook(lambda *_: report(stage="harmonizing", step=next(steps), steps=STEPS))
     try:
         yield
     finally:
@@ -231,21 +215,16 @@ def application(host: str, models, device, origins=()) -> web.Application:
     proxied = {urlsplit(origin).hostname for origin in origins}
     offered = {Path(name).resolve().name: str(model_folder(name)) for name in models}
     offered |= {name: name for name in MODELS if model_folder(name)}
-    settings = {
-        "hosts": None if host in ("0.0.0.0", "::", "") else {"127.0.0.1", "localhost", "[::1]", host, *proxied},
-        "origins": origins,
-        "models": offered,
-        "device": str(pick_device(device)),
-        "pool": ThreadPoolExecutor(1),
-        "waiting": set(),
-    }
     routes = [
         ("/setup", _Setup),
         ("/examples/([^/]+)/(picture|mask)", _Example),
         ("/harmonize", _Harmonize),
         ("/(.*)", _Page, {"path": PAGE, "default_filename": "index.html"}),
     ]
-    return web.Application(routes, **settings)
+    hosts = None if host in ("0.0.0.0", "::", "") else {"127.0.0.1", "localhost", "[::1]", host, *proxied}
+    access = {"hosts": hosts, "origins": origins}
+    work = {"models": offered, "device": str(pick_device(device)), "pool": ThreadPoolExecutor(1), "waiting": set()}
+    return web.Application(routes, **access, **work)
 
 
 def serve(port: int = 7860, host: str = "127.0.0.1", models=(), device="auto", browser: bool = True, origins=()):

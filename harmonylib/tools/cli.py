@@ -8,17 +8,8 @@ import typer
 from ..core.errors import HarmonyError
 from .terminal import run
 
-app = typer.Typer(
-    help="Image harmonization: make a pasted foreground match its background.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps `harmonylib` a group of commands."""
+HELP = "Image harmonization: make a pasted foreground match its background."
+app = typer.Typer(help=HELP, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command()
@@ -31,13 +22,8 @@ def profile(
     typer.echo(f"{os.path.relpath(write_profile(name))} written from profiles/{name}.yaml")
 
 
-_MODEL = typer.Option(
-    "contrastive-resunet", "--model", help="contrastive-resunet, diffharmony++, diffharmony or a folder"
-)
 _DEVICE = typer.Option("auto", "--device", help="auto, cuda, mps or cpu")
-_MASK_FROM = typer.Option(
-    "auto", "--mask-from", help="what of a mask counts: alpha, luminance, or auto: alpha where it varies"
-)
+_MASK_FROM = typer.Option("auto", "--mask-from", help="what of a mask counts: alpha, luminance, auto (a varying alpha)")
 
 
 @app.command()
@@ -45,7 +31,7 @@ def harmonize(
     composite: str = typer.Argument(metavar="COMPOSITE", help="the picture with the pasted foreground, or a folder"),
     mask: str = typer.Argument(metavar="MASK", help="its mask, white where the foreground is, or a folder"),
     output: str = typer.Option(..., "--output", "-o", help="the file to write (JPEG is lossy), or a folder"),
-    model: str = _MODEL,
+    model: str = typer.Option("contrastive-resunet", help="this one, diffharmony++, diffharmony or a folder"),
     seed: int = typer.Option(0, help="seed of the noise"),
     draws: int = typer.Option(1, help="of a diffusion model: the mean of so many outputs, nearer the truth on average"),
     device: str = _DEVICE,
@@ -60,8 +46,8 @@ def harmonize(
     from .harmonize_files import plan, run
 
     jobs = plan(composite, mask, output, force, kind)
-    options = {"seed": seed, "draws": draws, "strength": strength, "feather": feather, "fit_mask": resize_mask}
-    run(jobs, device, model, mask_from=mask_from, **options)
+    options = {"seed": seed, "draws": draws, "strength": strength, "feather": feather, "mask_from": mask_from}
+    run(jobs, device, model, fit_mask=resize_mask, **options)
     typer.echo(output if len(jobs) == 1 else f"{len(jobs)} pictures in {output}")
 
 
@@ -69,10 +55,8 @@ def harmonize(
 def browser_app(
     port: int = typer.Option(7860, help="0 takes a free one"),
     host: str = typer.Option("127.0.0.1", help="127.0.0.1 is this computer alone; 0.0.0.0 lets the network in"),
-    model: list[str] = typer.Option([], "--model", help="the folder of a trained model to offer too; may be repeated"),
-    origin: list[str] = typer.Option(
-        [], "--origin", help="https://HOST at which a proxy (JupyterHub, Codespaces) shows the page; may be repeated"
-    ),
+    model: list[str] = typer.Option([], help="the folder of a trained model to offer too; repeatable"),
+    origin: list[str] = typer.Option([], help="https://HOST of a proxy (JupyterHub, Codespaces) before it; repeatable"),
     device: str = _DEVICE,
     browser: bool = typer.Option(True, help="open the page in the browser"),
 ) -> None:
@@ -96,7 +80,7 @@ def generate(
     mask_from: str = _MASK_FROM,
     suffix: str = typer.Option(".png", help=".png, or .jpg, which keeps the background only nearly as it is"),
     precision: str = typer.Option("auto", help="auto, fp32, bf16 or fp16"),
-    device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
+    device: str = _DEVICE,
 ) -> None:
     """Draw candidate composites of real photos; `torchrun -m harmonylib.tools.cli generate ...` shares out the work."""
     from dataclasses import replace
@@ -331,11 +315,6 @@ def make_data(
 
 cache_app = typer.Typer(help="The caches of resized images and posterior moments.")
 app.add_typer(cache_app, name="cache")
-
-
-@cache_app.callback()
-def _cache_commands() -> None:
-    """Keeps `harmonylib cache` a group of commands."""
 
 
 @cache_app.command("clear")

@@ -9,7 +9,6 @@ progress bars, no warnings (stderr goes to the terminal). It appears only when e
 """
 
 import ast
-import contextlib
 import importlib.util
 import logging
 import os
@@ -21,13 +20,16 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
+import nbformat
 import typer
 
 from ..core.checkpoints import RESUME_POINTS, discard_finished
 from ..core.errors import HarmonyError
-from ..core.progress import PROGRESS_FILE, Appender, relay
-from ..core.settings import did_you_mean, find_root, parse_yaml, same_type, settings, type_name
+from ..core.files import atomic_path
+from ..core.progress import PLAIN_BARS
+from ..core.settings import did_you_mean, find_root, parse_yaml, settings
 from .terminal import run as run_application
 
 EXECUTED = Path("reports/notebooks")
@@ -41,14 +43,11 @@ ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 def read_notebook(path):
     """A notebook as nbformat 4. Raises HarmonyError naming the file when it is missing or damaged."""
-    import nbformat
-
     try:
         text = Path(path).read_text(encoding="utf-8")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of cells without ids, which get theirs below
-            notebook = nbformat.reads(text, as_version=4)
-            nbformat.validate(_numbered(notebook))
+        with warnings.catch_warnings(action="ignore"):  # of cells without ids, which get theirs here
+            notebook = _numbered(nbformat.reads(text, as_version=4))
+            nbformat.validate(notebook)
         return notebook
     except (FileNotFoundError, IsADirectoryError):
         raise HarmonyError(f"{path}: no such notebook") from None
@@ -59,17 +58,13 @@ def read_notebook(path):
         raise HarmonyError(f"{path}: not a valid notebook ({reason}); restore it from git") from None
 
 
-def _write_notebook(path, notebook) -> None:
-    from ..core.files import atomic_path
+def _text(notebook) -> str:
+    return nbformat.writes(notebook).rstrip("\n") + "\n"
 
+
+def _write_notebook(path, notebook) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(_text(notebook), encoding="utf-8")
-
-
-def _text(notebook) -> str:
-    import nbformat
-
-    return nbformat.writes(notebook).rstrip("\n") + "\n"
 
 
 def _numbered(notebook):
@@ -87,7 +82,7 @@ def strip(path, check: bool = False) -> bool:
 
     With `check` the file is left as it is.
     """
-    notebook = _numbered(read_notebook(path))
+    notebook = read_notebook(path)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -100,37 +95,33 @@ def strip(path, check: bool = False) -> bool:
 def stable(notebook, keep_stderr: bool = False):
     """An executed notebook without what differs between two equal runs, in place."""
     for cell in _numbered(notebook).cells:
-        if cell.cell_type != "code":
-            continue
         outputs = []
-        for output in cell.outputs:
-            if output.output_type == "stream":
-                if output.name == "stderr" and not keep_stderr:
-                    continue
-                if outputs and outputs[-1].output_type == "stream" and outputs[-1].name == output.name:
-                    outputs[-1].text += output.text
-                    continue
-            elif "data" in output:
-                if WIDGET in output.data:
-                    continue
-                if "text/plain" in output.data:
-                    output.data["text/plain"] = ADDRESS.sub(" at 0x…", output.data["text/plain"])
-            outputs.append(output)
-        cell.outputs = outputs
+        for output in cell.get("outputs", []):
+            data, stream = output.get("data", {}), output.get("name")
+            if WIDGET in data or (stream == "stderr" and not keep_stderr):
+                continue
+            if "text/plain" in data:
+                data["text/plain"] = ADDRESS.sub(" at 0x…", data["text/plain"])
+            if stream and outputs and outputs[-1].get("name") == stream:
+                outputs[-1].text += output.text
+            else:
+                outputs.append(output)
+        if cell.cell_type == "code":
+            cell.outputs = outputs
     return notebook
 
 
 def parameter_defaults(notebook) -> dict:
     """Names assigned in the cell tagged "parameters", with their literal defaults (None where it is no literal)."""
     defaults = {}
-    cell = next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
-    for node in ast.parse(cell.source).body if cell else []:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        try:
-            value = ast.literal_eval(node.value) if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
-        except (ValueError, TypeError):
-            value = None
-        defaults |= {target.id: value for target in targets if isinstance(target, ast.Name)}
+    cells = (cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    for node in ast.parse(next(cells, "")).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            name = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+            try:
+                defaults[name] = ast.literal_eval(node.value)
+            except (ValueError, TypeError):
+                defaults[name] = None
     return defaults
 
 
@@ -141,10 +132,13 @@ def check_parameters(path, notebook, parameters: dict) -> None:
         if name not in defaults:
             hint = did_you_mean(name, defaults) or f" (it has {', '.join(defaults) or 'none'})"
             raise HarmonyError(f"{path}: no parameter {name}{hint}")
-        if not same_type(value, defaults[name]):
-            kind = type_name(defaults[name])
-            quote = f"""; to pass text: -p {name}='"{value}"'""" if kind == "a string" else ""
-            raise HarmonyError(f"{path}: parameter {name} must be {kind}, not {value!r} ({type_name(value)}){quote}")
+        default, kind = defaults[name], type(defaults[name])
+        fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        if default is not None and not fits:
+            quote = f"""; to pass text: -p {name}='"{value}"'""" if kind is str else ""
+            raise HarmonyError(
+                f"{path}: parameter {name} must be of type {kind.__name__} like {default!r}, not {value!r}{quote}"
+            )
 
 
 def parse_parameters(pairs: list[str]) -> dict:
@@ -158,18 +152,6 @@ def parse_parameters(pairs: list[str]) -> dict:
     return parameters
 
 
-@contextlib.contextmanager
-def _environment(values: dict[str, str]):
-    """Environment variables for the kernel, taken back afterwards."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def run_notebook(path, parameters: dict | None = None, output=None) -> Path:
     """Execute a notebook in the repository root and return the path of the executed copy.
 
@@ -177,26 +159,57 @@ def run_notebook(path, parameters: dict | None = None, output=None) -> Path:
     reports/notebooks/<stem>[-<value>…].ipynb; it is written only if every cell ran. Otherwise HarmonyError names the
     cell and the error, an earlier copy stays as it was, and what there is goes to <name>.failed.ipynb beside it.
     """
-    path, parameters = Path(path), parameters or {}
-    root = find_root()
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    path, parameters, root = Path(path), parameters or {}, find_root()
     notebook = read_notebook(path)
     check_parameters(path, notebook, parameters)
     values = [re.sub(r"[^A-Za-z0-9._]+", "_", str(value)) for value in parameters.values()]
     target = root / (output or EXECUTED / ("-".join([path.stem, *values]) + ".ipynb"))
     failed = target.with_suffix(".failed.ipynb")
     started = time.time()
-
+    for name in ("papermill", "asyncio"):  # what they have to say is in the errors raised
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="harmonylib-") as folder:
         partial = Path(folder, "partial.ipynb")
         try:
-            executed = _execute(notebook, partial, parameters, root)
-        except _Failure as failure:
-            kept = _keep_failed(partial, failed, root)
-            raise HarmonyError(f"{path}, {failure}; {kept}") from None
+            with patch.dict(os.environ, _kernel_environment(root, folder)):
+                executed = papermill.execute_notebook(
+                    notebook, partial, parameters, kernel_name="python3", progress_bar=False, cwd=root,
+                    start_timeout=300, iopub_timeout=120,  # a busy machine is slow to hand over large figures
+                    stderr_file=sys.stderr, extra_arguments=["--log-level=CRITICAL"],
+                )  # fmt: skip
+        except (papermill.PapermillExecutionError, DeadKernelError) as error:
+            reason = "the kernel died; most often memory ran out"
+            if isinstance(error, papermill.PapermillExecutionError):
+                reason = f"{error.ename}: {str(error.evalue).strip().partition(chr(10))[0][:500]}"
+            reached = nbformat.read(partial, as_version=4)
+            begun = [c for c in reached.cells if c.cell_type == "code" and c.metadata.papermill.start_time]
+            _write_notebook(failed, stable(reached, keep_stderr=True))
+            shown = failed.relative_to(root) if failed.is_relative_to(root) else failed
+            raise HarmonyError(f"{path}, cell In [{len(begun)}]: {reason}; the notebook up to there: {shown}") from None
     _write_notebook(target, stable(executed))
     failed.unlink(missing_ok=True)
     discard_finished(root / RESUME_POINTS, started)
     return target
+
+
+def _kernel_environment(root: Path, folder: str) -> dict[str, str]:
+    matplotlib = Path(importlib.util.find_spec("matplotlib").origin).parent  # found without importing it
+    return {
+        PLAIN_BARS: "1",
+        "TQDM_MININTERVAL": "2" if sys.stderr.isatty() else "30",  # seconds; a log keeps every state of a bar
+        "TQDM_NCOLS": "100",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+        "PYTHONHASHSEED": "0",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "MATPLOTLIBRC": str(matplotlib / "mpl-data/matplotlibrc"),  # the user's changes no figure,
+        "IPYTHONDIR": f"{folder}/ipython",  # nor does the user's kernel
+        "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not one of the same name in the home folder
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+    }
 
 
 def program(path, parameters: dict | None = None, until: str = "") -> str:
@@ -210,87 +223,23 @@ def program(path, parameters: dict | None = None, until: str = "") -> str:
             if "parameters" in cell.metadata.get("tags", []):
                 cells += [f"{name} = {value!r}" for name, value in parameters.items()]
             if until and until in cell.source:
-                return "\n\n".join(cells)
-    if until:
-        raise HarmonyError(f"{path}: no cell with {until}; only notebooks that train with resume points can be shared")
+                break
+    else:
+        if until:
+            raise HarmonyError(
+                f"{path}: no cell with {until}; only notebooks that train with resume points can be shared"
+            )
     return "\n\n".join(cells)
 
 
-class _Failure(Exception):
-    """A cell that failed or a kernel that died, in one line."""
-
-
-def _execute(notebook, partial: Path, parameters: dict, root: Path):
-    """Execute through papermill, saving to `partial` after every cell."""
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-
-    for name in ("papermill", "asyncio"):  # what they have to say is in the errors raised
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    with relay() as progress_file:
-        kernel_environment = {
-            PROGRESS_FILE: str(progress_file),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
-            "PYTHONHASHSEED": "0",
-            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-            "MATPLOTLIBRC": str(_package("matplotlib") / "mpl-data/matplotlibrc"),  # the user's changes no figure,
-            "IPYTHONDIR": str(partial.parent / "ipython"),  # nor does the user's kernel
-            "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not one of the same name in the home folder
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-            "NO_ALBUMENTATIONS_UPDATE": "1",
-        }
-        with _environment(kernel_environment):
-            try:
-                return papermill.execute_notebook(
-                    notebook,
-                    partial,
-                    parameters,
-                    kernel_name="python3",
-                    progress_bar=False,
-                    cwd=root,
-                    start_timeout=300,
-                    iopub_timeout=120,  # a busy machine is slow to hand over large figures
-                    stderr_file=Appender(progress_file),
-                    extra_arguments=["--log-level=CRITICAL"],
-                )
-            except papermill.PapermillExecutionError as error:
-                lines = [line.strip() for line in str(error.evalue).splitlines() if line.strip()]
-                raise _Failure(
-                    f"cell In [{error.exec_count}]: {error.ename}: {lines[0][:500] if lines else ''}"
-                ) from None
-            except DeadKernelError:
-                raise _Failure(f"cell In [{_last_cell(partial)}]: the kernel died; most often memory ran out") from None
-
-
-def _package(name: str) -> Path:
-    """The folder of an installed package, found without importing it."""
-    return Path(importlib.util.find_spec(name).origin).parent
-
-
-def _last_cell(partial: Path) -> int:
-    """The execution count of the cell a dead kernel was at: it may not have had the time to report it."""
-    import nbformat
-
-    cells = nbformat.read(partial, as_version=4).cells
-    reached = [cell for cell in cells if cell.cell_type == "code" and cell.metadata.papermill.status != "pending"]
-    return 1 + max((cell.execution_count or 0 for cell in reached[:-1]), default=0)
-
-
-def _keep_failed(partial: Path, failed: Path, root: Path) -> str:
-    try:
-        _write_notebook(failed, stable(read_notebook(partial), keep_stderr=True))
-        return f"the notebook up to there: {failed.relative_to(root) if failed.is_relative_to(root) else failed}"
-    except (OSError, HarmonyError, ValueError) as error:
-        return f"the notebook up to there could not be kept ({error})"
-
-
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+PARAMETERS = typer.Option([], "-p", "--parameter", help="NAME=VALUE, may be given several times")
 
 
 @app.command("run")
 def run_command(
     notebook: Path,
-    parameter: list[str] = typer.Option([], "-p", "--parameter", help="NAME=VALUE, may be given several times"),
+    parameter: list[str] = PARAMETERS,
     output: Path = typer.Option(None, "-o", "--output", help="the executed copy; default: in reports/notebooks/"),
 ) -> None:
     """Execute a notebook in the repository root."""
@@ -303,10 +252,7 @@ def run_command(
 
 
 @app.command("train")
-def train_command(
-    notebook: Path,
-    parameter: list[str] = typer.Option([], "-p", "--parameter", help="NAME=VALUE, may be given several times"),
-) -> None:
+def train_command(notebook: Path, parameter: list[str] = PARAMETERS) -> None:
     """Run a notebook as far as its training, in every process of a torchrun; its stage then takes up the result."""
     source = program(notebook, parse_parameters(parameter), RESUME_POINTS)
     os.chdir(find_root())
@@ -318,8 +264,7 @@ def train_command(
 
 @app.command("strip")
 def strip_command(
-    notebooks: list[Path],
-    check: bool = typer.Option(False, "--check", help="change nothing, exit 1 if a file has outputs"),
+    notebooks: list[Path], check: bool = typer.Option(False, "--check", help="change nothing, exit 1 for outputs")
 ) -> None:
     """Remove outputs from notebook files."""
     changed = [path for path in notebooks if strip(path, check)]

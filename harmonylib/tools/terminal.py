@@ -19,22 +19,11 @@ def run(application: typer.Typer, name: str, arguments: list[str] | None = None)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", HarmonyWarning)
-        warnings.showwarning = _show_warning
-        return _run(application, name, arguments)
-
-
-def _show_warning(message, category, *where, usual=warnings.showwarning) -> None:
-    if issubclass(category, HarmonyWarning):
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-    else:
-        usual(message, category, *where)
-
-
-def _run(application: typer.Typer, name: str, arguments: list[str]) -> int:
     try:
-        code = application(arguments or ["--help"], prog_name=name, standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", HarmonyWarning)
+            warnings.showwarning = _show_warning
+            code = application(arguments or ["--help"], prog_name=name, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except HarmonyError as error:
         message, code = str(error), 1
@@ -50,3 +39,10 @@ def _run(application: typer.Typer, name: str, arguments: list[str]) -> int:
         message, code = f"{error.format_message()} (see {name} --help)", 2
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _show_warning(message, category, *where, usual=warnings.showwarning) -> None:
+    if issubclass(category, HarmonyWarning):
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+    else:
+        usual(message, category, *where)

@@ -1,0 +1,86 @@
+"""A fresh clone: README's commands as they stand there, and a wheel used without the clone (`make test-long`)."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from harmonylib.data.layout import read_triples
+from harmonylib.tools.app import examples
+
+ROOT = Path(__file__).parents[2]
+FENCES = re.findall(
+    r"^(<!-- long -->\n)?```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+)
+
+
+def call(*words, folder, **variables):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"PATH": path, "DVC_NO_ANALYTICS": "1"} | {name: str(value) for name, value in variables.items()}
+    subprocess.run([str(word) for word in words], cwd=folder, env=environment, check=True)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A clone of what is committed, with composite.jpg and mask.png in it."""
+    folder = tmp_path_factory.mktemp("fresh") / "clone"
+    call("git", "clone", "--quiet", "--no-hardlinks", ROOT, folder, folder=ROOT)
+    files = next(iter(examples().values()))
+    (folder / "composite.jpg").write_bytes(files["picture"])
+    (folder / "mask.png").write_bytes(files["mask"])
+    return folder
+
+
+@pytest.mark.parametrize(("language", "text"), [(language, text) for long, language, text in FENCES if not long])
+def test_readme(clone, language, text):
+    (clone / "harmonized.png").unlink(missing_ok=True)
+    shell = [sys.executable, "-c"] if language == "python" else ["bash", "-ec"]
+    call(*shell, text, folder=clone, PYTHONPATH=clone, DVC_SITE_CACHE_DIR=clone.parent / "dvc")
+    if "harmonized.png" in text:
+        assert Image.open(clone / "harmonized.png").size == Image.open(clone / "composite.jpg").size
+
+
+def test_wheel(clone, tmp_path):
+    """Installed into an empty environment, which this one lends all packages but harmonylib."""
+    call(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        clone,
+        folder=clone,
+    )
+    call(sys.executable, "-m", "venv", tmp_path / "env", folder=tmp_path)
+    harmonylib = tmp_path / "env/bin/harmonylib"
+    call(harmonylib.with_name("pip"), "install", "-q", "--no-deps", next(tmp_path.glob("*.whl")), folder=tmp_path)
+    packages = next(tmp_path.glob("env/lib/python*/site-packages"))
+    (packages / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    check = f"import harmonylib; assert harmonylib.__file__.startswith({str(packages)!r}), harmonylib.__file__"
+    call(harmonylib.with_name("python"), "-c", check, folder=tmp_path)
+    call(harmonylib, "--help", folder=tmp_path)
+    for number, files in enumerate(examples().values()):
+        for copy in range(2):
+            for part, name in (("picture", "images/{}.jpg"), ("mask", "masks/{}.png")):
+                path = tmp_path / "photos" / name.format(f"{number}x{copy}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(files[part])
+    call(harmonylib, "make-data", "photos", "set", "--size", "64", folder=tmp_path)
+    for triple in read_triples(tmp_path / "set", "test"):
+        path = tmp_path / "out" / triple.subset / f"{triple.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(triple.composite).save(path)
+    call(harmonylib, "evaluate", "out", "set", "--json", "scores.json", folder=tmp_path)
+    assert (tmp_path / "scores.json").is_file()
+    packaged = {"augmentation/data_card.md", "evaluation/study.html", "tools/app_page/index.html"}
+    assert all((packages / "harmonylib" / file).is_file() for file in packaged)
