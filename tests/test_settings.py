@@ -81,7 +81,7 @@ def test_a_stage_begins_with_a_check_of_all_settings(root, capfd):
 
 def test_names_are_those_that_the_code_offers():
     ours = sections.ResUNet.model_fields | sections.Data.model_fields
-    for key, offered in (("style", resunet.STYLES), ("head", resunet.HEADS), ("transfers", transfers.TRANSFERS)):
+    for key, offered in (("style", resunet.STYLES), ("transfers", transfers.TRANSFERS)):
         accepted = get_args(ours[key].annotation)
         assert set(accepted) == set(offered) or set(get_args(accepted[0])) == set(offered), key
     assert layout.SUBSETS == sections.SUBSETS
