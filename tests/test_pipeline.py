@@ -81,7 +81,10 @@ def test_training_against_the_formulas(prediction, foreground):
     loss = denoising_loss(unet, scheduler, target, condition, mask, prompt, draw, foreground)
     draw.manual_seed(3)
     noise, t = torch.randn(target.shape, generator=draw), torch.randint(0, 1000, (2,), generator=draw)
-    alpha = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)[t].view(-1, 1, 1, 1)
+    root = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0).sqrt()
+    if prediction == "v_prediction":  # ends in pure noise: Lin et al. 2024, Algorithm 1
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha = root[t].square().view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * target + (1 - alpha).sqrt() * noise
     goal = noise if prediction == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * target
     inputs, steps, embeds = seen[0]
@@ -113,6 +116,8 @@ def test_sampling_against_the_formulas(tiny_pipeline, prediction):
     tiny_pipeline.scheduler = sampling_scheduler(base_scheduler(prediction).config)
     image, mask = example(40, 48)
     sigmas = [14.6146, 4.0861, 1.6156, 0.6952, 0.02917, 0.0]  # rounded, as printed in the facts
+    if prediction == "v_prediction":  # our base's: rescaled to end in pure noise
+        sigmas = [4096.0, 5.40664, 1.77132, 0.72915, 0.02917, 0.0]
     draw = torch.Generator().manual_seed(3)
     noise = lambda: torch.randn(1, 4, 5, 6, generator=draw)  # noqa: E731
     with torch.no_grad():
@@ -139,6 +144,29 @@ def test_sampling_against_the_formulas(tiny_pipeline, prediction):
     sampled = tiny_pipeline(image, mask, generator=seeds(3)[0], output_type="latent").images
     assert torch.allclose(sampled, latents, atol=2e-3)
     assert torch.allclose(result * 2 - 1, expected.clamp(-1, 1), atol=5e-3)
+
+
+@pytest.mark.parametrize("steps, times", [(1, [999]), (2, [999, 0]), (3, [999, 499.5, 0])])
+def test_the_noisiest_step_is_always_taken(tiny_pipeline, monkeypatch, steps, times):
+    seen, forward = [], tiny_pipeline.unet.forward
+    monkeypatch.setattr(tiny_pipeline.unet, "forward", lambda x, t, e: seen.append(float(t)) or forward(x, t, e))
+    tiny_pipeline(*example(), steps)
+    assert seen == times
+
+
+def test_what_is_drawn_at_the_first_step_is_noise_alone(tiny_pipeline):
+    """With our base's schedule nothing of the target is left in the input there, and every sample is drawn there."""
+    inputs = []
+
+    def unet(x, steps, prompt):
+        inputs.append((x[:, :4], steps))
+        return SimpleNamespace(sample=torch.zeros_like(x[:, :4]))
+
+    mask, prompt = torch.ones(2, 1, 8, 8), tiny_pipeline.prompt.embeds
+    for target in (torch.zeros(2, 4, 8, 8), torch.full((2, 4, 8, 8), 9.0)):
+        draw = torch.Generator().manual_seed(0)
+        denoising_loss(unet, base_scheduler("v_prediction"), target, target, mask, prompt, draw, first=1.0)
+    assert torch.equal(inputs[0][0], inputs[1][0]) and all((steps == 999).all() for _, steps in inputs)
 
 
 def test_input_and_output_kinds_agree(tiny_pipeline):

@@ -57,8 +57,8 @@ class Base(Section):
     size: Pixels
     batch_size: Positive
     learning_rate: Rate
-    autoencoder_channels: Channels
-    unet_channels: Channels
+    autoencoder_channels: Annotated[list[Annotated[int, Field(ge=16)]], Field(min_length=2)]  # `copying` needs so many
+    unet_channels: Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=2)]
 
 
 class Training(Section):
@@ -97,6 +97,7 @@ class DiffHarmony(Training):
     weight_decay: NotNegative
     mask_start: Literal["base", "zero"]
     foreground_loss: bool
+    first_step: Share
     inference_steps: Positive
 
 

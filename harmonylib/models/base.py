@@ -14,6 +14,7 @@ from ..core.devices import pick_device
 from ..core.errors import HarmonyError
 from ..data.batches import PhotoBatches
 from ..training import TrainSettings, train
+from .copying import copy_colours, copy_condition
 from .diffusion import base_scheduler, denoising_loss, latent_mask, scale_latents, training_scheduler
 from .pipeline import DiffHarmonyPipeline, PromptEmbedding, open_autoencoder
 
@@ -30,7 +31,7 @@ def build_autoencoder(channels, layers: int = 1, latent_channels: int = 4, size:
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=layers,
         latent_channels=latent_channels,
-        norm_num_groups=8,
+        norm_num_groups=2,  # wide enough for channels that carry colours (`copying`)
         mid_block_add_attention=False,
         sample_size=size,
     )
@@ -48,7 +49,7 @@ def build_unet(channels, layers: int = 1, latent_channels: int = 4, prompt_dim: 
         up_block_types=(*("CrossAttnUpBlock2D",) * deeper, "UpBlock2D"),
         cross_attention_dim=prompt_dim,
         attention_head_dim=32,
-        norm_num_groups=16,
+        norm_num_groups=4,
     )
 
 
@@ -117,7 +118,7 @@ def open_base(settings, seed: int) -> DiffHarmonyPipeline:
     """The base that the `base` section of params.yaml names, as a pipeline on the CPU.
 
     source "pipeline": a saved DiffHarmonyPipeline folder; "stable-diffusion": an SD inpainting folder or hub id, with
-    `vae` (a plain autoencoder or a Harmony-VAE) replacing its own; "small": the small base with random weights.
+    `vae` (a plain autoencoder or a Harmony-VAE) replacing its own; "small": a new small base, which starts by copying.
     """
     if settings.source == "pipeline":
         return DiffHarmonyPipeline.from_pretrained(settings.path, device="cpu")
@@ -127,9 +128,9 @@ def open_base(settings, seed: int) -> DiffHarmonyPipeline:
     if settings.source != "small":
         raise HarmonyError(f"base.source {settings.source!r} is unknown; use small, pipeline or stable-diffusion")
     torch.manual_seed(seed)
-    vae = build_autoencoder(settings.autoencoder_channels, size=settings.size)
+    vae = copy_colours(build_autoencoder(settings.autoencoder_channels, size=settings.size))
     torch.manual_seed(seed)
-    unet, prompt = build_unet(settings.unet_channels), PromptEmbedding(1, 32)
+    unet, prompt = copy_condition(build_unet(settings.unet_channels)), PromptEmbedding(1, 32)
     return DiffHarmonyPipeline(vae, unet, base_scheduler("v_prediction"), prompt)
 
 

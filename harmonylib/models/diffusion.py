@@ -63,15 +63,18 @@ def training_attention(latents: torch.Tensor):
     return sdpa_kernel(SDPBackend.MATH) if small else contextlib.nullcontext()
 
 
-def denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, foreground=True) -> torch.Tensor:
+def denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, foreground=True, first=0.0):
     """One training step's loss (Eq. 1).
 
-    target, condition: BxCxhxw diffusion latents; mask: Bx1xhxw; prompt: 1xTxD. Noise and the uniform time steps come
-    from `generator` on the CPU. The scheduler's config decides between epsilon and v. UNet input: [noisy | mask |
-    condition].
+    target, condition: BxCxhxw diffusion latents; mask: Bx1xhxw; prompt: 1xTxD. Noise and time steps come from
+    `generator` on the CPU: the share `first` of the steps are the sampler's first (pure noise), the others uniform.
+    The scheduler's config decides between epsilon and v. UNet input: [noisy | mask | condition].
     """
     noise = torch.randn(target.shape, generator=generator).to(target.device)
     steps = torch.randint(0, scheduler.config.num_train_timesteps, (len(target),), generator=generator)
+    if first:
+        at_first = torch.rand(len(target), generator=generator) < first
+        steps = steps.masked_fill(at_first, scheduler.config.num_train_timesteps - 1)
     steps = steps.to(target.device)
     noisy = scheduler.add_noise(target, noise, steps)
     inputs = torch.cat([noisy, mask, condition], dim=1)
@@ -93,8 +96,20 @@ def sampling_scheduler(config) -> EulerAncestralDiscreteScheduler:
     return EulerAncestralDiscreteScheduler.from_config(config, timestep_spacing="linspace", steps_offset=0)
 
 
+def set_steps(scheduler, steps: int, device) -> None:
+    """Choose so many time steps of a sampling scheduler, the noisiest first; a single one is the noisiest."""
+    spacing = "linspace" if steps > 1 else "trailing"  # the only step of "linspace" is t = 0, where nothing is decided
+    scheduler.register_to_config(timestep_spacing=spacing)
+    scheduler.set_timesteps(steps, device=device)
+
+
 def base_scheduler(prediction_type: str) -> DDPMScheduler:
-    """Stable Diffusion's noise schedule (scaled linear, 0.00085 to 0.012)."""
+    """Stable Diffusion's noise schedule (scaled linear, 0.00085 to 0.012); with "v_prediction" it ends in pure noise.
+
+    Stable Diffusion's own leaves a little of the image at its noisiest step, which training sees and sampling does not
+    (Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", Sec. 3.1): a small UNet would read
+    the foreground's mean colour off it.
+    """
     return DDPMScheduler(
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
         beta_start=0.00085,
@@ -103,6 +118,7 @@ def base_scheduler(prediction_type: str) -> DDPMScheduler:
         clip_sample=False,
         prediction_type=prediction_type,
         timestep_spacing="linspace",
+        rescale_betas_zero_snr=prediction_type == "v_prediction",
     )
 
 
@@ -115,11 +131,11 @@ def diffharmony_batches(vae, data, task: str, section, seed: int, recipes=DEFAUL
     return LatentBatches(data, vae, task, pixels=False, **options)
 
 
-def diffharmony_loss(base, foreground: bool = True):
+def diffharmony_loss(base, foreground: bool = True, first: float = 0.0):
     """Loss for `training.train` of a UNet (Eq. 1): batch {"moments", "condition_moments", "mask"}.
 
     base: a DiffHarmonyPipeline, whose autoencoder, scheduler and prompt stay as they are. foreground: the published
-    foreground-weighted loss (True) or the plain one.
+    foreground-weighted loss (True) or the plain one. first: see `denoising_loss`.
     """
     vae, scheduler = base.vae.requires_grad_(False), training_scheduler(base.scheduler.config)
     prompt = base.prompt.embeds
@@ -129,7 +145,7 @@ def diffharmony_loss(base, foreground: bool = True):
             scale_latents(sample_posterior(batch[name], generator), vae) for name in ("moments", "condition_moments")
         )
         mask = latent_mask(batch["mask"], target.shape[-2:])
-        return {"loss": denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, foreground)}
+        return {"loss": denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, foreground, first)}
 
-    loss.key = [foreground, weights_digest(vae), weights_digest(base.prompt), settings_of(base.scheduler.config)]
+    loss.key = [foreground, first, weights_digest(vae), weights_digest(base.prompt), settings_of(base.scheduler.config)]
     return loss

@@ -23,7 +23,7 @@ from ..core.devices import pick_device
 from ..core.errors import HarmonyError
 from ..core.images import to_tensor, to_uint8
 from ..core.picture_metadata import read_region
-from .diffusion import latent_mask, sampling_scheduler, scale_latents, unscale_latents
+from .diffusion import latent_mask, sampling_scheduler, scale_latents, set_steps, unscale_latents
 from .vae import HarmonyVAE
 from .weights import at_revision, load_autoencoder, load_part, load_strict
 
@@ -152,7 +152,7 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         draw = {"generator": generator, "device": image.device, "dtype": image.dtype}
         posterior = self.vae.encode(image).latent_dist
         mean, std = (p.repeat_interleave(candidates, dim=0) for p in (posterior.mean, posterior.std))
-        self.scheduler.set_timesteps(steps, device=image.device)
+        set_steps(self.scheduler, steps, image.device)
         latents = randn_tensor(mean.shape, **draw) * self.scheduler.init_noise_sigma * temperature
         composite = scale_latents(mean + std * randn_tensor(mean.shape, **draw), self.vae)
         small = latent_mask(mask, mean.shape[-2:]).to(image.dtype).repeat_interleave(candidates, dim=0)

@@ -51,7 +51,9 @@ def diffharmony(run, task):
     vae = HarmonyVAE.from_pretrained(f"artifacts/harmony_vae/{task}")
     unet = initial_unet(section, start_folder(section.start, task), pipeline)
     batches = diffharmony_batches(pipeline.vae, data, task, section, run.seed, recipes(run))
-    loss, settings = diffharmony_loss(pipeline, section.foreground_loss), TrainSettings.of(run, "diffharmony", task)
+    first = section.first_step if task == "harmonize" else 0.0
+    loss = diffharmony_loss(pipeline, section.foreground_loss, first)
+    settings = TrainSettings.of(run, "diffharmony", task)
     history = train(unet, loss, batches, settings, name=f"diffharmony {task}", **loop(run))
     vae.register_to_config(sample_size=section.size)
     trained = DiffHarmonyPipeline(vae, unet, pipeline.scheduler, pipeline.prompt)
