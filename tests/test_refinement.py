@@ -10,7 +10,7 @@ from test_vae import legacy
 
 from harmonylib.core.errors import HarmonyError
 from harmonylib.data.batches import TripleSet
-from harmonylib.models.diffusion import diffharmony_batches, diffharmony_loss, unscale_latents
+from harmonylib.models.diffusion import DiffHarmonyLoss, diffharmony_batches, unscale_latents
 from harmonylib.models.refinement import (
     RefinementUNet,
     decode_latents,
@@ -83,7 +83,7 @@ def test_latent_models_train_on_crops(data, tiny_pipeline, tiny_vae):  # noqa: F
     assert not unet.conv_in.weight[:, 4].any()
     unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     batches = diffharmony_batches(tiny_vae, triples, "harmonize", section, 0)
-    train(unet, diffharmony_loss(tiny_pipeline), batches, SETTINGS, **loop)
+    train(unet, DiffHarmonyLoss(tiny_pipeline, tiny_pipeline.prompt), batches, SETTINGS, **loop)
     assert set(seen) == {(2, 9, 2, 2)}
     model = initial_harmony_vae(section, None, tiny_vae, 0)
     batches = harmony_vae_batches(model, triples, "inverse", section, 0)

@@ -16,9 +16,9 @@ from harmonylib.data.layout import read_triples, write_composite, write_list, wr
 from harmonylib.models import refinement
 from harmonylib.models.base import build_autoencoder, build_unet, open_base, train_base
 from harmonylib.models.contrastive import ResUNetLoss, resunet_batches
-from harmonylib.models.diffusion import base_scheduler, diffharmony_batches, diffharmony_loss
+from harmonylib.models.diffusion import DiffHarmonyLoss, base_scheduler, diffharmony_batches
 from harmonylib.models.pipeline import DiffHarmonyPipeline, PromptEmbedding
-from harmonylib.models.start import initial_harmony_vae, initial_resunet, initial_unet
+from harmonylib.models.start import initial_harmony_vae, initial_prompt, initial_resunet, initial_unet
 from harmonylib.models.vae import HarmonyVAE, harmony_vae_batches, harmony_vae_loss
 from harmonylib.training import TrainSettings, train
 
@@ -55,15 +55,17 @@ def trained(trainer: str, root, steps: int = 5, checkpoints=None) -> dict[str, t
     section = SimpleNamespace(batch_size=4, size=SIZE, mask_init="zero", train_decoder=True, mask_start="base",
                               base_channels=8, depth=4, residual_convs=1, style="style-fusion", head="colour",
                               encoder=None, view=32, recolor=0.5, restyle=0.5, jitter=0.5)  # fmt: skip
-    fixed = SimpleNamespace(**vars(section) | {"recolor": 0.0})
+    fixed = SimpleNamespace(**vars(section) | {"recolor": 0.0, "edge": True})
     if trainer == "harmony_vae":
         torch.manual_seed(0)
         model = initial_harmony_vae(fixed, None, build_autoencoder((8, 16), size=SIZE), 0)
         loss, batches = harmony_vae_loss(), harmony_vae_batches(model, data, "harmonize", fixed, 0)
     elif trainer == "diffharmony":
         pipeline = inverse_pipeline()
-        model, loss = initial_unet(fixed, None, pipeline), diffharmony_loss(pipeline)
-        batches = diffharmony_batches(pipeline.vae, data, "inverse", fixed, 0)
+        torch.manual_seed(0)
+        prompt = initial_prompt(fixed, None, pipeline, "harmonize")
+        model, loss = initial_unet(fixed, None, pipeline), DiffHarmonyLoss(pipeline, prompt, first=0.5)
+        batches = diffharmony_batches(pipeline.vae, data, "harmonize", fixed, 0)
     elif trainer == "contrastive_resunet":
         model, loss = initial_resunet(section, None, 0), ResUNetLoss(patches=8)
         batches = resunet_batches(data, section, 0)
@@ -75,7 +77,7 @@ def trained(trainer: str, root, steps: int = 5, checkpoints=None) -> dict[str, t
     else:
         part = SimpleNamespace(source="small", size=16, autoencoder_size=16, batch_size=4, learning_rate=1e-3,
                                autoencoder_steps=steps, unet_steps=steps, checkpoint_seconds=0,
-                               autoencoder_channels=(8, 16), unet_channels=(32, 32))  # fmt: skip
+                               autoencoder_channels=(16, 16), unet_channels=(64, 64))  # fmt: skip
         run = SimpleNamespace(base=part, seed=0, device="cpu", precision="fp32", compile=False)
         pipeline = open_base(part, 0)
         train_base(pipeline, list(zip(data.reals, data.masks, strict=True)), run, checkpoints)

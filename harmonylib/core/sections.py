@@ -98,6 +98,7 @@ class DiffHarmony(Training):
     mask_start: Literal["base", "zero"]
     foreground_loss: bool
     first_step: Share
+    edge: bool
     inference_steps: Positive
 
 

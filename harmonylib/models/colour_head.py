@@ -92,6 +92,12 @@ class ColourHead(nn.Module):
 
         generator: for training, draws which edge pixels are looked at. A mask without edge gives the identity.
         """
+        _, colour_map = self.read(image, mask, context, generator)
+        both = ((mask > 0.5).flatten(1).any(1) & (mask <= 0.5).flatten(1).any(1))[:, None, None]
+        return torch.where(both, colour_map, torch.zeros_like(colour_map))
+
+    def read(self, image, mask, context=(), generator=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens BxTxW after the last round, its colour maps), of what `forward` takes."""
         colours, masks, places = edge_strips(image, mask, self.strips, generator)
         seen = torch.cat([colours.flatten(2), masks.flatten(2) * 2 - 1, places], dim=2)
         general = self.statistics(region_colours(image, mask, generator)).unflatten(1, (2, -1))
@@ -103,5 +109,4 @@ class ColourHead(nn.Module):
             if number < len(self.left):
                 news = self.left[number](torch.cat([left, left.abs().clamp_min(1e-3).log()], dim=2))
                 tokens = torch.cat([tokens[:, : -self.strips], tokens[:, -self.strips :] + news], dim=1)
-        both = ((mask > 0.5).flatten(1).any(1) & (mask <= 0.5).flatten(1).any(1))[:, None, None]
-        return torch.where(both, colour_map, torch.zeros_like(colour_map))
+        return tokens, colour_map

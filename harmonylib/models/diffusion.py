@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, EulerAncestralDiscreteScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.cache import settings_of, weights_digest
@@ -66,7 +67,7 @@ def training_attention(latents: torch.Tensor):
 def denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, foreground=True, first=0.0):
     """One training step's loss (Eq. 1).
 
-    target, condition: BxCxhxw diffusion latents; mask: Bx1xhxw; prompt: 1xTxD. Noise and time steps come from
+    target, condition: BxCxhxw diffusion latents; mask: Bx1xhxw; prompt: BxTxD or 1xTxD. Noise and time steps come from
     `generator` on the CPU: the share `first` of the steps are the sampler's first (pure noise), the others uniform.
     The scheduler's config decides between epsilon and v. UNet input: [noisy | mask | condition].
     """
@@ -126,26 +127,31 @@ def base_scheduler(prediction_type: str) -> DDPMScheduler:
 
 
 def diffharmony_batches(vae, data, task: str, section, seed: int, recipes=DEFAULTS) -> LatentBatches:
-    """What `diffharmony_loss` takes, for "harmonize" or "inverse", by the settings' section `diffharmony`."""
+    """What `DiffHarmonyLoss` takes, for "harmonize" or "inverse", by the settings' section `diffharmony`."""
     options = {"seed": (seed, "diffharmony", task), "recipes": recipes, **augmentation(section)}
-    return LatentBatches(data, vae, task, pixels=False, **options)
+    return LatentBatches(data, vae, task, pixels=section.edge and task == "harmonize", **options)
 
 
-def diffharmony_loss(base, foreground: bool = True, first: float = 0.0):
-    """Loss for `training.train` of a UNet (Eq. 1): batch {"moments", "condition_moments", "mask"}.
+class DiffHarmonyLoss(nn.Module):
+    """Loss for `training.train` of a UNet (Eq. 1): batch {"moments", "condition_moments", "mask"} and, for an
+    `EdgePrompt`, which is trained along, "condition".
 
-    base: a DiffHarmonyPipeline, whose autoencoder, scheduler and prompt stay as they are. foreground: the published
-    foreground-weighted loss (True) or the plain one. first: see `denoising_loss`.
+    base: a DiffHarmonyPipeline, whose autoencoder and scheduler stay as they are; prompt: its own or an EdgePrompt;
+    foreground: the published foreground-weighted loss (True) or the plain one; first: see `denoising_loss`.
     """
-    vae, scheduler = base.vae.requires_grad_(False), training_scheduler(base.scheduler.config)
-    prompt = base.prompt.embeds
 
-    def loss(unet, batch, generator):
+    def __init__(self, base, prompt, foreground: bool = True, first: float = 0.0):
+        super().__init__()
+        self.prompt, self.foreground, self.first = prompt, foreground, first
+        self.fixed = (base.vae.requires_grad_(False), training_scheduler(base.scheduler.config))  # no owner of these
+        self.key = [foreground, first, weights_digest(base.vae), settings_of(base.scheduler.config)]
+
+    def forward(self, unet, batch, generator) -> dict[str, torch.Tensor]:
+        vae, scheduler = self.fixed
         target, condition = (
             scale_latents(sample_posterior(batch[name], generator), vae) for name in ("moments", "condition_moments")
         )
         mask = latent_mask(batch["mask"], target.shape[-2:])
-        return {"loss": denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, foreground, first)}
-
-    loss.key = [foreground, first, weights_digest(vae), weights_digest(base.prompt), settings_of(base.scheduler.config)]
-    return loss
+        prompt = self.prompt(batch.get("condition", mask), batch["mask"], generator)
+        loss = denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, self.foreground, self.first)
+        return {"loss": loss}

@@ -24,6 +24,7 @@ from ..core.errors import HarmonyError
 from ..core.images import to_tensor, to_uint8
 from ..core.picture_metadata import read_region
 from .diffusion import latent_mask, sampling_scheduler, scale_latents, set_steps, unscale_latents
+from .edge_prompt import EdgePrompt
 from .vae import HarmonyVAE
 from .weights import at_revision, load_autoencoder, load_part, load_strict
 
@@ -41,8 +42,9 @@ class PromptEmbedding(ModelMixin, ConfigMixin):
         super().__init__()
         self.embeds = torch.nn.Parameter(torch.zeros(1, tokens, dim), requires_grad=False)
 
-    def forward(self) -> torch.Tensor:
-        return self.embeds
+    def forward(self, image: torch.Tensor, mask=None, generator=None) -> torch.Tensor:
+        """The embedding for each of a batch's images, BxTxD."""
+        return self.embeds.expand(len(image), -1, -1)
 
 
 def _batch(images, read) -> torch.Tensor:
@@ -79,7 +81,8 @@ class DiffHarmonyPipeline(DiffusionPipeline):
     """Harmonize composites with a latent diffusion model (DiffHarmony, Sec. 3.1 of DiffHarmony++).
 
     vae: AutoencoderKL (DiffHarmony) or HarmonyVAE (DiffHarmony++); unet: 2C+1 input channels, ordered [noisy latent |
-    mask | composite latent]; scheduler: any of the base's, sampled by Euler ancestral; prompt: PromptEmbedding.
+    mask | composite latent]; scheduler: any of the base's, sampled by Euler ancestral; prompt: PromptEmbedding or
+    EdgePrompt.
     Raises HarmonyError when the UNet's input channels do not fit the autoencoder.
     """
 
@@ -132,7 +135,7 @@ class DiffHarmonyPipeline(DiffusionPipeline):
             mask = F.interpolate(mask, size=size, mode="nearest")
         padded = pad_to_multiple(image, self.factor, "replicate").to(device, dtype)
         padded_mask = pad_to_multiple(mask, self.factor, "constant").to(device, dtype)
-        embeds = self.prompt.embeds if prompt_embeds is None else prompt_embeds
+        embeds = self.prompt(padded, padded_mask) if prompt_embeds is None else prompt_embeds
         latents = self._denoise(padded, padded_mask, num_inference_steps, generator, embeds, candidates, temperature)
         if output_type == "latent":
             return ImagePipelineOutput(images=latents)
@@ -156,7 +159,7 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         latents = randn_tensor(mean.shape, **draw) * self.scheduler.init_noise_sigma * temperature
         composite = scale_latents(mean + std * randn_tensor(mean.shape, **draw), self.vae)
         small = latent_mask(mask, mean.shape[-2:]).to(image.dtype).repeat_interleave(candidates, dim=0)
-        embeds = embeds.to(image).expand(len(latents), -1, -1)
+        embeds = embeds.to(image).expand(len(image), -1, -1).repeat_interleave(candidates, dim=0)
         for t in self.progress_bar(self.scheduler.timesteps):
             noisy = self.scheduler.scale_model_input(latents, t)
             prediction = self.unet(torch.cat([noisy, small, composite], dim=1), t, embeds).sample
@@ -172,14 +175,21 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         Raises HarmonyError naming the part that is missing or damaged.
         """
         dtype = {"torch_dtype": torch_dtype}
-        if "prompt" in _config(cls, folder, default=("prompt",)):
-            prompt = load_strict(PromptEmbedding.from_pretrained, folder, subfolder="prompt", **dtype)
-        else:
-            prompt = _empty_caption(folder)
+        prompt = load_prompt(folder, **dtype)
         vae = vae or open_autoencoder(folder, subfolder="vae", **dtype)
         unet = _open_unet(folder, **dtype)
         scheduler = load_part(DDPMScheduler.from_pretrained, folder, subfolder="scheduler")
         return cls(vae, unet, scheduler, prompt).to(pick_device(device))
+
+
+def load_prompt(folder, **options) -> PromptEmbedding | EdgePrompt:
+    """The prompt of a pipeline's folder; of Stable Diffusion's the empty caption."""
+    config = _config(DiffHarmonyPipeline, folder, default={"prompt": ["", "PromptEmbedding"]})
+    if "prompt" not in config:
+        return _empty_caption(folder)
+    if config["prompt"][1] == "EdgePrompt":
+        return load_strict(EdgePrompt.from_pretrained, folder, subfolder="prompt")  # its sums need float32
+    return load_strict(PromptEmbedding.from_pretrained, folder, subfolder="prompt", **options)
 
 
 def _empty_caption(folder) -> PromptEmbedding:

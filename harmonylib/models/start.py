@@ -6,6 +6,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ..core.errors import HarmonyError
+from .edge_prompt import EdgePrompt
+from .pipeline import load_prompt
 from .resunet import ContrastiveResUNet, build
 from .vae import HarmonyVAE
 from .weights import SHIPPED, load_strict
@@ -92,6 +94,21 @@ def initial_unet(section, folder: Path | None, base) -> UNet2DConditionModel:
     if model.config.out_channels != base.unet.config.out_channels:
         raise HarmonyError(f"{folder}: its UNet does not fit the base's latents; use the base it was trained with")
     return model.to(base.device)
+
+
+def initial_prompt(section, folder: Path | None, base, task: str):
+    """The prompt of the UNet that section `diffharmony` trains: that of a pipeline's `folder`, or a new one.
+
+    edge (ours, of the harmonizer): an `EdgePrompt`, trained along; else the base's. Raises HarmonyError where the
+    folder's is of the other kind.
+    """
+    edge = section.edge and task == "harmonize"
+    if folder is None:
+        return EdgePrompt(base.unet.config.cross_attention_dim).to(base.device) if edge else base.prompt
+    prompt = load_prompt(folder)
+    if isinstance(prompt, EdgePrompt) != edge:
+        raise HarmonyError(f"params.yaml: diffharmony.edge is {section.edge}, but not in {folder}; change that")
+    return prompt.to(base.device)
 
 
 def _part(folder: Path, name: str) -> Path:

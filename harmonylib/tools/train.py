@@ -19,9 +19,9 @@ from ..data.layout import read_triples
 from ..data.recipes import RecipeSettings
 from ..models.base import open_base, train_base
 from ..models.contrastive import ResUNetLoss, resunet_batches
-from ..models.diffusion import diffharmony_batches, diffharmony_loss
+from ..models.diffusion import DiffHarmonyLoss, diffharmony_batches
 from ..models.pipeline import DiffHarmonyPipeline
-from ..models.start import initial_harmony_vae, initial_resunet, initial_unet, start_folder
+from ..models.start import initial_harmony_vae, initial_prompt, initial_resunet, initial_unet, start_folder
 from ..models.vae import HarmonyVAE, harmony_vae_batches, harmony_vae_loss, skip_norms
 from ..training import TrainSettings, train
 from .terminal import run as run_application
@@ -49,14 +49,15 @@ def diffharmony(run, task):
     section, pipeline = run.diffharmony, DiffHarmonyPipeline.from_pretrained("artifacts/base", device=run.device)
     data = TripleSet(read_triples("data/benchmark", "train"), section.size)
     vae = HarmonyVAE.from_pretrained(f"artifacts/harmony_vae/{task}")
-    unet = initial_unet(section, start_folder(section.start, task), pipeline)
+    start = start_folder(section.start, task)
+    unet, prompt = initial_unet(section, start, pipeline), initial_prompt(section, start, pipeline, task)
     batches = diffharmony_batches(pipeline.vae, data, task, section, run.seed, recipes(run))
     first = section.first_step if task == "harmonize" else 0.0
-    loss = diffharmony_loss(pipeline, section.foreground_loss, first)
+    loss = DiffHarmonyLoss(pipeline, prompt, section.foreground_loss, first)
     settings = TrainSettings.of(run, "diffharmony", task)
     history = train(unet, loss, batches, settings, name=f"diffharmony {task}", **loop(run))
     vae.register_to_config(sample_size=section.size)
-    trained = DiffHarmonyPipeline(vae, unet, pipeline.scheduler, pipeline.prompt)
+    trained = DiffHarmonyPipeline(vae, unet, pipeline.scheduler, prompt)
     return trained, f"artifacts/diffharmony/{task}", history
 
 
