@@ -170,7 +170,7 @@ def test_training_without_a_notebook(root, monkeypatch):
     common = {"size": 32, "crop": 0, "steps": 2, "batch_size": 2, "start": None}
     values["device"], values["precision"] = "cpu", "fp32"
     values["base"] |= {"source": "small", "size": 32, "autoencoder_steps": 1, "batch_size": 2}
-    values["base"] |= {"autoencoder_channels": [8, 16], "unet_channels": [32, 32]}
+    values["base"] |= {"autoencoder_channels": [16, 16], "unet_channels": [64, 64]}
     values["harmony_vae"] |= common | {"inverse_steps": 2}
     values["diffharmony"] |= common | {"inverse_steps": 2}
     values["resunet"] |= common | {"encoder": None, "head": "residual", "base_channels": 2, "depth": 2}

@@ -98,9 +98,9 @@ def sampling_scheduler(config) -> EulerAncestralDiscreteScheduler:
 
 def set_steps(scheduler, steps: int, device) -> None:
     """Choose so many time steps of a sampling scheduler, the noisiest first; a single one is the noisiest."""
-    spacing = "linspace" if steps > 1 else "trailing"  # the only step of "linspace" is t = 0, where nothing is decided
-    scheduler.register_to_config(timestep_spacing=spacing)
-    scheduler.set_timesteps(steps, device=device)
+    scheduler.set_timesteps(max(steps, 2), device=device)
+    if steps == 1:  # the only step of "linspace" would be t = 0, where nothing is decided
+        scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[:1], scheduler.sigmas[[0, -1]]
 
 
 def base_scheduler(prediction_type: str) -> DDPMScheduler:
