@@ -13,7 +13,7 @@ from harmonylib.models.start import initial_prompt
 def edge_pipeline(tiny_pipeline):
     torch.manual_seed(0)
     prompt = EdgePrompt(32, width=24, layers=1, strips=16)
-    torch.nn.init.normal_(prompt.out.weight)
+    torch.nn.init.normal_(prompt.found.weight)
     return DiffHarmonyPipeline(tiny_pipeline.vae, tiny_pipeline.unet, tiny_pipeline.scheduler, prompt.eval())
 
 
@@ -31,9 +31,9 @@ def test_tokens_start_at_zero_and_read_the_edge(pair):
     image, other, mask = pair
     prompt = EdgePrompt(8, width=24, layers=1, strips=16).eval()
     assert not prompt(image, mask).any()  # a UNet trained with the small base's prompt goes on as it was
-    torch.nn.init.normal_(prompt.out.weight)
+    torch.nn.init.normal_(prompt.found.weight)
     tokens = prompt(image, mask)
-    assert tokens.shape == (1, 18, 8) and torch.equal(tokens, prompt(image, mask))
+    assert tokens.shape == (1, 3, 8) and torch.equal(tokens, prompt(image, mask))
     assert (tokens - prompt(other, mask)).abs().max() > 1e-3
     assert all(p.grad is not None for p in trained(prompt, image, mask) if p.requires_grad)  # else DDP would stop
 
@@ -55,7 +55,7 @@ def test_a_pipeline_reads_it_and_keeps_it(edge_pipeline, pair, tmp_path):
     assert not torch.allclose(latents, edge_pipeline(other, mask, 2, generator=draw(), **options).images, atol=1e-4)
     edge_pipeline.save_pretrained(tmp_path / "saved")
     again = DiffHarmonyPipeline.from_pretrained(tmp_path / "saved", device="cpu", torch_dtype=torch.bfloat16)
-    assert isinstance(again.prompt, EdgePrompt) and again.prompt.out.weight.dtype == torch.float32
+    assert isinstance(again.prompt, EdgePrompt) and again.prompt.found.weight.dtype == torch.float32
     torch.testing.assert_close(again.prompt(image, mask), edge_pipeline.prompt(image, mask))
 
 
@@ -64,8 +64,9 @@ def test_where_a_training_starts(edge_pipeline, tiny_pipeline, tmp_path):
     on, off = SimpleNamespace(edge=True), SimpleNamespace(edge=False)
     assert initial_prompt(off, None, tiny_pipeline, "harmonize") is tiny_pipeline.prompt
     assert initial_prompt(on, None, tiny_pipeline, "inverse") is tiny_pipeline.prompt
-    assert not initial_prompt(on, None, tiny_pipeline, "harmonize").out.weight.any()
+    new = initial_prompt(on, None, tiny_pipeline, "harmonize")
+    assert not new.found.weight.any() and new.head.strip[0].weight.std() > 0.05  # the head has been trained
     found = initial_prompt(on, tmp_path / "saved", tiny_pipeline, "harmonize")
-    assert torch.equal(found.out.weight, edge_pipeline.prompt.out.weight)
+    assert torch.equal(found.found.weight, edge_pipeline.prompt.found.weight)
     with pytest.raises(HarmonyError, match="diffharmony.edge is False, but not in .*saved"):
         initial_prompt(off, tmp_path / "saved", tiny_pipeline, "harmonize")

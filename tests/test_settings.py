@@ -58,7 +58,7 @@ def test_values_are_typed_as_dvc_types_them(root):
         ("[reinhard, xiao-ma,", "[reinhart,", r"data.transfers.0 is 'reinhart'; .*; did you mean reinhard\?"),
         ("weights: [0.0, 1.0, 0.0]", "weights: [1.0]", r"weights is \[1.0\]; it must have at least 3 items$"),
         ("strength: [0.0, 100.0]", "strength: [9, 1]", r"strength is \[9, 1\]; the first must not be above"),
-        ("crop: 48", "crop: 97", "harmony_vae.crop is 97; it must not be above size, 96"),
+        ("crop: 64", "crop: 129", "harmony_vae.crop is 129; it must not be above size, 128"),
         ("pairs: 24", "pairs: 0", "human_harmony.pairs is 0; source: embedded needs at least 1"),
         ("device: auto", "device: gpu", "device is 'gpu'; it must match"),
         (MINI[MINI.index("\nevaluation:") :], "\nevaluation: 3", "evaluation must be a mapping of settings"),

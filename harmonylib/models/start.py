@@ -99,12 +99,17 @@ def initial_unet(section, folder: Path | None, base) -> UNet2DConditionModel:
 def initial_prompt(section, folder: Path | None, base, task: str):
     """The prompt of the UNet that section `diffharmony` trains: that of a pipeline's `folder`, or a new one.
 
-    edge (ours, of the harmonizer): an `EdgePrompt`, trained along; else the base's. Raises HarmonyError where the
+    edge (ours, of the harmonizer): an `EdgePrompt` with the head of the shipped ResUNet, trained along; else the base's. Raises HarmonyError where the
     folder's is of the other kind.
     """
     edge = section.edge and task == "harmonize"
+    if folder is None and not edge:
+        return base.prompt
     if folder is None:
-        return EdgePrompt(base.unet.config.cross_attention_dim).to(base.device) if edge else base.prompt
+        prompt = EdgePrompt(base.unet.config.cross_attention_dim)
+        resunet = load_strict(ContrastiveResUNet.from_pretrained, SHIPPED / FOLDERS["resunet"])
+        prompt.head.load_state_dict(resunet.colour_head.state_dict(), strict=False)  # without what the encoder says
+        return prompt.to(base.device)
     prompt = load_prompt(folder)
     if isinstance(prompt, EdgePrompt) != edge:
         raise HarmonyError(f"params.yaml: diffharmony.edge is {section.edge}, but not in {folder}; change that")
