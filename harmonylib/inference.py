@@ -26,6 +26,7 @@ MODELS = ("contrastive-resunet", "diffharmony++", "diffharmony")
 BLOCK = 1_000_000  # pixels that are recoloured at a time
 SMALL_FOREGROUND = 0.01  # share of the picture below which a model is shown a window instead of everything
 RIDGE = 3e-3  # of `colour_map`, a pixel
+EDGE_SIZE = 256  # long side in pixels at which an `EdgePrompt` reads the mask's edge: its head's own
 
 
 def harmonize(
@@ -64,7 +65,8 @@ def harmonize(
     if isinstance(loaded, ContrastiveResUNet) and loaded.config.head == "colour":
         found, rest = predicted_map(loaded, small, small_region), None
     else:
-        found, rest = carry_over(small, run_model(loaded, small, small_region, seed, draws), small_region)
+        edge = shrink_pair(view[window], region[window], EDGE_SIZE)
+        found, rest = carry_over(small, run_model(loaded, small, small_region, seed, draws, edge), small_region)
     colours = recolored(pixels, region[window], found, rest, strength)
     bands[window][..., :3] = blend(pixels, colours, region[window], feather)
     result = Image.fromarray(bands)
@@ -163,13 +165,17 @@ def working_size(model) -> int:
 
 
 @torch.inference_mode()
-def run_model(model, pixels: np.ndarray, region: np.ndarray, seed: int, draws: int = 1) -> np.ndarray:
-    """The model's raw output for HxWx3 uint8 and HxW bool, as HxWx3 uint8; no pasting. draws as in `harmonize`."""
-    image, mask = to_tensor(pixels)[None].to(model.device), to_tensor(region)[None].to(model.device)
+def run_model(model, pixels: np.ndarray, region: np.ndarray, seed: int, draws: int = 1, edge=None) -> np.ndarray:
+    """The model's raw output for HxWx3 uint8 and HxW bool, as HxWx3 uint8; no pasting. draws as in `harmonize`.
+
+    edge: the same pair, larger, for the prompt of a diffusion model that reads the mask's edge.
+    """
+    pairs = (pixels, region, *(edge or (pixels, region)))
+    image, mask, *edge = (to_tensor(array)[None].to(model.device) for array in pairs)
     with autocast(model.device):
         if not isinstance(model, DiffHarmonyPipeline):
             return to_uint8(model(image, mask))[0]
-        options = {"paste": False, "output_type": "pt", "candidates": draws}
+        options = {"paste": False, "output_type": "pt", "candidates": draws, "prompt_embeds": model.prompt(*edge)}
         outputs = model(image, mask, generator=generator(seed, "harmonize"), **options).images
     return to_uint8(outputs.mean(0) * 2 - 1)
 

@@ -73,7 +73,8 @@ def diffusion_method(pipeline, name: str, seed: int, size: int | None = None, st
         output, seen = image.float().clone(), region.flatten(1).any(1).cpu().numpy()  # objects too small for this size
         generators = [generator(seed, "evaluate", name) for name, there in zip(names, seen, strict=True) if there]
         if generators:
-            options = {"generator": generators, "paste": False, "output_type": "pt"}
+            embeds = pipeline.prompt(*(part[seen].to(pipeline.device) for part in (composite, mask)))
+            options = {"generator": generators, "paste": False, "output_type": "pt", "prompt_embeds": embeds}
             made = pipeline(image[seen], region[seen], steps, **options).images
             output[seen] = made.float().to(output.device) * 2 - 1
         return resize(output, composite.shape[-1])

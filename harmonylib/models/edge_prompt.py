@@ -1,7 +1,8 @@
 """What the mask's edge tells, in the place of the caption: something for the UNet's cross-attention to read (ours).
 
-A latent is a block of 8x8 pixels, and what gives a composite away is a surface that crosses the mask's edge within a few
-pixels. Stable Diffusion's cross-attention has nothing to read but an empty caption; here it reads the edge.
+A latent is a block of 8x8 pixels, and what gives a composite away is a surface that crosses the mask's edge within a
+few pixels. Stable Diffusion's cross-attention has nothing to read but an empty caption; here it reads the edge, at a
+larger size than the UNet's where there is one.
 """
 
 import torch
@@ -18,8 +19,8 @@ GENERAL = 2  # tokens of the head that speak of the whole picture
 class EdgePrompt(ModelMixin, ConfigMixin):
     """forward(image, mask) -> prompt embeddings Bx3xdim: the colour head's general tokens, and the map that it finds.
 
-    dim: the UNet's cross_attention_dim; width, layers, strips and rounds: of `colour_head.ColourHead`, which stays as it
-    was trained with the ResUNet. Zeros at the start: a UNet that had the small base's prompt goes on as it was.
+    dim: the UNet's cross_attention_dim; width, layers, strips and rounds: of `colour_head.ColourHead`, which stays as
+    it was trained with the ResUNet. Zeros at the start: a UNet that had the small base's prompt goes on as it was.
     """
 
     @register_to_config
@@ -33,7 +34,7 @@ class EdgePrompt(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.bias)
 
     def forward(self, image: torch.Tensor, mask: torch.Tensor, generator=None) -> torch.Tensor:
-        """image Bx3xHxW in [-1, 1], mask Bx1xHxW in {0, 1}; generator: for training, draws the edge's pixels."""
+        """image Bx3xHxW in [-1, 1], mask Bx1xHxW in {0, 1}, at any size; generator: draws the edge's pixels (training)."""
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             tokens, colour_map = self.head.read(image.float(), mask.float(), (), generator)
         general = self.general(self.norm(tokens[:, :GENERAL]))

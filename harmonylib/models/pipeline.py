@@ -82,17 +82,18 @@ class DiffHarmonyPipeline(DiffusionPipeline):
 
     vae: AutoencoderKL (DiffHarmony) or HarmonyVAE (DiffHarmony++); unet: 2C+1 input channels, ordered [noisy latent |
     mask | composite latent]; scheduler: any of the base's, sampled by Euler ancestral; prompt: PromptEmbedding or
-    EdgePrompt.
+    EdgePrompt; steps: denoising steps unless a call says otherwise (5 in Sec. 5.2).
     Raises HarmonyError when the UNet's input channels do not fit the autoencoder.
     """
 
-    def __init__(self, vae: AutoencoderKL, unet: UNet2DConditionModel, scheduler, prompt: PromptEmbedding):
+    def __init__(self, vae: AutoencoderKL, unet: UNet2DConditionModel, scheduler, prompt, steps: int = 5):
         super().__init__()
         given, needed = unet.config.in_channels, 2 * vae.config.latent_channels + 1
         if given != needed:
             message = f"the UNet takes {given} channels, not {needed} (latent + mask + latent)"
             raise HarmonyError(f"{message}; use an inpainting UNet")
         self.register_modules(vae=vae, unet=unet, scheduler=sampling_scheduler(scheduler.config), prompt=prompt)
+        self.register_to_config(steps=steps)
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
@@ -100,7 +101,7 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         self,
         image,
         mask,
-        num_inference_steps: int = 5,
+        num_inference_steps: int | None = None,
         height: int | None = None,
         width: int | None = None,
         generator=None,
@@ -136,7 +137,9 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         padded = pad_to_multiple(image, self.factor, "replicate").to(device, dtype)
         padded_mask = pad_to_multiple(mask, self.factor, "constant").to(device, dtype)
         embeds = self.prompt(padded, padded_mask) if prompt_embeds is None else prompt_embeds
-        latents = self._denoise(padded, padded_mask, num_inference_steps, generator, embeds, candidates, temperature)
+        latents = self._denoise(
+            padded, padded_mask, num_inference_steps or self.config.steps, generator, embeds, candidates, temperature
+        )
         if output_type == "latent":
             return ImagePipelineOutput(images=latents)
         condition = {}
@@ -179,7 +182,8 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         vae = vae or open_autoencoder(folder, subfolder="vae", **dtype)
         unet = _open_unet(folder, **dtype)
         scheduler = load_part(DDPMScheduler.from_pretrained, folder, subfolder="scheduler")
-        return cls(vae, unet, scheduler, prompt).to(pick_device(device))
+        steps = dict(_config(cls, folder)).get("steps", 5)
+        return cls(vae, unet, scheduler, prompt, steps).to(pick_device(device))
 
 
 def load_prompt(folder, **options) -> PromptEmbedding | EdgePrompt:

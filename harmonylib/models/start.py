@@ -99,8 +99,8 @@ def initial_unet(section, folder: Path | None, base) -> UNet2DConditionModel:
 def initial_prompt(section, folder: Path | None, base, task: str):
     """The prompt of the UNet that section `diffharmony` trains: that of a pipeline's `folder`, or a new one.
 
-    edge (ours, of the harmonizer): an `EdgePrompt` with the head of the shipped ResUNet, trained along; else the base's. Raises HarmonyError where the
-    folder's is of the other kind.
+    edge (ours, of the harmonizer): an `EdgePrompt` with the head of the shipped ResUNet; else the base's. Raises
+    HarmonyError where the folder's is of the other kind.
     """
     edge = section.edge and task == "harmonize"
     if folder is None and not edge:

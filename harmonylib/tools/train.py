@@ -57,7 +57,7 @@ def diffharmony(run, task):
     settings = TrainSettings.of(run, "diffharmony", task)
     history = train(unet, loss, batches, settings, name=f"diffharmony {task}", **loop(run))
     vae.register_to_config(sample_size=section.size)
-    trained = DiffHarmonyPipeline(vae, unet, pipeline.scheduler, prompt)
+    trained = DiffHarmonyPipeline(vae, unet, pipeline.scheduler, prompt, section.inference_steps)
     return trained, f"artifacts/diffharmony/{task}", history
 
 
