@@ -34,7 +34,7 @@ class EdgePrompt(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.bias)
 
     def forward(self, image: torch.Tensor, mask: torch.Tensor, generator=None) -> torch.Tensor:
-        """image Bx3xHxW in [-1, 1], mask Bx1xHxW in {0, 1}, any size; generator: draws pixels of the edge (training)."""
+        """image Bx3xHxW in [-1, 1], mask Bx1xHxW in {0, 1}, of any size; generator: draws pixels while training."""
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             tokens, colour_map = self.head.read(image.float(), mask.float(), (), generator)
         general = self.general(self.norm(tokens[:, :GENERAL]))
