@@ -9,6 +9,7 @@ step's batch. As a program it trains a stage without its notebook (`tools/train.
 """
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import runpy
@@ -220,12 +221,17 @@ def train(model, loss, batches, settings: TrainSettings, *, name: str, seed: int
     run = _Run(model, loss, settings, pick_device(device))
     store = Checkpoints(checkpoints, _key(run.modules, loss, batches, settings, name, seed)) if checkpoints else None
     with only_one(store.folder) if store and run.rank == 0 else contextlib.nullcontext():
-        show = (lambda history: write_json(curve, history)) if curve and run.rank == 0 else lambda history: None
+        show = functools.partial(_write_curve, curve) if curve and run.rank == 0 else lambda history: None
         history = _loop(run, batches, name, seed, observe, store, show)
         show(history)  # also of a run that had finished before
     for module in run.modules:
         module.eval()
     return history
+
+
+def _write_curve(path, history: list[dict]) -> None:
+    names = dict.fromkeys(name for entry in history for name in entry)  # DVC draws what every entry has
+    write_json(path, [{name: entry.get(name) for name in names} for entry in history])
 
 
 def _loop(run: _Run, batches, name: str, seed: int, observe, store, show) -> list[dict]:
