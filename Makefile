@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help checkout .venv repro test test-long lint smoke lab pretrained ablations ablations-all bench fuzz clean
+.PHONY: help checkout .venv repro test test-long lint smoke lab pretrained ablations ablations-all docs bench fuzz clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -67,6 +67,10 @@ ablations: .venv  ## the papers' ablation tables that fit a laptop: 2, 4, 5 and 
 ablations-all: .venv  ## every ablation; for the profiles gpu and paper
 	.venv/bin/dvc repro ablations/dvc.yaml
 	.venv/bin/dvc repro --single-item --force report
+
+docs: .venv  ## after make repro: docs/course, docs/results.md, README's tables: make docs [LOG=what make repro printed]
+	.venv/bin/python -m report.course $(LOG)
+	.venv/bin/python -m benchmarks.cards
 
 bench: .venv  ## ours against the plain implementation, timed in one run: a table and benchmarks/results.json
 	.venv/bin/python -m benchmarks.run

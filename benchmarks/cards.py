@@ -1,20 +1,29 @@
-"""`python -m benchmarks.cards`: writes the figures of pretrained/scores.json into the model cards and README, and those
-of the last run (reports/metrics/evaluation.json) into README.
+"""`python -m benchmarks.cards`: writes what was measured into the texts: the figures of pretrained/scores.json into the
+model cards, these and the last run's (reports/metrics/) into docs/results.md, a few of them and the course into README.
 
-What stands between `<!-- figures -->` and `<!-- end of figures -->` is replaced (`<!-- run -->` likewise); the text
-around it is by hand.
+What stands between `<!-- NAME -->` and `<!-- end of NAME -->` is replaced; the text around it is by hand.
 """
 
 import json
+import math
 import re
+from collections import Counter
 from pathlib import Path
 
+from safetensors import safe_open
+
 from harmonylib.core.files import atomic_path
+from report.course import contents
 
 from .shipped import SCORES
 
 ROOT = Path(__file__).parents[1]
-MARKS = {name: re.compile(rf"(?s)(<!-- {name} -->\n).*?(<!-- end of {name} -->)") for name in ("figures", "run")}
+METRICS = ROOT / "reports/metrics"
+SHIPPED = {  # what each is for
+    "contrastive-resunet": "the default of `harmonylib harmonize`; one pass, any size",
+    "diffharmony++": "the diffusion paper's models, small; five steps",
+    "base": "what the diffusion models start from",
+}
 TITLES = {"subset": "by recipe", "strength": "by the composite's fMSE", "share": "by the foreground's share"}
 
 
@@ -49,7 +58,7 @@ def card(found: dict, model: str) -> str:
 
 
 def overview(found: dict) -> str:
-    """README's table: every model, every set."""
+    """Every model, every set."""
     names = list(found["sets"])
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for model in next(iter(found["sets"].values()))["real_photos"]:
@@ -61,10 +70,8 @@ def overview(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def last_run() -> str:
-    """README's table of the last run's evaluation, with intervals of the PSNR."""
-    models = json.loads((ROOT / "reports/metrics/evaluation.json").read_text(encoding="utf-8"))["models"]
-    details = json.loads((ROOT / "reports/metrics/evaluation_details.json").read_text(encoding="utf-8"))
+def last_run(models: dict, details: dict) -> str:
+    """The last run's evaluation, with intervals of the PSNR."""
     lines = ["| method | PSNR ↑ (95 % interval) | MSE ↓ | fMSE ↓ | SSIM ↑ | fSSIM ↑ |", "|---|---|---|---|---|---|"]
     for name, parts in models.items():
         part, (low, high) = parts["all"], details["models"][name]["all"]["interval"]["psnr"]
@@ -73,18 +80,86 @@ def last_run() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def claims(found: list[dict]) -> str:
+    """Both papers' claims as the report judges them."""
+    lines = ["| paper | claim | paper says | here (95 % interval) | photos | verdict |", "|---|---|---|---|---|---|"]
+    for claim in found:
+        here = "–"
+        if claim["effect"] is not None:
+            ends = [f"{end:+.2f}" if end is not None else "–" for end in claim["interval"]]
+            here = f"{claim['effect']:+.2f} ({' to '.join(ends)}) {claim['metric']}"
+        where = f"{claim['paper']}, {claim['place']}"
+        cells = [where, claim["claim"], claim["published"], here, claim["photos"] or "–", claim["verdict"]]
+        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def headline(sets: dict, models: dict, details: dict, found: list[dict]) -> str:
+    """README's few lines."""
+    lines, model = [], "contrastive-resunet"
+    for name, words in {"unseen": "of unseen photos", "other": "of photo sets that no training saw"}.items():
+        part = sets[name]["against_composite"][model]["all"]
+        (gain, low, high), less = part["psnr"], part["reduction"][0]
+        lines.append(f"**{model}**, as shipped, on {part['n']} composites {words} ({part['photos']}): {gain:+.1f} dB "
+                     f"PSNR ({low:.1f} to {high:.1f}), {less:.0%} less fMSE")  # fmt: skip
+    psnr = {name: parts["all"]["psnr"] for name, parts in models.items()}
+    names = ("composite", "diffharmony", "diffharmony++", model)
+    lines.append(f"`make repro`, {details['n']} composites of {details['photos']} photos, mean PSNR: "
+                 + ", ".join(f"{name} {psnr[name]:.1f}" for name in names) + " dB")  # fmt: skip
+    counts = Counter(claim["verdict"] for claim in found)
+    lines.append(f"the papers' {len(found)} claims in that run: " + ", ".join(f"{v} {n}" for v, n in counts.items()))
+    return "".join(f"- {line}.\n" for line in lines)
+
+
+def weights() -> str:
+    """The shipped models: parameters and megabytes of their files."""
+    lines = ["| model | parameters | download | what it is for |", "|---|---|---|---|"]
+    for name, words in SHIPPED.items():
+        files, count = sorted((ROOT / "pretrained" / name).rglob("*.safetensors")), 0
+        for path in files:
+            with safe_open(path, "pt") as tensors:
+                count += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+        size = sum(path.stat().st_size for path in files)
+        lines.append(f"| [{name}](pretrained/{name}/README.md) | {count / 1e6:.1f} M | {size / 1e6:.1f} MB | {words} |")
+    return "\n".join(lines) + "\n"
+
+
+def replaced(text: str, parts: dict[str, str]) -> str:
+    for name, part in parts.items():
+        marked = re.compile(rf"(?s)(<!-- {name} -->\n).*?(<!-- end of {name} -->)")
+        assert marked.search(text), name
+        text = marked.sub(lambda mark, part=part: mark[1] + part + mark[2], text)
+    return text
+
+
+def texts() -> dict[Path, str]:
+    """{file: what it should hold}."""
     found = json.loads(SCORES.read_text(encoding="utf-8"))
-    models = {name.partition(":")[0]: name for name in next(iter(found["sets"].values()))["real_photos"]}
-    texts = {ROOT / "README.md": {"figures": overview(found), "run": last_run()}}
-    texts |= {ROOT / "pretrained" / name / "README.md": {"figures": card(found, key)} for name, key in models.items()
+    run = {name: json.loads((METRICS / f"{name}.json").read_text(encoding="utf-8"))
+           for name in ("evaluation", "evaluation_details", "report")}  # fmt: skip
+    models, details, judged = run["evaluation"]["models"], run["evaluation_details"], run["report"]["claims"]
+    tested = {name.partition(":")[0]: name for name in next(iter(found["sets"].values()))["real_photos"]}
+    parts = {
+        ROOT / "README.md": {
+            "headline": headline(found["sets"], models, details, judged),
+            "course": contents("notebooks/", "docs/course/"),
+            "weights": weights(),
+        },
+        ROOT / "docs/results.md": {
+            "figures": overview(found),
+            "run": last_run(models, details),
+            "claims": claims(judged),
+        },
+    }
+    parts |= {ROOT / "pretrained" / name / "README.md": {"figures": card(found, key)} for name, key in tested.items()
               if name != "diffharmony"}  # fmt: skip
-    for path, parts in texts.items():
-        written = path.read_text(encoding="utf-8")
-        for name, text in parts.items():
-            written = MARKS[name].sub(lambda mark, text=text: mark[1] + text + mark[2], written)
+    return {path: replaced(path.read_text(encoding="utf-8"), part) for path, part in parts.items()}
+
+
+def main() -> None:
+    for path, text in texts().items():
         with atomic_path(path) as temporary:
-            temporary.write_text(written, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ step's batch. As a program it trains a stage without its notebook (`tools/train.
 """
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import runpy
@@ -26,6 +27,7 @@ from .core.devices import autocast, pick_device
 from .core.distributed import ShareOfDraws, join_group, rank_and_world
 from .core.errors import HarmonyError
 from .core.files import atomic_path, only_one
+from .core.json_files import write_json
 from .core.progress import progress
 from .core.seeds import generator
 from .data.batches import prefetched
@@ -201,14 +203,14 @@ def _key(modules, loss, batches, settings: TrainSettings, name: str, seed: int) 
 
 
 def train(model, loss, batches, settings: TrainSettings, *, name: str, seed: int, device="auto", observe=None,
-          checkpoints=None) -> list[dict]:  # fmt: skip
+          checkpoints=None, curve=None) -> list[dict]:  # fmt: skip
     """Train `model` in place and leave the EMA weights in it, in eval mode.
 
     loss(model, batch, generator) returns a dict of scalar tensors with "loss", means over the batch, and draws only
     from `generator`; a loss that is a Module is trained along. batches(step) returns a dict of CPU tensors, their first
     dimension the batch, and is called one step ahead in a thread. observe(model) -> dict of numbers is called ten times
     with the EMA weights. checkpoints: a folder for resume points. Returns the history: a list of {"step", "loss", ...},
-    each the mean over 1/50 of the run.
+    each the mean over 1/50 of the run. curve: a JSON file of the history so far, for who watches.
 
     Killed at any moment and called again, it ends with the same weights, bit by bit on one machine. Ctrl-C and SIGTERM
     end the step, save and raise KeyboardInterrupt. Under torchrun the checkpoints' folder must be one that all see;
@@ -219,13 +221,20 @@ def train(model, loss, batches, settings: TrainSettings, *, name: str, seed: int
     run = _Run(model, loss, settings, pick_device(device))
     store = Checkpoints(checkpoints, _key(run.modules, loss, batches, settings, name, seed)) if checkpoints else None
     with only_one(store.folder) if store and run.rank == 0 else contextlib.nullcontext():
-        history = _loop(run, batches, name, seed, observe, store)
+        show = functools.partial(_write_curve, curve) if curve and run.rank == 0 else lambda history: None
+        history = _loop(run, batches, name, seed, observe, store, show)
+        show(history)  # also of a run that had finished before
     for module in run.modules:
         module.eval()
     return history
 
 
-def _loop(run: _Run, batches, name: str, seed: int, observe, store) -> list[dict]:
+def _write_curve(path, history: list[dict]) -> None:
+    names = dict.fromkeys(name for entry in history for name in entry)  # DVC draws what every entry has
+    write_json(path, [{name: entry.get(name) for name in names} for entry in history])
+
+
+def _loop(run: _Run, batches, name: str, seed: int, observe, store, show) -> list[dict]:
     steps, on_cpu, writes = run.settings.steps, run.device.type == "cpu", store is not None and run.rank == 0
 
     # Go on where an earlier run of the same key stopped; a finished one is only read.
@@ -270,6 +279,7 @@ def _loop(run: _Run, batches, name: str, seed: int, observe, store) -> list[dict
                 if observe and (done % max(1, steps // 10) < window or last):
                     entry |= run.observed(observe)
                 state["history"].append(entry)
+                show(state["history"])  # the whole, so that a resumed run neither repeats nor loses an entry
                 rate = (done - began_at) * run.settings.batch_size / (time.monotonic() - began)
                 bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:.3g} images/s")
 

@@ -63,7 +63,15 @@ def notebook_html(path) -> tuple[str, Markup]:
         notebook = nbformat.read(path, as_version=4)
     except FileNotFoundError:
         raise HarmonyError(f"{path}: no such executed notebook; `dvc repro` makes it") from None
-    title, heading, sentence = Path(path).stem, "", ""
+    title = describe(notebook, Path(path).stem)
+    body, _ = HTMLExporter(template_name="basic", exclude_anchor_links=True).from_notebook_node(notebook)
+    body = re.sub(r'(?s)<a href="(?!#|[a-z]+:)[^"]*">(.*?)</a>', r"\1", body)
+    return title, Markup(body)
+
+
+def describe(notebook, title: str) -> str:
+    """Give each figure of a notebook the text above it as alternative text; returns its heading, or else `title`."""
+    heading, sentence = "", ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             headings = re.findall(r"(?m)^#+ +(.+)$", cell.source)
@@ -75,9 +83,7 @@ def notebook_html(path) -> tuple[str, Markup]:
             if "image/png" in output.get("data", {}):
                 alt = re.sub(r"[*_`$]", "", f"{heading}: {sentence}".strip(": "))[:240]
                 output.metadata["image/png"] = {"alt": f"Figure. {alt}"}
-    body, _ = HTMLExporter(template_name="basic", exclude_anchor_links=True).from_notebook_node(notebook)
-    body = re.sub(r'(?s)<a href="(?!#|[a-z]+:)[^"]*">(.*?)</a>', r"\1", body)
-    return title, Markup(body)
+    return title
 
 
 def _copied(source: Path, folder: Path, site: Path, caption: str) -> dict:

@@ -187,7 +187,7 @@ def test_training_without_a_notebook(root, monkeypatch):
         == 32
     )
     assert len(read_json("artifacts/contrastive_resunet/training.json")) == 2
-    assert len(read_json("artifacts/base/training.json")["autoencoder"]) == 1
+    assert len(read_json("artifacts/base/vae/training.json")) == 1
     monkeypatch.setattr(training._Run, "step", None)  # a step would fail
     assert command("harmony_vae", "--task", "inverse") == 0
     assert "skip_norms" in read_json("artifacts/harmony_vae/inverse/training.json")[-1]

@@ -11,6 +11,7 @@ from harmonylib.core import checkpoints
 from harmonylib.core.checkpoints import discard_all, discard_finished
 from harmonylib.core.errors import HarmonyError
 from harmonylib.core.files import only_one
+from harmonylib.core.json_files import read_json
 from harmonylib.data.batches import batch_indices
 from harmonylib.training import TrainSettings, learning_rate_at, train
 
@@ -62,11 +63,21 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, killed_at=19):
         run(copy.deepcopy(model), loss, dies, checkpoints=tmp_path)
     assert len(list(tmp_path.rglob("step-*.pt"))) == 2
     resumed, steps = copy.deepcopy(model), []
-    again = run(resumed, loss, lambda step: steps.append(step) or batches(step), checkpoints=tmp_path)
+    curve, shown = tmp_path / "curve.json", []
+
+    def watched(step):
+        steps.append(step)
+        shown.append(len(read_json(curve)) if curve.exists() else 0)
+        return batches(step)
+
+    again = run(resumed, loss, watched, checkpoints=tmp_path, curve=curve)
+    assert read_json(curve) == history and killed_at < min(filter(None, shown)) < max(shown)  # written as it went
     assert steps[:2] == [0, killed_at] and torch.equal(resumed.weight, whole.weight) and again == history
     assert [path.name for path in tmp_path.rglob("*.pt")] == ["finished.pt"]
     once_more = copy.deepcopy(model)
-    assert run(once_more, loss, batches, checkpoints=tmp_path) == history  # nothing is trained twice
+    curve.unlink()
+    again = run(once_more, loss, batches, checkpoints=tmp_path, curve=curve)
+    assert again == read_json(curve) == history  # nothing is trained twice
     assert torch.equal(once_more.weight, whole.weight) and not once_more.training
     discard_finished(tmp_path)
     assert not list(tmp_path.rglob("*.pt"))

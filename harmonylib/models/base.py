@@ -134,23 +134,27 @@ def open_base(settings, seed: int) -> DiffHarmonyPipeline:
     return DiffHarmonyPipeline(vae, unet, base_scheduler("v_prediction"), prompt)
 
 
-def train_base(pipeline, photos, run, checkpoints=None) -> dict[str, list[dict]]:
+def train_base(pipeline, photos, run, checkpoints=None, folder=None) -> dict[str, list[dict]]:
     """Train the parts of `pipeline` that section `base` gives steps, on (image, mask) arrays: autoencoder, then UNet.
 
-    Returns {"autoencoder": history, "unet": history}, an empty history for a part that is kept as it is.
+    Returns {"autoencoder": history, "unet": history}, an empty history for a part that is kept as it is. folder: where
+    the pipeline will be saved; the curves of what is trained go there as vae/training.json and unet/training.json.
     """
     section, histories = run.base, {"autoencoder": [], "unet": []}
     pipeline.to(pick_device(run.device))
     loop = {"seed": run.seed, "device": run.device, "checkpoints": checkpoints}
+    curve = {part: folder and f"{folder}/{part}/training.json" for part in ("vae", "unet")}
     if section.autoencoder_steps:
         settings = replace(TrainSettings.of(run, "base", "autoencoder"), schedule="cosine", ema_decay=0.995)
         loss = autoencoder_loss(chroma_weight=getattr(section, "chroma_weight", 4.0))
         batches = autoencoder_batches(photos, section, run.seed)
-        histories["autoencoder"] = train(pipeline.vae, loss, batches, settings, name="base autoencoder", **loop)
+        options = {"name": "base autoencoder", "curve": curve["vae"], **loop}
+        histories["autoencoder"] = train(pipeline.vae, loss, batches, settings, **options)
         set_latent_statistics(pipeline.vae, photos, section.size, run.seed)
     if section.unet_steps:
         settings = replace(TrainSettings.of(run, "base", "unet"), schedule="cosine", ema_decay=0.998)
         batches = inpainting_batches(photos, section, run.seed)
         loss = inpainting_loss(pipeline)
-        histories["unet"] = train(pipeline.unet, loss, batches, settings, name="base UNet", **loop)
+        options = {"name": "base UNet", "curve": curve["unet"], **loop}
+        histories["unet"] = train(pipeline.unet, loss, batches, settings, **options)
     return histories

@@ -12,7 +12,6 @@ import typer
 from ..core.checkpoints import RESUME_POINTS
 from ..core.distributed import by_first
 from ..core.errors import HarmonyError
-from ..core.json_files import write_json
 from ..core.settings import did_you_mean, enter_root, settings
 from ..data.batches import TASKS, TripleSet, load_pairs
 from ..data.layout import read_triples
@@ -30,8 +29,8 @@ from .terminal import run as run_application
 def base(run, task):
     pipeline = open_base(run.base, run.seed)
     files = {(triple.real, triple.mask) for triple in read_triples("data/benchmark", "train")}
-    histories = train_base(pipeline, load_pairs(sorted(files)), run, RESUME_POINTS)
-    return pipeline, "artifacts/base", histories
+    train_base(pipeline, load_pairs(sorted(files)), run, RESUME_POINTS, "artifacts/base")
+    return pipeline, "artifacts/base"
 
 
 def harmony_vae(run, task):
@@ -39,10 +38,10 @@ def harmony_vae(run, task):
     data = TripleSet(read_triples("data/benchmark", "train"), section.size, "centre-crop")
     model = initial_harmony_vae(section, start_folder(section.start, task), vae, run.seed)
     batches = harmony_vae_batches(model, data, task, section, run.seed, recipes(run))
-    options = {"name": f"harmony-vae {task}", "observe": skip_norms, **loop(run)}
-    settings = TrainSettings.of(run, "harmony_vae", task)
-    history = train(model, harmony_vae_loss(section.loss), batches, settings, **options)
-    return model, f"artifacts/harmony_vae/{task}", history
+    folder, settings = f"artifacts/harmony_vae/{task}", TrainSettings.of(run, "harmony_vae", task)
+    options = {"name": f"harmony-vae {task}", "observe": skip_norms, **loop(run, folder)}
+    train(model, harmony_vae_loss(section.loss), batches, settings, **options)
+    return model, folder
 
 
 def diffharmony(run, task):
@@ -55,10 +54,11 @@ def diffharmony(run, task):
     first = section.first_step if task == "harmonize" else 0.0
     loss = DiffHarmonyLoss(pipeline, prompt, section.foreground_loss, first)
     settings = TrainSettings.of(run, "diffharmony", task)
-    history = train(unet, loss, batches, settings, name=f"diffharmony {task}", **loop(run))
+    folder = f"artifacts/diffharmony/{task}"
+    train(unet, loss, batches, settings, name=f"diffharmony {task}", **loop(run, folder))
     vae.register_to_config(sample_size=section.size)
     trained = DiffHarmonyPipeline(vae, unet, pipeline.scheduler, prompt, section.inference_steps)
-    return trained, f"artifacts/diffharmony/{task}", history
+    return trained, folder
 
 
 def resunet(run, task):
@@ -66,16 +66,17 @@ def resunet(run, task):
     model = initial_resunet(section, start_folder(section.start, "resunet"), run.seed)
     loss = ResUNetLoss(section.weights, section.error, section.reading, section.patches)
     batches = resunet_batches(data, section, run.seed, recipes(run))
-    history = train(model, loss, batches, TrainSettings.of(run, "resunet"), name="contrastive resunet", **loop(run))
-    return model, "artifacts/contrastive_resunet", history
+    folder, settings = "artifacts/contrastive_resunet", TrainSettings.of(run, "resunet")
+    train(model, loss, batches, settings, name="contrastive resunet", **loop(run, folder))
+    return model, folder
 
 
 def recipes(run) -> RecipeSettings:
     return RecipeSettings(transfers=run.data.transfers, clipped=run.data.clipped)
 
 
-def loop(run) -> dict:
-    return {"seed": run.seed, "device": run.device, "checkpoints": RESUME_POINTS}
+def loop(run, folder: str) -> dict:
+    return {"seed": run.seed, "device": run.device, "checkpoints": RESUME_POINTS, "curve": f"{folder}/training.json"}
 
 
 SECTIONS = {"base": base, "harmony_vae": harmony_vae, "diffharmony": diffharmony, "resunet": resunet}
@@ -94,13 +95,8 @@ def train_section(
             raise HarmonyError(f"{name} cannot be trained{did_you_mean(name, known)} (known: {', '.join(known)})")
     run = settings(file.resolve())
     enter_root()
-    model, folder, history = SECTIONS[section](run, task)
-
-    def save():
-        model.save_pretrained(folder)
-        write_json(f"{folder}/training.json", history)
-
-    by_first(save, run.device)
+    model, folder = SECTIONS[section](run, task)
+    by_first(lambda: model.save_pretrained(folder), run.device)
     typer.echo(folder)
 
 

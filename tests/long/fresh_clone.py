@@ -1,5 +1,6 @@
 """A fresh clone: README's commands as they stand there, and a wheel used without the clone (`make test-long`)."""
 
+import json
 import os
 import re
 import subprocess
@@ -15,35 +16,51 @@ from harmonylib.tools.app import examples
 
 ROOT = Path(__file__).parents[2]
 FENCES = re.findall(
-    r"^(<!-- long -->\n)?```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    r"^(<!-- long -->\n)?```((?!bibtex)\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
 )
 
 
-def call(*words, folder, **variables):
+def call(*words, folder, input=None, **variables):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"PATH": path, "DVC_NO_ANALYTICS": "1"} | {name: str(value) for name, value in variables.items()}
-    subprocess.run([str(word) for word in words], cwd=folder, env=environment, check=True)
+    options = {"input": input, "stdout": subprocess.PIPE if input else None, "text": True}
+    return subprocess.run([str(word) for word in words], cwd=folder, env=environment, check=True, **options)
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A clone of what is committed, with composite.jpg and mask.png in it."""
+    """A clone of what is committed."""
     folder = tmp_path_factory.mktemp("fresh") / "clone"
     call("git", "clone", "--quiet", "--no-hardlinks", ROOT, folder, folder=ROOT)
-    files = next(iter(examples().values()))
-    (folder / "composite.jpg").write_bytes(files["picture"])
-    (folder / "mask.png").write_bytes(files["mask"])
     return folder
 
 
-@pytest.mark.parametrize(("language", "text"), [(language, text) for long, language, text in FENCES if not long])
+@pytest.mark.parametrize(("language", "text"), [fence[1:] for fence in FENCES if not fence[0]])
 def test_readme(clone, language, text):
     (clone / "harmonized.png").unlink(missing_ok=True)
     shell = [sys.executable, "-c"] if language == "python" else ["bash", "-ec"]
     call(*shell, text, folder=clone, PYTHONPATH=clone, DVC_SITE_CACHE_DIR=clone.parent / "dvc")
     if "harmonized.png" in text:
-        assert Image.open(clone / "harmonized.png").size == Image.open(clone / "composite.jpg").size
+        assert Image.open(clone / "harmonized.png").size == Image.open(clone / "examples/composite.jpg").size
+
+
+def lent(folder) -> Path:
+    """An empty environment in `folder`, to which this one lends all packages but harmonylib; its programs' folder."""
+    call(sys.executable, "-m", "venv", folder, folder=folder.parent)
+    packages = next(folder.glob("lib/python*/site-packages"))
+    (packages / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    return folder / "bin"
+
+
+def test_hosted_notebook(clone, tmp_path):
+    """The first cell of a notebook, where nothing is installed: it fetches, installs, and what follows it works."""
+    notebook = json.loads((ROOT / "notebooks/01_data.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"][:3]
+    (tmp_path / "cells.py").write_text("\n".join([*cells, "print(run.profile, os.getcwd())"]), encoding="utf-8")
+    python, options = lent(tmp_path / "env") / "python", {"PIP_NO_DEPS": 1, "PIP_NO_BUILD_ISOLATION": 1}
+    said = call(python, "cells.py", folder=tmp_path, input=f"{clone}\n", **options).stdout
+    assert said.splitlines()[-1] == f"Address of the repository: mini {tmp_path}/harmonization"
 
 
 def test_wheel(clone, tmp_path):
@@ -61,11 +78,9 @@ def test_wheel(clone, tmp_path):
         clone,
         folder=clone,
     )
-    call(sys.executable, "-m", "venv", tmp_path / "env", folder=tmp_path)
-    harmonylib = tmp_path / "env/bin/harmonylib"
+    harmonylib = lent(tmp_path / "env") / "harmonylib"
     call(harmonylib.with_name("pip"), "install", "-q", "--no-deps", next(tmp_path.glob("*.whl")), folder=tmp_path)
     packages = next(tmp_path.glob("env/lib/python*/site-packages"))
-    (packages / "lent.pth").write_text(sysconfig.get_path("purelib"))
     check = f"import harmonylib; assert harmonylib.__file__.startswith({str(packages)!r}), harmonylib.__file__"
     call(harmonylib.with_name("python"), "-c", check, folder=tmp_path)
     call(harmonylib, "--help", folder=tmp_path)
