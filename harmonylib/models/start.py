@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from ..core.errors import HarmonyError
 from .resunet import ContrastiveResUNet, build
 from .vae import HarmonyVAE
-from .weights import SHIPPED, load_strict
+from .weights import load_strict, shipped_folder
 
 SHAPE = ("base_channels", "depth", "residual_convs")
 FOLDERS = {"resunet": "contrastive-resunet", "harmonize": "diffharmony++", "inverse": "diffharmony++-inverse"}
@@ -20,7 +20,7 @@ def start_folder(start: str | None, model: str) -> Path | None:
     None for null and where this release ships none: training then starts from the base or from nothing. Raises
     HarmonyError where the folder is missing.
     """
-    folder = SHIPPED / FOLDERS.get(model, model) if start == "shipped" else Path(start or "")
+    folder = shipped_folder(FOLDERS.get(model, model)) if start == "shipped" else Path(start or "")
     if start and folder.is_dir():
         return folder
     if start in (None, "shipped"):
