@@ -1,5 +1,6 @@
 """Transparency kept through to the result: soft masks, cut-outs laid on a background, and steady frames."""
 
+import cv2
 import numpy as np
 import odd
 import pytest
@@ -157,3 +158,46 @@ def test_steady_frames(tmp_path, capsys, monkeypatch):
     assert "1 of 12 pictures could not be" in capsys.readouterr().err
     assert run("frames/1.png", "one.png", "--steady", masks="masks/1.png") == 1
     assert "--steady takes a folder of frames" in capsys.readouterr().err
+
+
+def write_video(path, frames):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"FFV1"), 12.5, frames[0].shape[1::-1])
+    for frame in frames:
+        writer.write(np.ascontiguousarray(frame[..., ::-1]))
+    writer.release()
+
+
+def test_video_files(tmp_path, capsys):
+    net, mask = save_resunet(tmp_path / "net", **COLOUR, map_std=1.0), np.zeros((48, 64), np.uint8)
+    mask[12:36, 16:48] = 255
+    frames = [np.asarray(odd.photo(64, 48, seed)) for seed in range(11)]
+    write_video(tmp_path / "clip.avi", frames)
+    write_video(tmp_path / "masks.avi", [np.dstack([mask] * 3)] * 11)
+    (tmp_path / "masks").mkdir()
+    for number in range(11):
+        Image.fromarray(mask).save(tmp_path / f"masks/{number}.png")
+
+    def run(*names):
+        paths = [str(tmp_path / name) for name in names]
+        words = ["harmonize", *paths[:2], "-o", paths[2], "--model", str(net), "--device", "cpu"]
+        return cli.run(cli.app, "harmonylib", words)
+
+    assert run("clip.avi", "masks", "out.mkv") == run("clip.avi", "masks.avi", "frames") == 0
+    reader = cv2.VideoCapture(str(tmp_path / "out.mkv"))
+    assert reader.get(cv2.CAP_PROP_FPS) == 12.5
+    for number, before in enumerate(frames):
+        after = reader.read()[1][..., ::-1]
+        assert np.array_equal(after, np.asarray(Image.open(tmp_path / f"frames/{number:06d}.png")))
+        assert np.array_equal(after[mask == 0], before[mask == 0]) and (after[mask > 0] != before[mask > 0]).any()
+    assert reader.read()[1] is None
+    (tmp_path / "masks/10.png").unlink()
+    (tmp_path / "bad.mp4").write_bytes(b"x")
+    capsys.readouterr()
+    for names, line in (
+        (("clip.avi", "masks", "new.mkv"), "10 masks for 11 frames"),
+        (("clip.avi", "masks.avi", "out.mkv"), "out.mkv: exists already"),
+        (("clip.avi", "masks.avi", "new.webm"), "none of .mkv .avi"),
+        (("bad.mp4", "masks.avi", "new.mkv"), "bad.mp4: not a readable video"),
+    ):
+        assert run(*names) == 1 and line in capsys.readouterr().err
+    assert not list(tmp_path.glob("new*"))

@@ -1,5 +1,7 @@
 """The commands that make pictures: harmonize, compose and app."""
 
+import contextlib
+
 import typer
 
 pictures = typer.Typer()
@@ -15,8 +17,8 @@ MASK_FROM = typer.Option("auto", "--mask-from", help="what of a mask counts: alp
 
 @pictures.command()
 def harmonize(
-    composite: str = typer.Argument(metavar="COMPOSITE", help="the picture with the pasted foreground, or a folder"),
-    mask: str = typer.Argument(metavar="MASK", help="its mask, white where the foreground is, or a folder"),
+    composite: str = typer.Argument(metavar="COMPOSITE", help="a picture with a pasted part, a folder or a video"),
+    mask: str = typer.Argument(metavar="MASK", help="its mask, white where that part is, or a folder"),
     output: str = typer.Option(..., "--output", "-o", help="the file to write (JPEG is lossy), or a folder"),
     model: str = MODEL,
     seed: int = SEED,
@@ -27,18 +29,24 @@ def harmonize(
     resize_mask: bool = typer.Option(False, "--resize-mask", help="resize a mask that has another size"),
     mask_from: str = MASK_FROM,
     kind: str = typer.Option("png", "--format", help="of the files for a folder: png, jpg, webp, tif or bmp"),
-    steady: bool = typer.Option(False, "--steady", help="a folder is one shot's frames: no flicker of colours"),
+    steady: bool = typer.Option(False, "--steady", help="the folder is one shot's frames: no flicker"),
     force: bool = FORCE,
 ) -> None:
     """Harmonize a composite, or a folder of them with masks of the same names; size and background stay as they are.
 
-    Of a mask's grey levels those above 127 are foreground, and 1 to 254 blend.
+    Of a mask's grey levels those above 127 are foreground, and 1 to 254 blend. A video (one shot, without its sound)
+    takes a folder of one mask a frame or a video of them, is steady, and is written as a video or a folder of frames.
     """
     from .harmonize_files import plan, run
+    from .video import as_folders, is_video
 
-    jobs = plan(composite, mask, output, force, kind, steady)
-    found = {"model": model, "seed": seed, "device": device, "draws": draws}
-    run(jobs, found, {"strength": strength, "feather": feather}, resize_mask, mask_from, steady)
+    with contextlib.ExitStack() as stack:
+        paths, steady = (composite, mask, output), steady or is_video(composite)
+        if is_video(composite):
+            paths = stack.enter_context(as_folders(*paths, force))
+        jobs = plan(*paths, force, kind, steady)
+        found = {"model": model, "seed": seed, "device": device, "draws": draws}
+        run(jobs, found, {"strength": strength, "feather": feather}, resize_mask, mask_from, steady)
     typer.echo(output if len(jobs) == 1 else f"{len(jobs)} pictures in {output}")
 
 

@@ -1,7 +1,6 @@
 """`harmonylib harmonize` on one picture or on a folder: which file goes where, then one after the other."""
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from ..core.decoding import IMAGE_SUFFIXES, KINDS, pictures_in
 from ..core.devices import pick_device
 from ..core.distributed import rank_and_world
 from ..core.errors import HarmonyError
-from ..core.files import stem_of
+from ..core.files import natural, stem_of
 from ..core.picture_metadata import check_kind, check_output, open_picture, save_picture
 from ..core.progress import progress
 from ..inference import apply_change, find_change, load_model, open_scene
@@ -53,7 +52,7 @@ def plan(composite, mask, output, force: bool = False, kind: str = "png", steady
         if output.exists() and not output.is_dir():
             raise HarmonyError(f"{output}: is a file; name a folder for the harmonized pictures")
     if steady:
-        jobs.sort(key=lambda job: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", job.composite.stem)])
+        jobs.sort(key=lambda job: natural(job.composite))
     for job in jobs:
         check_output(job.output, force=force)
     while not folder.exists():
