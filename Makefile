@@ -1,21 +1,23 @@
 # `make repro` and `make test` set everything up in .venv first; Python >= 3.11 and make are all they need.
+# `make repro TORCH_INDEX=URL` takes torch from another index: that of its CPU builds needs no CUDA packages on Linux.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help checkout .venv repro test test-long lint smoke lab pretrained ablations ablations-all docs bench fuzz clean
+.PHONY: help checkout .venv lock repro test test-long lint smoke lab pretrained ablations ablations-all docs bench fuzz \
+	clean
 .NOTPARALLEL:
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-.venv: .venv/installed  ## the environment, made anew when pyproject.toml changes
+.venv: .venv/installed  ## the environment, made anew when pyproject.toml or requirements.lock changes
 
 checkout:
 	@git rev-parse --git-dir >/dev/null 2>&1 || { echo "error: this folder is no git checkout (a ZIP has none), and DVC" \
 	  "needs one; clone the repository, or run: git init && git add -A && git commit -m 'Start'" >&2; exit 1; }
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml requirements.lock
 	@command -v "$(PYTHON)" >/dev/null || \
 	  { echo "error: no '$(PYTHON)' found; install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -26,9 +28,13 @@ checkout:
 	@echo "Installing harmonylib and what it needs into .venv (some minutes and GB the first time)"
 	@"$(PYTHON)" -m venv .venv || \
 	  { echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	.venv/bin/python -m pip install --disable-pip-version-check -e ".[dev]" || { echo "error: the installation failed (see" \
+	.venv/bin/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") \
+	  -c requirements.lock -e ".[dev]" || { echo "error: the installation failed (see" \
 	  "above); if no torch was found, there is none for $$("$(PYTHON)" -VV | tr '\n' ' ')on $$(uname -sm)" >&2; exit 1; }
 	@touch $@
+
+lock:  ## write requirements.lock from what is in .venv (after a change of pyproject.toml and a run that went well)
+	.venv/bin/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >requirements.lock
 
 repro: checkout .venv  ## run the chain: `dvc repro` with the settings of params.yaml
 	.venv/bin/dvc repro

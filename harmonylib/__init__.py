@@ -1,12 +1,27 @@
 """Image harmonization: DiffHarmony++ and region-wise contrastive learning, reproduced."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from .core import torchvision_guard  # noqa: F401  (first: it makes torchvision importable beside a CPU-only torch)
+
+if TYPE_CHECKING:  # what type checkers see of `_PUBLIC`
+    from .core.errors import HarmonyError as HarmonyError
+    from .evaluation.metrics import score as score
+    from .inference import compose as compose
+    from .inference import harmonize as harmonize
+    from .models.classifier import HarmonyClassifier as HarmonyClassifier
+    from .models.contrastive import RegionContrastiveLoss as RegionContrastiveLoss
+    from .models.pipeline import DiffHarmonyPipeline as DiffHarmonyPipeline
+    from .models.pipeline import PromptEmbedding as PromptEmbedding
+    from .models.refinement import RefinementUNet as RefinementUNet
+    from .models.resunet import ContrastiveResUNet as ContrastiveResUNet
+    from .models.vae import HarmonyVAE as HarmonyVAE
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "compose": "inference",
     "harmonize": "inference",
     "score": "evaluation.metrics",
     "HarmonyVAE": "models.vae",

@@ -1,77 +1,149 @@
-"""One call from a composite of any size to a harmonized picture."""
+"""One call from a composite of any size, or from a cut-out and a background, to a harmonized picture."""
 
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image
 
-from .core.decoding import alike, to_rgb, turn_along
+from .core.decoding import MASK_THRESHOLD, alike, to_rgb, transparent, turn_along
 from .core.devices import autocast, pick_device
 from .core.errors import HarmonyError
 from .core.files import stamp
 from .core.images import paste, resize_mask, shrink_pair, to_tensor, to_uint8
 from .core.json_files import read_json
-from .core.picture_metadata import open_picture, picture, read_region
+from .core.picture_metadata import open_picture, picture, read_levels
+from .core.placing import place
 from .core.seeds import generator
 from .models.colour_map import TERMS, apply_map, fit_map
 from .models.pipeline import DiffHarmonyPipeline
 from .models.resunet import ContrastiveResUNet
 from .models.vae import HarmonyVAE
-from .models.weights import SHIPPED, load_strict
+from .models.weights import at_revision, hub_folder, load_strict, shipped_folder
 
 MODELS = ("contrastive-resunet", "diffharmony++", "diffharmony")
 BLOCK = 1_000_000  # pixels that are recoloured at a time
 SMALL_FOREGROUND = 0.01  # share of the picture below which a model is shown a window instead of everything
 RIDGE = 3e-3  # of `colour_map`, a pixel
 EDGE_SIZE = 256  # long side in pixels at which an `EdgePrompt` reads the mask's edge: its head's own
+Picture = str | Path | Image.Image | np.ndarray
+
+
+class Scene(NamedTuple):
+    """A composite taken apart; arrays of one height and width, uint8."""
+
+    bands: np.ndarray  # HxWx3 or HxWx4: what lies behind the foreground; a copy of it becomes the result
+    view: np.ndarray  # HxWx3: the composite, which models look at
+    colours: np.ndarray  # HxWx3: the foreground's own colours, where known not mixed with what lies behind
+    levels: np.ndarray  # HxW: its mask; above 127 is foreground to models and statistics, 1 to 254 blend
+    info: dict  # of the picture to make
 
 
 def harmonize(
-    image, mask, model=MODELS[0], seed: int = 0, device=None, strength=1.0, feather=0.0, fit_mask=False, draws: int = 1,
-    mask_from: str = "auto",
+    image: Picture, mask: Picture, model: str | Path = MODELS[0], seed: int = 0, device: str | None = None,
+    strength: float = 1.0, feather: float = 0.0, fit_mask: bool = False, draws: int = 1, mask_from: str = "auto",
 ) -> Image.Image:  # fmt: skip
     """Harmonize one composite; the output has the input's size, transparency, EXIF and colour profile (in `.info`).
 
-    image: path, PIL or HxWx3 uint8; mask: likewise, foreground above 127 (`fit_mask` resizes one of another size;
-    mask_from: "alpha" or "luminance" where both could be meant, see `decoding.mask_levels`).
-    model: "contrastive-resunet", "diffharmony++", "diffharmony" or a folder (`load_model`). It runs at its own working
-    size; its colour map, or the one that fits its output best (`carry_over`), times `strength` (0 to 1) is applied at
-    full size, so that no detail is lost. The change falls to 0 over the outermost `feather` pixels of the foreground.
-    Background and fully transparent pixels keep their values. EXIF rotation is applied. draws: of a diffusion model
-    the mean of so many outputs is taken, which is nearer the real photo on average.
+    image: path, PIL or HxWx3 uint8; mask: likewise, or HxW. Foreground is above 127 and levels 1 to 254 blend
+    (`fit_mask` resizes a mask of another size; mask_from: "alpha" or "luminance" where both could be meant, see
+    `decoding.mask_levels`). model: "contrastive-resunet", "diffharmony++", "diffharmony", a folder or ORG/NAME@REVISION
+    (`load_model`). It runs at its own working size; its colour map, or the one that fits its output best
+    (`carry_over`), times `strength` (0 to 1) is applied at full size, so that no detail is lost. The change falls to 0
+    over the outermost `feather` pixels of the foreground. Background (level 0) and fully transparent pixels keep their
+    values. EXIF rotation is applied. draws: of a diffusion model the mean of so many outputs is taken, which is nearer
+    the real photo on average.
     Raises HarmonyError for unreadable files, sizes that differ, a mask without foreground or background, numbers out of
     range, or missing weights.
     """
+    scene = open_scene(image, mask, fit_mask, mask_from)
+    return apply_change(scene, *find_change(scene, model, seed, device, draws), strength, feather)
+
+
+def compose(
+    background: Picture, cutout: Picture, at: tuple[int, int] | None = None, scale: float = 1.0, angle: float = 0.0,
+    harmonized: bool = False, model: str | Path = MODELS[0], seed: int = 0, device: str | None = None,
+    strength: float = 1.0, feather: float = 0.0, draws: int = 1,
+) -> Image.Image:  # fmt: skip
+    """A cut-out laid on a background, whose size and metadata the result has; where alpha is 0, it stays as it is.
+
+    background: path, PIL or HxWx3 uint8, opaque; cutout: path or PIL with transparency. at, scale, angle: as in
+    `placing.place`. harmonized: the cut-out's own colours, not those mixed with the background along its edge, are
+    changed as `harmonize` would do it (with the remaining arguments) and then blended by its alpha.
+    Raises HarmonyError as `harmonize` and `place` do, for a background that can be seen through and a cut-out that
+    cannot, or that covers everything where it is to be harmonized.
+    """
+    behind = _picture(background)
+    if transparent(behind):
+        raise HarmonyError(f"{_name(background, 'the background')}: has transparency; save it without (flattened)")
+    layer = place(_picture(cutout), behind.size, at, scale, angle, _name(cutout, "the cut-out"))
+    bands, front = np.asarray(behind.convert("RGB")), np.asarray(layer)
+    colours, levels = front[..., :3], front[..., 3]
+    scene = Scene(bands, blend(bands, colours, levels), colours, levels, _kept(behind))
+    if not harmonized:
+        return _image(scene.view, scene.info)
+    _check_regions(levels, True, _name(cutout, "the cut-out"))
+    return apply_change(scene, *find_change(scene, model, seed, device, draws), strength, feather)
+
+
+def open_scene(image: Picture, mask: Picture, fit_mask: bool = False, mask_from: str = "auto") -> Scene:
+    """A composite and its mask as `harmonize` takes them."""
+    before = _picture(image)
+    bands = np.array(before)
+    view = bands if bands.shape[2] == 3 else np.asarray(to_rgb(before))
+    levels = _levels(mask, before, bands, fit_mask, mask_from)
+    return Scene(bands, view, bands[..., :3], levels, _kept(before))
+
+
+def find_change(scene: Scene, model=MODELS[0], seed: int = 0, device=None, draws: int = 1):
+    """(colour map 1x10x3, the rest of the change by place or None) that a model finds, as `recolored` takes them."""
+    if draws < 1:
+        raise HarmonyError(f"draws is {draws}; use 1 or more")
+    loaded = load_model(str(model), str(pick_device(device)))
+    region, size = scene.levels > MASK_THRESHOLD, working_size(loaded)
+    window = model_window(region, size)
+    small, small_region = shrink_pair(scene.view[window], region[window], size)
+    if not small_region.any():
+        raise HarmonyError("the foreground is too thin for the model's working size; thicken the mask")
+    if isinstance(loaded, ContrastiveResUNet) and loaded.config.head == "colour":
+        return predicted_map(loaded, small, small_region), None
+    edge = shrink_pair(scene.view[window], region[window], EDGE_SIZE)
+    found, rest = carry_over(small, run_model(loaded, small, small_region, seed, draws, edge), small_region)
+    if region[window].shape == region.shape:
+        return found, rest
+    whole = np.zeros(scene.view.shape, np.float32)
+    whole[window] = cv2.resize(rest, region[window].shape[::-1], interpolation=cv2.INTER_LINEAR)
+    return found, whole
+
+
+def apply_change(scene: Scene, found, rest, strength: float = 1.0, feather: float = 0.0) -> Image.Image:
+    """The scene with its foreground recoloured by what `find_change` gives, and blended by the mask's levels."""
     if not 0 <= strength <= 1:
         raise HarmonyError(f"strength is {strength:g}; use 0 (no change) to 1 (all of it)")
     if not 0 <= feather < float("inf"):
         raise HarmonyError(f"feather is {feather:g}; use a number of pixels, 0 or more")
-    if draws < 1:
-        raise HarmonyError(f"draws is {draws}; use 1 or more")
-    before = _picture(image)
-    bands = np.array(before)
-    region = _region(mask, before, bands, fit_mask, mask_from)
-    loaded = load_model(str(model), str(pick_device(device)))
-    view = bands if bands.shape[2] == 3 else np.asarray(to_rgb(before))
-    size = working_size(loaded)
-    window = model_window(region, size)
-    small, small_region = shrink_pair(view[window], region[window], size)
-    if not small_region.any():
-        raise HarmonyError("the foreground is too thin for the model's working size; thicken the mask")
-    pixels = bands[window][..., :3]
-    if isinstance(loaded, ContrastiveResUNet) and loaded.config.head == "colour":
-        found, rest = predicted_map(loaded, small, small_region), None
-    else:
-        edge = shrink_pair(view[window], region[window], EDGE_SIZE)
-        found, rest = carry_over(small, run_model(loaded, small, small_region, seed, draws, edge), small_region)
-    colours = recolored(pixels, region[window], found, rest, strength)
-    bands[window][..., :3] = blend(pixels, colours, region[window], feather)
+    bands = scene.bands.copy()
+    colours = recolored(scene.colours, scene.levels > 0, found, rest, strength)
+    bands[..., :3] = blend(bands[..., :3], colours, scene.levels, feather)
+    return _image(bands, scene.info)
+
+
+def _image(bands: np.ndarray, info: dict) -> Image.Image:
     result = Image.fromarray(bands)
-    result.info = {key: value for key, value in before.info.items() if key != "turned"}
+    result.info = info
     return result
+
+
+def _kept(before: Image.Image) -> dict:
+    """What a result keeps of its picture's `info`."""
+    return {key: value for key, value in before.info.items() if key != "turned"}
+
+
+def _name(source, other: str) -> str:
+    return str(source) if isinstance(source, (str, Path)) else other
 
 
 def _picture(image) -> Image.Image:
@@ -85,23 +157,28 @@ def _picture(image) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _region(mask, before: Image.Image, bands: np.ndarray, fit_mask: bool, mask_from: str) -> np.ndarray:
-    """The HxW bool foreground for HxWx3 or HxWx4 `bands` of the picture `before`, less what is fully transparent."""
-    name = mask if isinstance(mask, (str, Path)) else "the mask"
-    region = turn_along(read_region(mask, mask_from=mask_from), bands.shape, before.info.get("turned", 1))
-    if region.shape != bands.shape[:2]:
-        sizes = " but the picture is ".join(f"{width}x{height}" for height, width in (region.shape, bands.shape[:2]))
-        if not alike(region.shape, bands.shape) and alike(region.shape[::-1], bands.shape):
+def _levels(mask, before: Image.Image, bands: np.ndarray, fit_mask: bool, mask_from: str) -> np.ndarray:
+    """The HxW uint8 mask for HxWx3 or HxWx4 `bands` of the picture `before`, 0 where that is fully transparent."""
+    name = _name(mask, "the mask")
+    levels = turn_along(read_levels(mask, mask_from=mask_from), bands.shape, before.info.get("turned", 1))
+    if levels.shape != bands.shape[:2]:
+        sizes = " but the picture is ".join(f"{width}x{height}" for height, width in (levels.shape, bands.shape[:2]))
+        if not alike(levels.shape, bands.shape) and alike(levels.shape[::-1], bands.shape):
             raise HarmonyError(f"{name}: is {sizes}; one of them is turned, so turn it upright")
         if not fit_mask:
             raise HarmonyError(f"{name}: is {sizes}; give one of that size or add --resize-mask")
-        region = resize_mask(region, bands.shape[:2])
+        levels = resize_mask(levels, bands.shape[:2])
     visible = bands[..., 3] > 0 if bands.shape[2] == 4 else True
+    _check_regions(levels, visible, name)
+    return levels * visible
+
+
+def _check_regions(levels: np.ndarray, visible, name: str) -> None:
+    region = levels > MASK_THRESHOLD
     if not (region & visible).any():
         raise HarmonyError(f"{name}: no foreground (no pixel above 127); paint the foreground white")
     if not (~region & visible).any():
         raise HarmonyError(f"{name}: all is foreground, nothing is left to match; paint the background black")
-    return region & visible
 
 
 def model_window(region: np.ndarray, size: int) -> tuple[slice, slice]:
@@ -120,18 +197,27 @@ def model_window(region: np.ndarray, size: int) -> tuple[slice, slice]:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a shipped model or of a trained one. Raises HarmonyError when there is none."""
-    folder = SHIPPED / ("diffharmony++" if name == "diffharmony" else name) if name in MODELS else Path(name)
+    """The folder of a shipped model, of a trained one or of one of the hub, in its cache (`hub_folder`).
+
+    Raises HarmonyError when there is none.
+    """
+    hub, revision = at_revision(name)
+    if name in MODELS:
+        folder = shipped_folder("diffharmony++" if name == "diffharmony" else name)
+    else:
+        folder = hub_folder(hub, **revision) if revision else Path(name)
     if not folder.is_dir():
-        raise HarmonyError(f"{folder}: no weights there; use {', '.join(MODELS)} or the folder of a trained model")
+        known = f"{', '.join(MODELS)}, the folder of a trained model or ORG/NAME@REVISION of the hub"
+        raise HarmonyError(f"{folder}: no weights there; use {known}")
     return folder
 
 
 def load_model(name: str, device: str):
     """A DiffHarmonyPipeline or ContrastiveResUNet in eval mode, kept for the next call unless its files change.
 
-    name: one of MODELS, or a folder: of either class (`save_pretrained`), of Stable Diffusion inpainting, or the
-    published DiffHarmony++ archive (`base/` and `condition_vae/`). Raises HarmonyError when it cannot be loaded.
+    name: one of MODELS, or a folder or ORG/NAME@REVISION of the hub: of either class (`save_pretrained`), of Stable
+    Diffusion inpainting, or the published DiffHarmony++ archive (`base/` and `condition_vae/`). Raises HarmonyError
+    when it cannot be loaded.
     """
     folder = model_folder(name)
     return _load(folder, name, device, stamp(folder))
@@ -145,7 +231,7 @@ def _load(folder: Path, name: str, device: str, written: tuple):
         return load_strict(ContrastiveResUNet.from_pretrained, folder, torch_dtype=torch.float32).eval().to(device)
     vae = None
     if name == "diffharmony":
-        vae = DiffHarmonyPipeline.from_pretrained(SHIPPED / "base", device=device).vae
+        vae = DiffHarmonyPipeline.from_pretrained(shipped_folder("base"), device=device).vae
     elif (folder / "condition_vae").is_dir():
         folder, vae = folder / "base", HarmonyVAE.from_pretrained(folder / "condition_vae")
     if not (folder / "model_index.json").is_file():
@@ -190,7 +276,7 @@ def recolored(pixels: np.ndarray, region: np.ndarray, colour_map, rest: np.ndarr
     """HxWx3 uint8: `pixels` with the foreground's colours moved by `strength` times what a colour map and `rest` say.
 
     colour_map: 1x10x3 (`models.colour_map`); rest: more of the change by place, in [-1, 1] colours at a lower
-    resolution (hxwx3), or None. At any size, in blocks that bound the memory of large photos.
+    or equal resolution (hxwx3), or None. At any size, in blocks that bound the memory of large photos.
     """
     colours = pixels[region]
     if rest is not None:
@@ -207,17 +293,20 @@ def recolored(pixels: np.ndarray, region: np.ndarray, colour_map, rest: np.ndarr
     return result
 
 
-def blend(pixels: np.ndarray, colours: np.ndarray, region: np.ndarray, feather: float = 0.0) -> np.ndarray:
-    """`colours` in the foreground, `pixels` elsewhere, and in the foreground's outermost `feather` pixels a mixture.
+def blend(pixels: np.ndarray, colours: np.ndarray, levels: np.ndarray, feather: float = 0.0) -> np.ndarray:
+    """`colours` by level / 255 and `pixels` by the rest, rounded; where the level is 0 or 255 exactly one of them.
 
-    Arrays HxWx3 uint8 and HxW bool. Feathering goes inward from the mask's edge, in a straight line from 0 just outside
-    to 1 at depth `feather`; the picture's own border is no edge. Outside the region nothing changes.
+    Arrays HxWx3 uint8 and HxW uint8. feather: in the mask's outermost pixels the level falls inward from its edge, in a
+    straight line from 0 just outside to all of it at that depth; the picture's own border is no edge.
     """
-    if not feather:
-        return paste(colours, pixels, region)
-    depth = cv2.distanceTransform(np.pad(region, 1, mode="edge").astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
-    before, result = pixels[region].astype(np.float32), pixels.copy()
-    result[region] = np.rint(before + np.clip(depth[region, None] / feather, 0, 1) * (colours[region] - before))
+    weight = levels.astype(np.float32) / 255
+    if feather:
+        touched = np.pad(levels, 1, mode="edge") > 0
+        depth = cv2.distanceTransform(touched.astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
+        weight *= np.clip(depth / feather, 0, 1)
+    result, mixed = paste(colours, pixels, weight == 1), (weight > 0) & (weight < 1)
+    before = pixels[mixed].astype(np.float32)
+    result[mixed] = np.rint(before + weight[mixed, None] * (colours[mixed] - before))
     return result
 
 

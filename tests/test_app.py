@@ -20,6 +20,7 @@ from PIL import Image
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 
+import harmonylib as hl
 from harmonylib.core.errors import HarmonyError
 from harmonylib.tools import app
 
@@ -105,6 +106,8 @@ def test_bad_uploads_are_one_line(address, folder):
         ({"picture": picture, "mask": mask}, {"model": "/etc"}, "'/etc' is not offered"),
         ({"picture": picture, "mask": mask}, {"strength": "much"}, "must be numbers"),
         ({"picture": picture, "mask": mask}, {"kind": "gif"}, "kind 'gif'"),
+        ({"picture": picture, "cutout": folder / "cut.png"}, {}, "must be X,Y"),
+        ({"picture": picture, "cutout": mask}, {"at": "1,2"}, "the cut-out: has no transparency"),
     ):
         status, lines, _ = post(address, files, **{"model": "toy", **fields})
         assert status == 200 and words in lines[-1]["error"]
@@ -276,6 +279,46 @@ def test_page_with_a_drawn_mask(page, folder, tmp_path):
     rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
     assert np.abs(np.array([rows[0], rows[-1], columns[0], columns[-1]]) - [50, 150, 80, 240]).max() <= 3
     assert not changed[99:102, 159:162].any() and changed.sum() > 0.5 * 100 * 160
+
+
+def test_page_with_a_cut_out(page, folder, tmp_path):
+    """Dragged, harmonized, downloaded: the pixels are those of `compose` there, its half transparent rim is blended."""
+    alpha = np.full((60, 80), 128, np.uint8)
+    alpha[:8], alpha[20:40, 20:60] = 0, 255
+    odd.layers((150, 60, 90), alpha).save(folder / "layer.png")
+    page.set_input_files("#picture", folder / "photo.png")
+    page.wait_for_selector("#mask:visible")
+    page.set_input_files("#cutout-file", folder / "layer.png")
+    page.wait_for_selector("#placing:visible")
+    page.select_option("#model", "toy")
+    box = page.locator("#mask").bounding_box()
+    pixel = box["width"] / 320  # of the picture, on the screen
+    page.mouse.move(box["x"] + 160 * pixel, box["y"] + 100 * pixel)  # its centre, where it is laid first
+    page.mouse.down()
+    page.mouse.move(box["x"] + 230 * pixel, box["y"] + 60 * pixel, steps=4)
+    page.mouse.up()
+    after = {}
+    for name, scale, angle in (("moved", 0, 0), ("turned", 25, 30)):
+        page.fill("#scale", str(scale))
+        page.fill("#angle", str(angle))
+        page.click("#go")
+        page.wait_for_selector("#download:visible")
+        assert downloaded(page, tmp_path / f"{name}.png") == "photo-harmonized.png"
+        after[name] = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+        width, height = round(80 * 2 ** (scale / 50)), round(60 * 2 ** (scale / 50))
+        where = {"at": (round(230 - width / 2), round(60 - height / 2)), "scale": 2 ** (scale / 50), "angle": angle}
+        same = hl.compose(folder / "photo.png", folder / "layer.png", **where, harmonized=True, model=folder / "toy")
+        assert np.array_equal(after[name], np.asarray(same))
+        page.click("#edit")
+    before = np.asarray(Image.open(folder / "photo.png")).astype(int)
+    layer = np.zeros((200, 320), np.uint8)
+    layer[30:90, 190:270] = alpha
+    assert np.array_equal(after["moved"][layer == 0], before[layer == 0])
+    inside = after["moved"][layer == 255]
+    rim = (after["moved"] - before * (127 / 255))[layer == 128] * (255 / 128)  # the cut-out's share, in its own levels
+    assert (rim > inside.min(0) - 12).all() and (rim < inside.max(0) + 12).all()
+    page.click("#cutout-clear")
+    assert page.is_disabled("#go") and page.is_hidden("#placing")
 
 
 def test_page_on_a_phone_with_an_example(page):

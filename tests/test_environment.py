@@ -1,4 +1,4 @@
-"""pyproject.toml is the one list of versions: environment.yml points to it, and the code imports nothing else."""
+"""pyproject.toml names all that the code imports, requirements.lock its versions; environment.yml points to both."""
 
 import ast
 import os
@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from ruamel.yaml import YAML
+
+import harmonylib
 
 ROOT = Path(__file__).parents[1]
 OURS = {"harmonylib", "report", "ablations"}
@@ -31,20 +33,22 @@ def test_conda_environment_is_the_project():
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert environment["name"] == PROJECT["name"]
     assert f"python{PROJECT['requires-python']}" in plain
-    assert pip == ["-e .[dev]"]
+    assert pip == ["-c requirements.lock", "-e .[dev]"]
     named = {canonical(re.split("[=<>]", entry)[0]) for entry in plain}
     assert not named & {canonical(requirement.name) for requirement in REQUIREMENTS + EXTRAS}
 
 
-def test_what_decides_numbers_is_pinned():
-    pinned = {requirement.name for requirement in REQUIREMENTS if str(requirement.specifier).startswith("==")}
-    assert pinned >= {"torch", "torchvision", "diffusers", "timm", "albumentations", "scikit-image", "numpy", "pillow"}
-
-
-@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda requirement: requirement.name)
-def test_installed_versions(requirement):
-    installed = version(requirement.name)
-    assert requirement.specifier.contains(installed, prereleases=True), f"{requirement} declared, {installed} installed"
+def test_the_lock_is_what_is_installed_and_within_the_ranges():
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    assert not [
+        line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+( ; (sys_)?platform\w* *[!=]= *'\w+')?", line)
+    ]
+    locked = {canonical(r.name): r.specifier for r in map(Requirement, lines) if not r.marker or r.marker.evaluate()}
+    wrong = [f"{name}{pin}" for name, pin in locked.items() if not pin.contains(version(name), prereleases=True)]
+    assert not wrong, f"run make lock: {wrong}"
+    for requirement in (r for r in REQUIREMENTS + EXTRAS if r.name != PROJECT["name"]):
+        assert canonical(requirement.name) in locked, f"run make lock: {requirement.name} is not in it"
+        assert requirement.specifier.contains(version(requirement.name), prereleases=True), requirement
 
 
 def test_imports_are_declared():
@@ -61,6 +65,12 @@ def test_imports_are_declared():
                 if not owners & declared:
                     missing.add(f"{path.name}: {module}")
     assert not missing
+
+
+def test_type_checkers_see_every_public_name():
+    tree = ast.parse((ROOT / "harmonylib/__init__.py").read_text())
+    seen = {f.names[0].asname: f.module for f in ast.walk(tree) if isinstance(f, ast.ImportFrom) and f.names[0].asname}
+    assert seen == harmonylib._PUBLIC and (ROOT / "harmonylib/py.typed").is_file()
 
 
 STUB = """#!/bin/sh
@@ -80,7 +90,7 @@ $2";; *install*) exit 1;; esac
     ],
 )
 def test_make_says_what_is_missing(tmp_path, git, machine, line):
-    for name in ("Makefile", "pyproject.toml"):
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy(ROOT / name, tmp_path)
     stub, log = tmp_path / "python-stub", tmp_path / "log"
     stub.write_text(STUB.format(log=log, python=sys.executable, system=machine[0], machine=machine[1]))
@@ -90,12 +100,13 @@ def test_make_says_what_is_missing(tmp_path, git, machine, line):
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
     if git:
         subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    words = ["make", "repro", f"PYTHON={stub}"]
+    words = ["make", "repro", f"PYTHON={stub}", "TORCH_INDEX=https://cpu.example"]
     ran = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     errors = [text for text in ran.stderr.splitlines() if text.startswith("error: ")]
     assert ran.returncode and len(errors) == 1 and line in errors[0], ran.stderr
     called = log.read_text() if log.exists() else ""
     assert ("install" in called) == (line == "the installation failed")
+    assert "install" not in called or "--extra-index-url https://cpu.example -c requirements.lock -e .[dev]" in called
 
 
 def test_line_ends_stay_as_they_are():

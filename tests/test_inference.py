@@ -111,9 +111,10 @@ def test_blend_is_linear_in_depth():
     region = np.ones((9, 9), bool)
     region[:, 0] = False
     pixels, colours = np.zeros((9, 9, 3), np.uint8), np.full((9, 9, 3), 200, np.uint8)
-    result = blend(pixels, colours, region, 4)
+    levels = region * np.uint8(255)
+    result = blend(pixels, colours, levels, 4)
     assert result[4, :, 0].tolist() == [0, 50, 100, 150, 200, 200, 200, 200, 200]
-    assert blend(pixels, colours, region)[4, :, 0].tolist() == [0] + [200] * 8
+    assert blend(pixels, colours, levels)[4, :, 0].tolist() == [0] + [200] * 8
 
 
 def test_transparency_and_metadata(resunet, composite):

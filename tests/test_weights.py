@@ -3,13 +3,17 @@ import os
 import subprocess
 import sys
 
+import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import trainers
+from conftest import COLOUR, save_resunet
 from safetensors.torch import load_file
 
 from harmonylib.core.errors import HarmonyError
-from harmonylib.inference import load_model
+from harmonylib.inference import MODELS, harmonize, load_model, model_folder
+from harmonylib.models import weights
 from harmonylib.models.resunet import ContrastiveResUNet
 from harmonylib.models.weights import at_revision, ship
 
@@ -75,3 +79,37 @@ def test_nothing_to_ship(tmp_path):
     run = subprocess.run(words, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1
     assert not (tmp_path / "shipped").exists()
+
+
+def test_where_shipped_weights_are_looked_for(tmp_path, monkeypatch):
+    """Their own folder first, then the installed package, then the clone."""
+    places = [tmp_path / name for name in ("own", "package", "clone")]
+    monkeypatch.setattr(weights, "PRETRAINED", places[1:])
+    monkeypatch.setenv("HARMONYLIB_PRETRAINED", str(places[0]))
+    with pytest.raises(HarmonyError, match="clone/contrastive-resunet: no weights there"):
+        model_folder(MODELS[0])
+    for place in reversed(places):
+        (place / MODELS[0]).mkdir(parents=True)
+        assert model_folder(MODELS[0]) == place / MODELS[0]
+    monkeypatch.delenv("HARMONYLIB_PRETRAINED")
+    assert model_folder(MODELS[0]) == places[1] / MODELS[0]
+
+
+def test_a_model_of_the_hubs_cache(tmp_path, monkeypatch):
+    """As huggingface_hub lays it out: a name and a revision, a branch or a commit, without the network."""
+    commit = "0123456789" * 4
+    cache = tmp_path / "hub/models--someone--harmonizer"
+    saved = save_resunet(cache / "snapshots" / commit, **COLOUR, map_std=1.0)
+    (cache / "refs").mkdir()
+    (cache / "refs/v1").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    image, mask = np.arange(24 * 32 * 3, dtype=np.uint8).reshape(24, 32, 3), np.zeros((24, 32), bool)
+    mask[6:18, 8:24] = True
+    wanted = np.asarray(harmonize(image, mask, model=saved, device="cpu"))
+    for revision in ("v1", commit):
+        found = harmonize(image, mask, model=f"someone/harmonizer@{revision}", device="cpu")
+        assert np.array_equal(np.asarray(found), wanted) and not np.array_equal(wanted, image)
+    for name in ("someone/harmonizer@v2", "someone/other@v1", "not a name@v1"):
+        with pytest.raises(HarmonyError, match=f"^{name}: neither in the hub's cache nor to be had.*; check the name"):
+            model_folder(name)

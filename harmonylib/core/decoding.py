@@ -242,7 +242,7 @@ def alike(shape, other) -> bool:
 
 
 def turn_along(mask: np.ndarray, shape, turn: int) -> np.ndarray:
-    """HxW bool turned as the EXIF orientation `turn` has turned its photo, now of `shape`, where only that fits."""
+    """An HxW mask turned as the EXIF orientation `turn` has turned its photo, now of `shape`, where only that fits."""
     if turn < 5 or alike(mask.shape, shape) or not alike(mask.shape[::-1], shape):
         return mask
     return np.asarray(Image.fromarray(mask).transpose(TURNS[turn]))

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import secrets
 import unicodedata
 from pathlib import Path
@@ -62,6 +63,11 @@ def composed(text: str) -> str:
 def stem_of(path) -> str:
     """A file's name without its suffix, composed."""
     return composed(Path(path).stem)
+
+
+def natural(path) -> list:
+    """The key that sorts frame2 before frame10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", Path(path).stem)]
 
 
 def as_written(path: Path) -> Path:

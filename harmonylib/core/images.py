@@ -52,8 +52,9 @@ def resize_image(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Nearest-neighbour resize of an HxW bool mask to (height, width)."""
-    return np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST)) > 0
+    """Nearest-neighbour resize of an HxW mask, bool or uint8, to (height, width)."""
+    small = Image.fromarray(mask.astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST)
+    return np.asarray(small).astype(mask.dtype)
 
 
 def to_square(array: np.ndarray, size: int, geometry: str) -> np.ndarray:

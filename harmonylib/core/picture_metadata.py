@@ -77,17 +77,23 @@ def _sound(key: str, value):
         return None
 
 
-def read_region(source, name=None, mask_from: str = "auto", limit: int = MAX_PIXELS) -> np.ndarray:
-    """HxW bool of a mask: a path, binary file, PIL image, HxW bool or HxW uint8; True where above 127, upright.
+def read_levels(source, name=None, mask_from: str = "auto", limit: int = MAX_PIXELS) -> np.ndarray:
+    """HxW uint8 of a mask, upright: a path, binary file, PIL image, HxW bool or HxW of levels 0 to 255.
 
-    mask_from as `source` of `decoding.mask_levels`.
+    mask_from as `source` of `decoding.mask_levels`. A JPEG is black and white: its levels between are noise.
     """
     if isinstance(source, np.ndarray):
         if source.ndim != 2:
             raise HarmonyError(f"the mask is {source.shape}; give HxW, PIL or a path")
-        return source if source.dtype == bool else source > MASK_THRESHOLD
+        return source * np.uint8(255) if source.dtype == bool else source.clip(0, 255).astype(np.uint8)
     image = source if isinstance(source, Image.Image) else decoding.open_image(source, name, limit)
-    return decoding.mask_levels(image, name or ("the mask" if image is source else source), mask_from) > MASK_THRESHOLD
+    levels = decoding.mask_levels(image, name or ("the mask" if image is source else source), mask_from)
+    return (levels > MASK_THRESHOLD) * np.uint8(255) if image.format in ("JPEG", "MPO") else levels
+
+
+def read_region(source, name=None, mask_from: str = "auto", limit: int = MAX_PIXELS) -> np.ndarray:
+    """HxW bool: where `read_levels` is above 127."""
+    return read_levels(source, name, mask_from, limit) > MASK_THRESHOLD
 
 
 def check_output(path, force: bool = False) -> None:

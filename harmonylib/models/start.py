@@ -10,7 +10,7 @@ from .edge_prompt import EdgePrompt
 from .pipeline import load_prompt
 from .resunet import ContrastiveResUNet, build
 from .vae import HarmonyVAE
-from .weights import SHIPPED, load_strict
+from .weights import load_strict, shipped_folder
 
 SHAPE = ("base_channels", "depth", "residual_convs")
 FOLDERS = {"resunet": "contrastive-resunet", "harmonize": "diffharmony++", "inverse": "diffharmony++-inverse"}
@@ -22,7 +22,7 @@ def start_folder(start: str | None, model: str) -> Path | None:
     None for null and where this release ships none: training then starts from the base or from nothing. Raises
     HarmonyError where the folder is missing.
     """
-    folder = SHIPPED / FOLDERS.get(model, model) if start == "shipped" else Path(start or "")
+    folder = shipped_folder(FOLDERS.get(model, model)) if start == "shipped" else Path(start or "")
     if start and folder.is_dir():
         return folder
     if start in (None, "shipped"):

@@ -3,6 +3,7 @@
 python -m harmonylib.models.weights artifacts/contrastive_resunet pretrained/contrastive-resunet
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,32 @@ from ..core.errors import HarmonyError
 from ..core.files import atomic_path
 from ..core.json_files import read_json, write_json
 
-SHIPPED = Path(__file__).resolve().parents[2] / "pretrained"
+PRETRAINED = [Path(__file__).resolve().parents[up] / "pretrained" for up in (1, 2)]  # in a wheel, in a clone
+HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
+
+
+def shipped_folder(name: str) -> Path:
+    """The folder of a shipped model: the first there is in $HARMONYLIB_PRETRAINED, the installed package and the clone.
+
+    Where there is none, the clone's, which is missing.
+    """
+    own = os.environ.get("HARMONYLIB_PRETRAINED")
+    folders = [Path(root) / name for root in ([own] if own else []) + PRETRAINED]
+    return next((folder for folder in folders if folder.is_dir()), folders[-1])
+
+
+def hub_folder(name: str, revision: str) -> Path:
+    """The folder of ORG/NAME at a revision in the Hugging Face hub's cache, filled from there where the network allows.
+
+    No pickled weights are read. Raises HarmonyError where it cannot be had.
+    """
+    from huggingface_hub import snapshot_download  # late: `import harmonylib` stays quick
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except Exception as error:  # of the network, of names, of access
+        why = f"neither in the hub's cache nor to be had ({first_line(error)})"
+        raise HarmonyError(f"{name}@{revision}: {why}; check the name, the revision and the network") from None
 
 
 def first_line(error: Exception) -> str:

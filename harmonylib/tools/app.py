@@ -26,10 +26,11 @@ from tornado.netutil import bind_sockets
 
 from ..core.devices import pick_device
 from ..core.errors import HarmonyError
-from ..core.picture_metadata import check_kind, open_picture, read_region, write_picture
+from ..core.picture_metadata import check_kind, open_picture, read_levels, write_picture
+from ..core.placing import parse_place
 from ..data.embedded_photos import load_photos
 from ..data.recipes import make_composite
-from ..inference import MODELS, harmonize, load_model, model_folder
+from ..inference import MODELS, compose, harmonize, load_model, model_folder
 from ..models.pipeline import DiffHarmonyPipeline
 
 PAGE = Path(__file__).with_name("app_page")
@@ -106,7 +107,8 @@ class _Cancelled(BaseException):
 
 
 class _Harmonize(_Handler):
-    """POST picture, mask, mask_from, model, seed, strength, feather, fit_mask, kind -> lines of JSON, then the file.
+    """POST picture, model, seed, strength, feather, kind, and mask, mask_from, fit_mask or cutout, at, scale, angle ->
+    lines of JSON, then the file.
 
     Lines: {"stage"}, and {"stage", "step", "steps"} of a diffusion model, as work goes on; then {"error"} or {"name",
     "type", "bytes"}.
@@ -158,8 +160,8 @@ class _Harmonize(_Handler):
     def _work(self, report) -> tuple[dict, bytes]:
         """({"name", "type"}, bytes) of the harmonized picture."""
         report(stage="reading")
-        files = {}
-        for part in ("picture", "mask"):
+        files, second = {}, "cutout" if "cutout" in self.request.files else "mask"
+        for part in ("picture", second):
             if part not in self.request.files:
                 raise HarmonyError(f"no {part} was sent")
             upload = self.request.files[part][0]
@@ -167,22 +169,27 @@ class _Harmonize(_Handler):
         name, kind, ask = files["picture"][1], self.get_body_argument("kind", "png"), self.get_body_argument
         try:
             options = {key: float(ask(key, "0")) for key in ("strength", "feather")} | {"seed": int(ask("seed", "0"))}
+            where = {key: float(ask(key, start)) for key, start in (("scale", "1"), ("angle", "0"))}
         except ValueError:
-            raise HarmonyError("seed, strength and feather must be numbers") from None
+            raise HarmonyError("seed, strength, feather, scale and angle must be numbers") from None
         if ask("model", "") not in self.settings["models"]:
             raise HarmonyError(f"model {ask('model', '')!r} is not offered here")
         if kind not in KINDS:
             raise HarmonyError(f"kind {kind!r} is unknown; use {', '.join(KINDS)}")
         picture = open_picture(*files["picture"], MAX_PIXELS)
         check_kind(picture, KINDS[kind][0], name)
-        mask = read_region(*files["mask"], ask("mask_from", "auto"), MAX_PIXELS)
+        if second == "mask":
+            front, work = read_levels(*files["mask"], ask("mask_from", "auto"), MAX_PIXELS), harmonize
+            options["fit_mask"] = ask("fit_mask", "") == "true"
+        else:
+            front, work = open_picture(*files["cutout"], MAX_PIXELS), compose
+            options |= where | {"at": parse_place(ask("at", "")), "harmonized": True}
         report(stage="loading the model")
         folder, device = self.settings["models"][ask("model")], self.settings["device"]
         model = load_model(folder, device)
         report(stage="harmonizing")
         with _reported(model, report):
-            fit_mask = ask("fit_mask", "") == "true"
-            result = harmonize(picture, mask, model=folder, device=device, fit_mask=fit_mask, **options)
+            result = work(picture, front, model=folder, device=device, **options)
         report(stage="saving")
         data = io.BytesIO()
         write_picture(result, data, KINDS[kind][0], name)

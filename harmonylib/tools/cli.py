@@ -6,10 +6,12 @@ import sys
 import typer
 
 from ..core.errors import HarmonyError
+from .cli_pictures import DEVICE, MASK_FROM, pictures
 from .terminal import run
 
 HELP = "Image harmonization: make a pasted foreground match its background."
 app = typer.Typer(help=HELP, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(pictures)
 
 
 @app.command()
@@ -20,50 +22,6 @@ def profile(
     from ..core.settings import write_profile
 
     typer.echo(f"{os.path.relpath(write_profile(name))} written from profiles/{name}.yaml")
-
-
-_DEVICE = typer.Option("auto", "--device", help="auto, cuda, mps or cpu")
-_MASK_FROM = typer.Option("auto", "--mask-from", help="what of a mask counts: alpha, luminance, auto (a varying alpha)")
-
-
-@app.command()
-def harmonize(
-    composite: str = typer.Argument(metavar="COMPOSITE", help="the picture with the pasted foreground, or a folder"),
-    mask: str = typer.Argument(metavar="MASK", help="its mask, white where the foreground is, or a folder"),
-    output: str = typer.Option(..., "--output", "-o", help="the file to write (JPEG is lossy), or a folder"),
-    model: str = typer.Option("contrastive-resunet", help="this one, diffharmony++, diffharmony or a folder"),
-    seed: int = typer.Option(0, help="seed of the noise"),
-    draws: int = typer.Option(1, help="of a diffusion model: the mean of so many outputs, nearer the truth on average"),
-    device: str = _DEVICE,
-    strength: float = typer.Option(1.0, help="0 (no change) to 1 (all of it)"),
-    feather: float = typer.Option(0.0, help="pixels inside the mask's edge over which the change fades in"),
-    resize_mask: bool = typer.Option(False, "--resize-mask", help="resize a mask that has another size"),
-    mask_from: str = _MASK_FROM,
-    kind: str = typer.Option("png", "--format", help="of the files for a folder: png, jpg, webp, tif or bmp"),
-    force: bool = typer.Option(False, "--force", help="overwrite files that exist"),
-) -> None:
-    """Harmonize a composite, or a folder of them with masks of the same names; size and background stay as they are."""
-    from .harmonize_files import plan, run
-
-    jobs = plan(composite, mask, output, force, kind)
-    options = {"seed": seed, "draws": draws, "strength": strength, "feather": feather, "mask_from": mask_from}
-    run(jobs, device, model, fit_mask=resize_mask, **options)
-    typer.echo(output if len(jobs) == 1 else f"{len(jobs)} pictures in {output}")
-
-
-@app.command("app")
-def browser_app(
-    port: int = typer.Option(7860, help="0 takes a free one"),
-    host: str = typer.Option("127.0.0.1", help="127.0.0.1 is this computer alone; 0.0.0.0 lets the network in"),
-    model: list[str] = typer.Option([], help="the folder of a trained model to offer too; repeatable"),
-    origin: list[str] = typer.Option([], help="https://HOST of a proxy (JupyterHub, Codespaces) before it; repeatable"),
-    device: str = _DEVICE,
-    browser: bool = typer.Option(True, help="open the page in the browser"),
-) -> None:
-    """Harmonize in the browser, on this computer and offline, until Ctrl-C."""
-    from .app import serve
-
-    serve(port, host, model, device, browser, origin)
 
 
 @app.command()
@@ -77,10 +35,10 @@ def generate(
     size: int = typer.Option(None, help="longest side in pixels; default: as the photos are"),
     steps: int = typer.Option(5, help="denoising steps"),
     temperature: float = typer.Option(1.0, help="scale of the initial noise"),
-    mask_from: str = _MASK_FROM,
+    mask_from: str = MASK_FROM,
     suffix: str = typer.Option(".png", help=".png, or .jpg, which keeps the background only nearly as it is"),
     precision: str = typer.Option("auto", help="auto, fp32, bf16 or fp16"),
-    device: str = _DEVICE,
+    device: str = DEVICE,
 ) -> None:
     """Draw candidate composites of real photos; `torchrun -m harmonylib.tools.cli generate ...` shares out the work."""
     from dataclasses import replace
@@ -258,7 +216,7 @@ def check_data(
     json: str = typer.Option(None, metavar="FILE", help="write counts, notes and all findings here"),
     manifest: str = typer.Option(None, metavar="FILE", help="write one CSV row per example here"),
     workers: int = typer.Option(None, min=1, help="processes; one a core unless given"),
-    mask_from: str = _MASK_FROM,
+    mask_from: str = MASK_FROM,
 ) -> None:
     """Read every file of a data set and report all that is wrong; exit code 1 if anything is."""
     from ..core.files import atomic_path
@@ -292,7 +250,7 @@ def make_data(
     seed: int = typer.Option(0),
     force: bool = typer.Option(False, help="replace OUT where it is a data set"),
     workers: int = typer.Option(None, min=1, help="processes; one a core unless given"),
-    mask_from: str = _MASK_FROM,
+    mask_from: str = MASK_FROM,
 ) -> None:
     """Make composites of photos by the four recipes; a tenth of the photos is for testing unless --index says which."""
     from ..data.genuine import beside

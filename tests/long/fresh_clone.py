@@ -8,13 +8,20 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from harmonylib.data.layout import read_triples
+from harmonylib.inference import MODELS
 from harmonylib.tools.app import examples
 
 ROOT = Path(__file__).parents[2]
+CUT_OFF = """import socket
+def refused(*words, **options):
+    raise OSError("the network is cut off")
+socket.getaddrinfo = socket.socket.connect = refused
+"""  # of every Python of an environment
 FENCES = re.findall(
     r"^(<!-- long -->\n)?```((?!bibtex)\w*)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
 )
@@ -64,7 +71,7 @@ def test_hosted_notebook(clone, tmp_path):
 
 
 def test_wheel(clone, tmp_path):
-    """Installed into an empty environment, which this one lends all packages but harmonylib."""
+    """Installed into an empty environment, which this one lends all packages but harmonylib, without the network."""
     call(
         sys.executable,
         "-m",
@@ -81,9 +88,36 @@ def test_wheel(clone, tmp_path):
     harmonylib = lent(tmp_path / "env") / "harmonylib"
     call(harmonylib.with_name("pip"), "install", "-q", "--no-deps", next(tmp_path.glob("*.whl")), folder=tmp_path)
     packages = next(tmp_path.glob("env/lib/python*/site-packages"))
+    (packages / "sitecustomize.py").write_text(CUT_OFF)
     check = f"import harmonylib; assert harmonylib.__file__.startswith({str(packages)!r}), harmonylib.__file__"
     call(harmonylib.with_name("python"), "-c", check, folder=tmp_path)
     call(harmonylib, "--help", folder=tmp_path)
+    home = {"HOME": tmp_path / "home", "HF_HOME": tmp_path / "home"}  # nothing cached
+    before, region = Image.open(clone / "composite.jpg"), np.asarray(Image.open(clone / "mask.png")) > 127
+    for model in MODELS:
+        words = ["harmonize", clone / "composite.jpg", clone / "mask.png", "-o", f"{model}.png", "--model", model]
+        call(harmonylib, *words, folder=tmp_path, **home)
+        changed = (np.asarray(Image.open(tmp_path / f"{model}.png")) != np.asarray(before)).any(-1)
+        assert changed[region].mean() > 0.5 and not changed[~region].any()
+    cut = before.convert("RGB")
+    cut.putalpha(Image.open(clone / "mask.png"))
+    cut.save(tmp_path / "cut.png")
+    call(
+        harmonylib,
+        "compose",
+        clone / "composite.jpg",
+        "cut.png",
+        "-o",
+        "laid.png",
+        "--harmonize",
+        folder=tmp_path,
+        **home,
+    )
+    assert Image.open(tmp_path / "laid.png").size == before.size
+    check = (
+        "from harmonylib.tools.app import application; print(application('127.0.0.1', [], 'cpu').settings['models'])"
+    )
+    call(harmonylib.with_name("python"), "-c", check, folder=tmp_path, **home)
     for number, files in enumerate(examples().values()):
         for copy in range(2):
             for part, name in (("picture", "images/{}.jpg"), ("mask", "masks/{}.png")):
@@ -97,5 +131,6 @@ def test_wheel(clone, tmp_path):
         Image.open(triple.composite).save(path)
     call(harmonylib, "evaluate", "out", "set", "--json", "scores.json", folder=tmp_path)
     assert (tmp_path / "scores.json").is_file()
-    packaged = {"augmentation/data_card.md", "evaluation/study.html", "tools/app_page/index.html"}
+    packaged = {"augmentation/data_card.md", "evaluation/study.html", "tools/app_page/cutout.js", "py.typed"}
+    packaged |= {"pretrained/LICENSE", f"pretrained/{MODELS[0]}/README.md"}
     assert all((packages / "harmonylib" / file).is_file() for file in packaged)

@@ -44,7 +44,7 @@ async function setPicture(file) {
   const scale = Math.min(1, Math.sqrt(MAX_CANVAS / (image.naturalWidth * image.naturalHeight)));
   canvas.width = Math.round(image.naturalWidth * scale);
   canvas.height = Math.round(image.naturalHeight * scale);
-  maskFile = maskImage = null;
+  maskFile = maskImage = cut = null;
   strokes = [];
   $("mask-file").value = "";
   $("picture-name").textContent = `${file.name}, ${image.naturalWidth} × ${image.naturalHeight}`;
@@ -75,6 +75,7 @@ async function setMask(file) {
   maskFile = file;
   maskImage = layer;
   strokes = [];
+  cut = null;
   const size = [image.naturalWidth, image.naturalHeight];
   const fits = size[0] === before.naturalWidth && size[1] === before.naturalHeight;
   forget();
@@ -86,9 +87,10 @@ async function setMask(file) {
 function redraw() {
   paint.globalCompositeOperation = "source-over";
   paint.clearRect(0, 0, canvas.width, canvas.height);
+  if (cut) drawCutout();
   if (maskImage) paint.drawImage(maskImage, 0, 0);
   strokes.forEach(drawStroke);
-  $("go").disabled = !picture || !(maskImage || strokes.length) || Boolean(running);
+  $("go").disabled = !picture || !(cut || maskImage || strokes.length) || Boolean(running);
   $("undo").disabled = !strokes.length;
 }
 
@@ -127,14 +129,16 @@ function place(event) {
 canvas.addEventListener("pointerdown", (event) => {
   if (event.button) return;
   canvas.setPointerCapture(event.pointerId);
+  $("download").hidden = true;
+  if (cut) return grab(place(event));
   const short = Math.min(canvas.width, canvas.height);
   const size = tool === "outline" ? 1 : Math.max(1, ($("brush").value / 100) ** 2 * short * 0.5);
   strokes.push({ tool, size, points: [place(event)] });
-  $("download").hidden = true;
   redraw();
 });
 canvas.addEventListener("pointermove", (event) => {
   if (!canvas.hasPointerCapture(event.pointerId)) return;
+  if (cut) return drag(place(event));
   strokes.at(-1).points.push(...(event.getCoalescedEvents?.() ?? [event]).map(place));
   if (tool === "outline") redraw();
   else drawStroke({ ...strokes.at(-1), points: strokes.at(-1).points.slice(-8) });
@@ -165,8 +169,11 @@ $("clear").addEventListener("click", () => {
 function show(comparing) {
   const ready = Boolean(picture);
   before.hidden = !ready;
-  canvas.hidden = !ready || comparing;
-  $("tools").hidden = !ready || comparing;
+  canvas.hidden = !ready || (comparing && !cut); // a cut-out belongs to what is compared with
+  canvas.classList.toggle("placing", Boolean(cut));
+  $("tools").hidden = !ready || comparing || Boolean(cut);
+  $("placing").hidden = !cut;
+  if (!cut) $("cutout-file").value = $("cutout-name").textContent = "";
   for (const id of ["after", "cut", "compare", "views"]) $(id).hidden = !comparing;
   stage.classList.toggle("comparing", comparing);
 }
@@ -286,18 +293,23 @@ async function receive(answer, line) {
 $("form").addEventListener("submit", guarded(async (event) => {
   event.preventDefault();
   const body = new FormData();
-  const mask = await maskBlob();
+  const mask = cut ? cut.file : await maskBlob();
   if (mask === maskFile && !$("fit").hidden && !$("fit-mask").checked) {
     throw new Error(`${$("mask-name").textContent}; tick "Resize the mask" or choose another`);
   }
   if (picture.size + mask.size > limits.max_bytes - 65536) {
-    throw new Error(`picture and mask are over ${limits.max_bytes >> 20} MB together; make them smaller`);
+    throw new Error(`the two pictures are over ${limits.max_bytes >> 20} MB together; make them smaller`);
   }
   body.append("picture", picture, picture.name);
-  body.append("mask", mask, "the mask");
   body.append("strength", $("strength").value / 100);
-  body.append("fit_mask", mask === maskFile ? $("fit-mask").checked : true);
-  body.append("mask_from", mask === maskFile ? $("mask-from").value : "luminance");
+  if (cut) {
+    body.append("cutout", mask, mask.name);
+    Object.entries(placed()).forEach(([name, value]) => body.append(name, value));
+  } else {
+    body.append("mask", mask, "the mask");
+    body.append("fit_mask", mask === maskFile ? $("fit-mask").checked : true);
+    body.append("mask_from", mask === maskFile ? $("mask-from").value : "luminance");
+  }
   for (const id of ["model", "seed", "feather", "kind"]) body.append(id, $(id).value);
 
   running = new AbortController();
