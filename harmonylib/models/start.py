@@ -107,7 +107,7 @@ def initial_prompt(section, folder: Path | None, base, task: str):
         return base.prompt
     if folder is None:
         prompt = EdgePrompt(base.unet.config.cross_attention_dim)
-        resunet = load_strict(ContrastiveResUNet.from_pretrained, SHIPPED / FOLDERS["resunet"])
+        resunet = load_strict(ContrastiveResUNet.from_pretrained, shipped_folder() / FOLDERS["resunet"])
         prompt.head.load_state_dict(resunet.colour_head.state_dict(), strict=False)  # without what the encoder says
         return prompt.to(base.device)
     prompt = load_prompt(folder)
