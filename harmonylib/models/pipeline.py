@@ -24,8 +24,8 @@ from ..core.errors import HarmonyError
 from ..core.images import to_tensor, to_uint8
 from ..core.picture_metadata import read_region
 from .diffusion import latent_mask, sampling_scheduler, scale_latents, unscale_latents
-from .vae import HarmonyVAE
-from .weights import at_revision, load_autoencoder, load_part, load_strict
+from .vae import HarmonyVAE, load_autoencoder
+from .weights import at_revision, load_part, load_strict
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 

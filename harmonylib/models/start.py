@@ -39,7 +39,7 @@ def initial_resunet(section, folder: Path | None, seed: int) -> ContrastiveResUN
     new = {name: getattr(section, name) for name in (*SHAPE, *names)}
     if folder is None:
         return build(section.size, **new)
-    model = load_strict(ContrastiveResUNet.from_pretrained, folder)
+    model = ContrastiveResUNet.from_pretrained(folder)
     alone = model.config.head == section.head == "colour" and model.config.view == 0
     if alone and section.view:
         grown = build(section.size, **new)
