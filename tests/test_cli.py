@@ -56,7 +56,7 @@ def test_mistakes(root, capsys, arguments, code, message):
 @pytest.mark.parametrize(
     ("work", "unwanted"),
     [
-        ("run(['harmonize', 'c.png', 'm.png', '-o', 'o.png', '--device', 'cpu'])", "diffusers transformers timm torchvision"),
+        ("run(['harmonize', 'c.png', 'm.png', '-o', 'o.png'])", "diffusers transformers timm torchvision"),
         ("run(['evaluate', 'p', 'd'])", "torch"),
         ("None", "torch numpy"),
     ],
