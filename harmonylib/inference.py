@@ -1,4 +1,7 @@
-"""One call from a composite of any size, or from a cut-out and a background, to a harmonized picture."""
+"""One call from a composite of any size, or from a cut-out and a background, to a harmonized picture.
+
+The diffusion pipeline takes seconds to import, so it is imported only for its models.
+"""
 
 import functools
 from pathlib import Path
@@ -19,10 +22,8 @@ from .core.picture_metadata import open_picture, picture, read_levels
 from .core.placing import place
 from .core.seeds import generator
 from .models.colour_map import TERMS, apply_map, fit_map
-from .models.pipeline import DiffHarmonyPipeline
 from .models.resunet import ContrastiveResUNet
-from .models.vae import HarmonyVAE
-from .models.weights import at_revision, hub_folder, load_strict, shipped_folder
+from .models.weights import at_revision, hub_folder, shipped_folder
 
 MODELS = ("contrastive-resunet", "diffharmony++", "diffharmony")
 BLOCK = 1_000_000  # pixels that are recoloured at a time
@@ -228,7 +229,9 @@ def _load(folder: Path, name: str, device: str, written: tuple):
     if (folder / "config.json").is_file():
         if read_json(folder / "config.json").get("_class_name") != "ContrastiveResUNet":
             raise HarmonyError(f"{folder}: not a ContrastiveResUNet; name the folder of a whole pipeline")
-        return load_strict(ContrastiveResUNet.from_pretrained, folder, torch_dtype=torch.float32).eval().to(device)
+        return ContrastiveResUNet.from_pretrained(folder).eval().to(device)
+    from .models.pipeline import DiffHarmonyPipeline, HarmonyVAE
+
     vae = None
     if name == "diffharmony":
         vae = DiffHarmonyPipeline.from_pretrained(shipped_folder("base"), device=device).vae
@@ -245,7 +248,7 @@ def _load(folder: Path, name: str, device: str, written: tuple):
 def working_size(model) -> int:
     """The long side in pixels a model was trained for (`sample_size` in its config; of a pipeline the larger of the
     autoencoder's and the UNet's, whose size counts latents: Stable Diffusion's 64 are 512 px)."""
-    if not isinstance(model, DiffHarmonyPipeline):
+    if isinstance(model, ContrastiveResUNet):
         return model.config.sample_size
     return max(model.vae.config.sample_size, (model.unet.config.sample_size or 0) * model.factor)
 
@@ -259,7 +262,7 @@ def run_model(model, pixels: np.ndarray, region: np.ndarray, seed: int, draws: i
     pairs = (pixels, region, *(edge or (pixels, region)))
     image, mask, *edge = (to_tensor(array)[None].to(model.device) for array in pairs)
     with autocast(model.device):
-        if not isinstance(model, DiffHarmonyPipeline):
+        if isinstance(model, ContrastiveResUNet):
             return to_uint8(model(image, mask))[0]
         options = {"paste": False, "output_type": "pt", "candidates": draws, "prompt_embeds": model.prompt(*edge)}
         outputs = model(image, mask, generator=generator(seed, "harmonize"), **options).images

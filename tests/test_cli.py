@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 
+from harmonylib.core import images
 from harmonylib.core.errors import HarmonyError, note
+from harmonylib.data import layout
 from harmonylib.tools import cli
 
 REPOSITORY = Path(__file__).parents[1]
@@ -48,6 +51,30 @@ def test_mistakes(root, capsys, arguments, code, message):
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and message in captured.err and captured.err.count("\n") == 1
     assert captured.out == "" and not (root / "params.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("work", "unwanted"),
+    [
+        ("run(['harmonize', 'c.png', 'm.png', '-o', 'o.png'])", "diffusers transformers timm torchvision"),
+        ("run(['evaluate', 'p', 'd'])", "torch"),
+        ("None", "torch numpy"),
+    ],
+)  # fmt: skip
+def test_commands_import_only_what_they_use(tmp_path, work, unwanted):
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    mask = np.zeros((48, 64), bool)
+    mask[10:30, 10:30] = True
+    images.write_image(tmp_path / "c.png", pixels)
+    images.write_image(tmp_path / "m.png", mask)
+    pair = layout.write_pair(tmp_path / "d", "HCOCO", "a", 1, pixels, mask)
+    layout.write_list(tmp_path / "d", "test", [layout.write_composite(tmp_path / "d", "HCOCO", pair, 1, pixels)])
+    images.write_image(tmp_path / f"p/{pair}_1.png", pixels)
+    program = "import sys, harmonylib\ndef run(words):\n    from harmonylib.tools import cli\n"
+    program += f"    assert cli.run(cli.app, 'harmonylib', words) == 0\n{work}\n"
+    program += f"print('there:', *set('{unwanted}'.split()) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["there:"], done.stderr
 
 
 def commands(work) -> typer.Typer:

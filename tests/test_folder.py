@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from harmonylib.core import decoding, images
 from harmonylib.core.errors import HarmonyError
 from harmonylib.data import layout
+from harmonylib.evaluation import folder
 from harmonylib.evaluation.folder import read_mask_as, score_folder
 from harmonylib.evaluation.metrics import PROTOCOLS
 from harmonylib.tools import cli
@@ -56,7 +58,29 @@ def test_rows_are_in_list_order_and_right(folders):
         assert list(table["mse"]) == [fmse / 4 + 3 for fmse in (100, 400, 900, 1600)]
         assert (table["bmse"] == 4).all() and (table["foreground_ratio"] == 0.25).all()
     assert (score_folder(folders / "ours", folders / "set", paste=True)["bmse"] == 1).all()  # composite: off by 1
-    assert (score_folder(folders / "ours", folders / "set", "diffharmony")["bmse"] == 0).all()
+    official = score_folder(folders / "ours", folders / "set", "diffharmony")
+    assert (official["bmse"] == 0).all() and "ssim" not in official  # its code has none
+
+
+def test_each_file_is_decoded_once(folders, monkeypatch):
+    """A second composite of a pair, in a row in the list, shares the first one's real and mask."""
+    shutil.copy(folders / "set/HCOCO/composite_images/b_1_1.png", folders / "set/HCOCO/composite_images/b_1_9.png")
+    shutil.copy(folders / "ours/HCOCO/b_1_1.png", folders / "ours/HCOCO/b_1_9.png")
+    listed, opened = folders / "set/IHD_test.txt", []
+    listed.write_text("HCOCO/composite_images/b_1_9.png\n" + listed.read_text())
+    for module in (folder, images):
+        monkeypatch.setattr(module, "open_image", lambda path: opened.append(path) or decoding.open_image(path))
+    assert list(score_folder(folders / "ours", folders / "set", workers=1, paste=True)["name"])[:2] == [
+        "b_1_9",
+        "b_1_1",
+    ]
+    assert len(opened) == len(set(opened)) == 2 * 5 + 2 * 4
+
+
+def test_protocols_without_similarity_have_a_dash(folders, capsys):
+    assert run(folders, "--protocol", "diffharmony", "--json", folders / "a.json") == 0
+    found = json.loads((folders / "a.json").read_text())["models"]["ours"]["all"]
+    assert "–" in capsys.readouterr().out and "ssim" not in found and "status" not in found
 
 
 def test_command_writes_averages_and_rows(folders, capsys):

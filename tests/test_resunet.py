@@ -6,7 +6,7 @@ from conftest import COLOUR
 from harmonylib import ContrastiveResUNet, HarmonyError
 from harmonylib.models.colour_map import apply_map
 from harmonylib.models.contrastive import RegionContrastiveLoss, harmonization_loss
-from harmonylib.models.encoder import PACKAGED, PretrainedEncoder, normalised, packaged_weights
+from harmonylib.models.encoder import PACKAGED, PretrainedEncoder, create, normalised, packaged_weights
 from harmonylib.models.resunet import STYLES, SpatialSeparatedAttention, pool_mask, region_statistics, soften
 
 
@@ -271,3 +271,21 @@ def test_four_images_are_overfitted_beyond_40_db():
         schedule.step()
     with torch.no_grad():
         assert psnr(composite) < 30 and psnr(model.eval()(composite, mask)) > 40
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 90)])
+def test_own_backbone_is_timms(size):
+    ours = PretrainedEncoder().eval()
+    for name, tensor in ours.network.state_dict().items():
+        if "running" in name or "bn" in name and tensor.is_floating_point():
+            tensor.uniform_(0.5, 2)
+    theirs = create(PACKAGED, features_only=True, in_chans=4, out_indices=(-4, -3, -2, -1)).eval()
+    assert list(theirs.state_dict()) == list(ours.network.state_dict())  # `packaged_weights` goes by place
+    theirs.load_state_dict(ours.network.state_dict())
+    image = torch.rand(2, 4, *size)
+    with torch.no_grad():
+        for a, b in zip(ours.network(image), theirs(image), strict=True):
+            assert torch.equal(a, b)
+    assert ours.channels == theirs.feature_info.channels()
+    assert (ours.network.pretrained_cfg["mean"], ours.network.pretrained_cfg["std"]) == (
+        theirs.pretrained_cfg["mean"], theirs.pretrained_cfg["std"])  # fmt: skip

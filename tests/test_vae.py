@@ -8,8 +8,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from harmonylib.core.errors import HarmonyError
-from harmonylib.models.vae import HarmonyVAE, harmony_vae_loss
-from harmonylib.models.weights import load_autoencoder
+from harmonylib.models.vae import HarmonyVAE, harmony_vae_loss, load_autoencoder
 
 LEGACY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -182,12 +181,15 @@ def test_damaged_and_foreign_folders_are_named(tiny_vae, tmp_path):
 
 
 @pytest.mark.parametrize("images", [1, 2])
-def test_one_condition_for_several_candidates(tiny_vae, images):
+def test_one_condition_for_several_candidates(tiny_vae, images, monkeypatch):
     model = HarmonyVAE.from_vae(tiny_vae, skip_init="random")
     latents, image, mask = inputs(batch=4)
     each = [x[:images].repeat_interleave(4 // images, dim=0) for x in (image, mask)]
     seeds = lambda: [torch.Generator().manual_seed(s) for s in (1, 2, 3, 4)]  # noqa: E731
     shared = decoded(model, latents, image[:images], mask[:images], generator=seeds())
     assert torch.allclose(shared, decoded(model, latents, *each, generator=seeds()), atol=1e-5)
+    monkeypatch.setattr("harmonylib.models.vae.DECODED_AT_ONCE", images * mask[0].numel())  # one latent an image
+    parts = decoded(model, latents, image[:images], mask[:images], generator=seeds())
+    assert torch.allclose(parts, shared, atol=1e-5)
     mode = decoded(model, latents, image[:images], mask[:images], sample_posterior=False)
     assert mode.shape == image.shape and not torch.allclose(mode, shared)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
 from .distributed import rank_and_world
 from .errors import HarmonyError
@@ -40,8 +39,13 @@ def file_digest(path) -> str:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Hash of a model's weights."""
-    return _digest(save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}))
+    """Hash of a model's weights, one tensor after the other: no second copy of all."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def settings_of(config) -> dict:

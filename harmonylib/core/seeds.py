@@ -3,7 +3,6 @@
 import hashlib
 
 import numpy as np
-import torch
 
 
 def seed_for(*purpose) -> int:
@@ -17,6 +16,8 @@ def rng(*purpose) -> np.random.Generator:
     return np.random.default_rng(seed_for(*purpose))
 
 
-def generator(*purpose) -> torch.Generator:
-    """A CPU torch generator for one purpose (CPU, so that noise is the same whatever the device)."""
+def generator(*purpose):
+    """A torch.Generator for one purpose (on the CPU, so that noise is the same whatever the device)."""
+    import torch  # here: what draws with numpy alone does without its import
+
     return torch.Generator().manual_seed(seed_for(*purpose))

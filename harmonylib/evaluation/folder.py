@@ -1,6 +1,7 @@
 """Score a folder of predictions against a data set: one row per composite, one image at a time in each process."""
 
 from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -21,32 +22,33 @@ def score_folder(predictions, data, protocol="standard", split="test", paste=Fal
     Predictions are 8-bit RGB images, or .npy arrays HxWx3 in 0..255 for protocols that score floats. Masks are opened
     as the protocol opens them (`Protocol.mask`). paste: put the composite's background on the predictions first.
     Returns, in list order, the columns model (the folder's name), subset, name, photo, foreground_ratio (of the mask
-    file) and those of `metrics.score`, which has the values for empty and full masks. Memory holds one image a process.
+    file) and those of `metrics.score` that the protocol has. Memory holds one image a process; what composites in a row
+    share, their real and mask, is decoded once.
     Raises HarmonyError naming the file for missing, surplus or doubled predictions and for whatever `score` refuses.
     """
     find_protocol(protocol)
     triples = read_triples(data, split)
-    pairs = list(zip(triples, find_predictions(predictions, triples), strict=True))
-    work = partial(_score_one, protocol=protocol, paste=paste)
-    table = pd.DataFrame(parallel_map(work, pairs, "scoring", "image", workers))
+    predicted = zip(triples, find_predictions(predictions, triples), strict=True)
+    groups = [list(group) for _, group in groupby(predicted, key=lambda pair: (pair[0].real, pair[0].mask))]
+    work = partial(_score_group, protocol=protocol, paste=paste)
+    table = pd.DataFrame(chain(*parallel_map(work, groups, "scoring", "photo", workers)))
     table.insert(0, "model", Path(predictions).resolve().name)
-    return table
+    return table if "ssim" in PROTOCOLS[protocol].reports else table.drop(columns=["ssim", "fssim"])
 
 
-def _score_one(pair: tuple[Triple, Path], protocol: str, paste: bool) -> dict:
-    triple, path = pair
-    prediction, mask = read_prediction(path), read_mask_as(triple.mask, PROTOCOLS[protocol].mask)
-    real, composite = read_image(triple.real), read_image(triple.composite) if paste else None
-    about = {
-        "subset": triple.subset,
-        "name": triple.name,
-        "photo": triple.photo,
-        "foreground_ratio": float(mask.mean()),
-    }
-    try:
-        return about | score(prediction, real, mask, protocol, composite)
-    except HarmonyError as error:
-        raise HarmonyError(f"{path}, real {triple.real}, mask {triple.mask}: {error}") from None
+def _score_group(pairs: list[tuple[Triple, Path]], protocol: str, paste: bool) -> list[dict]:
+    """Rows of composites that share their real and mask."""
+    first, rows = pairs[0][0], []
+    real, mask = read_image(first.real), read_mask_as(first.mask, PROTOCOLS[protocol].mask)
+    ratio = float(mask.mean())
+    for triple, path in pairs:
+        prediction, composite = read_prediction(path), read_image(triple.composite) if paste else None
+        about = {"subset": triple.subset, "name": triple.name, "photo": triple.photo, "foreground_ratio": ratio}
+        try:
+            rows.append(about | score(prediction, real, mask, protocol, composite))
+        except HarmonyError as error:
+            raise HarmonyError(f"{path}, real {triple.real}, mask {triple.mask}: {error}") from None
+    return rows
 
 
 def find_predictions(folder, triples: list[Triple]) -> list[Path]:

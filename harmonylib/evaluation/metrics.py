@@ -2,7 +2,8 @@
 
 Peers' numbers differ by definition before they differ by model: `PROTOCOLS` writes each definition down as data. What
 IIH does to predictions and HDNet to its model's input happens before there is anything to score (`Protocol.note`).
-Where a code base defines no metric (`Protocol.reports`), "standard" fills in on its arrays (HDNet: its own SSIM map).
+Where a code base has an error that it does not report (`Protocol.reports`), "standard" fills in on its arrays (HDNet's
+fSSIM: its own SSIM map). Similarity takes half of the time, so protocols that report none have none.
 """
 
 import math
@@ -81,7 +82,7 @@ def score(pred, real, mask, protocol="diffharmony", composite=None) -> dict:
 
     Documented values: identical images have mse 0, ssim 1 and psnr inf ("saic": 10 log10(peak^2 / 1e-6)); a psnr peak
     of 0 gives -inf. A mask that is empty (after the resize) has fmse and fssim nan; one that covers everything has
-    bmse nan. ssim and fssim are nan for images smaller than the window.
+    bmse nan. ssim and fssim are nan for images smaller than the window and where the protocol has no ssim.
     Raises HarmonyError for an unknown protocol, sizes that differ, a wrong dtype or shape, NaN, or values out of range.
     """
     choice = find_protocol(protocol)
@@ -99,10 +100,14 @@ def score(pred, real, mask, protocol="diffharmony", composite=None) -> dict:
     if choice.background == "real":
         pred = paste(pred, real, mask)
 
-    difference = pred.astype(np.float32) - real
-    squared = cv2.transform(difference * difference, np.ones((1, 3)))  # whole numbers below 2^24 for uint8: exact
     pixels, area = mask.size, float(mask.sum(dtype=np.float64))
-    total, inside = (float(values.sum(dtype=np.float64)) for values in (squared, squared * mask))
+    if soft:
+        difference = pred.astype(np.float32) - real
+        squared = cv2.transform(difference * difference, np.ones((1, 3)))
+        total, inside = (float(values.sum(dtype=np.float64)) for values in (squared, squared * mask))
+    else:  # of uint8: whole numbers, of which OpenCV returns a squared root
+        where = mask.view(np.uint8)
+        total, inside = (round(cv2.norm(pred, real, cv2.NORM_L2SQR, mask=m)) for m in (None, where))
     mse, fmse = total / (3 * pixels), math.nan
     if area > 0:
         fmse = mse * pixels / area if choice.whole_fmse else inside / (3 * area + choice.epsilon)
@@ -110,7 +115,8 @@ def score(pred, real, mask, protocol="diffharmony", composite=None) -> dict:
     peak = {"255": 255.0, "real-max": float(real.max()), "predicted-range": float(np.ptp(pred))}[choice.peak]
     noise = mse + choice.epsilon
     psnr = math.inf if noise == 0 else 10 * math.log10(peak**2 / noise) if peak > 0 else -math.inf
-    return dict(zip(METRICS, (mse, psnr, fmse, bmse, *_ssim(pred, real, mask, choice.ssim)), strict=True))
+    similarity = _ssim(pred, real, mask, choice.ssim) if "ssim" in choice.reports else (math.nan, math.nan)
+    return dict(zip(METRICS, (mse, psnr, fmse, bmse, *similarity), strict=True))
 
 
 def _ssim(pred, real, mask, kind: str) -> tuple[float, float]:

@@ -1,4 +1,7 @@
-"""A pre-trained timm network as encoder of composite and mask."""
+"""A pre-trained timm network as encoder of composite and mask.
+
+The backbone that is shipped is written out here, since timm takes two seconds to import (and torchvision with it).
+"""
 
 import torch
 from torch import nn
@@ -8,12 +11,11 @@ from ..core.errors import HarmonyError
 from .weights import at_revision, first_line
 
 PACKAGED = "tf_efficientnet_lite0"  # the backbone whose weights an installed package carries
-COARSEST_FIRST = 4  # stride of the first features that are used
 
 
 def create(backbone: str, **options):
     """A timm network without weights. Raises HarmonyError for a name that timm does not have."""
-    import timm  # takes a second, and only models with a backbone need it
+    import timm
 
     try:
         return timm.create_model(at_revision(backbone)[0], pretrained=False, **options)
@@ -62,6 +64,72 @@ def normalised(image: torch.Tensor, network: nn.Module) -> torch.Tensor:
     return (image / 2 + 0.5 - mean) / std
 
 
+class _Strided(nn.Conv2d):
+    """A convolution with TensorFlow's "same" padding: of an odd number of pixels right and bottom get the more."""
+
+    def forward(self, x):
+        sides = zip(x.shape[:1:-1], self.kernel_size, self.stride, strict=True)  # width first, as F.pad takes them
+        missing = [max((-(-side // stride) - 1) * stride + kernel - side, 0) for side, kernel, stride in sides]
+        return super().forward(F.pad(x, [part for m in missing for part in (m // 2, m - m // 2)]))
+
+
+def _conv(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    kind, padding = (_Strided, 0) if stride > 1 else (nn.Conv2d, kernel // 2)
+    return kind(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+
+
+class _InvertedResidual(nn.Module):
+    """MobileNetV2's block, its layers named as timm's: widen, filter each channel by itself, project."""
+
+    def __init__(self, inputs: int, outputs: int, widening: int, kernel: int, stride: int):
+        super().__init__()
+        hidden = inputs * widening
+        layers = {"conv_dw": _conv(hidden, hidden, kernel, stride, hidden)}
+        if widening > 1:
+            layers = {"conv_pw": _conv(inputs, hidden), **layers}
+        layers["conv_pwl" if widening > 1 else "conv_pw"] = _conv(hidden, outputs)
+        self.names, self.adds = list(layers), inputs == outputs and stride == 1
+        for number, (name, conv) in enumerate(layers.items(), 1):
+            setattr(self, name, conv)
+            setattr(self, f"bn{number}", nn.BatchNorm2d(conv.out_channels, eps=1e-3))
+
+    def forward(self, x):
+        y = x
+        for number, name in enumerate(self.names, 1):
+            y = getattr(self, f"bn{number}")(getattr(self, name)(y))
+            y = F.relu6(y) if number < len(self.names) else y
+        return x + y if self.adds else y
+
+
+class EfficientNetLite0(nn.Module):
+    """timm's `tf_efficientnet_lite0` of four inputs without its head: features at strides 4, 8, 16, 32, equal to timm's
+    with the same weights under the same names (Tan & Le 2019; "lite" has ReLU6 and no squeeze-and-excitation)."""
+
+    pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    STAGES = (  # widening, width, blocks, kernel, stride
+        (1, 16, 1, 3, 1), (6, 24, 2, 3, 2), (6, 40, 2, 5, 2), (6, 80, 3, 3, 2), (6, 112, 3, 5, 1), (6, 192, 4, 5, 2),
+        (6, 320, 1, 3, 1))  # fmt: skip
+    LAST = {1: 24, 2: 40, 4: 112, 6: 320}  # the last stage of each stride, and its width
+
+    def __init__(self):
+        super().__init__()
+        self.conv_stem, self.bn1 = _conv(4, 32, 3, 2), nn.BatchNorm2d(32, eps=1e-3)
+        self.blocks, inputs = nn.Sequential(), 32
+        for widening, width, blocks, kernel, stride in self.STAGES:
+            stage = nn.Sequential()
+            for number in range(blocks):
+                stage.append(_InvertedResidual(inputs, width, widening, kernel, 1 if number else stride))
+                inputs = width
+            self.blocks.append(stage)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        x, features = F.relu6(self.bn1(self.conv_stem(x))), []
+        for number, stage in enumerate(self.blocks):
+            x = stage(x)
+            features += [x] if number in self.LAST else []
+        return features
+
+
 class PretrainedEncoder(nn.Module):
     """forward(image Bx3xHxW in [-1, 1], mask Bx1xHxW) -> features at strides 4, 8, 16, 32 (`channels` wide).
 
@@ -72,10 +140,11 @@ class PretrainedEncoder(nn.Module):
     def __init__(self, backbone: str = PACKAGED):
         super().__init__()
         self.backbone = backbone
-        self.network = create(backbone, features_only=True, in_chans=4)
-        info = self.network.feature_info
-        self.chosen = [i for i, stride in enumerate(info.reduction()) if stride >= COARSEST_FIRST]
-        self.channels = [info.channels()[i] for i in self.chosen]
+        if backbone == PACKAGED:
+            self.network, self.channels = EfficientNetLite0(), list(EfficientNetLite0.LAST.values())
+        else:
+            self.network = create(backbone, features_only=True, in_chans=4, out_indices=(-4, -3, -2, -1))
+            self.channels = self.network.feature_info.channels()
 
     def train(self, mode: bool = True) -> "PretrainedEncoder":
         super().train(mode)
@@ -92,5 +161,4 @@ class PretrainedEncoder(nn.Module):
         return self
 
     def forward(self, image: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-        features = self.network(torch.cat([normalised(image, self.network), mask.to(image.dtype)], dim=1))
-        return [features[i] for i in self.chosen]
+        return self.network(torch.cat([normalised(image, self.network), mask.to(image.dtype)], dim=1))

@@ -25,8 +25,8 @@ from ..core.images import to_tensor, to_uint8
 from ..core.picture_metadata import read_region
 from .diffusion import latent_mask, sampling_scheduler, scale_latents, set_steps, unscale_latents
 from .edge_prompt import EdgePrompt
-from .vae import HarmonyVAE
-from .weights import at_revision, load_autoencoder, load_part, load_strict
+from .vae import HarmonyVAE, load_autoencoder
+from .weights import at_revision, load_part, load_strict
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 

@@ -8,8 +8,6 @@ and reproduces the paper's 28.37 M parameters. For figures: hooks on `down[i]` (
 from functools import partial
 
 import torch
-from diffusers import ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,6 +15,7 @@ from ..core.errors import HarmonyError
 from .colour_head import ColourHead
 from .colour_map import apply_inside
 from .encoder import PretrainedEncoder
+from .weights import FolderModel
 
 COARSE_LEVEL = 2  # of the levels' strides 1, 2, 4, ...: where the decoder of a colour head ends
 DEEPEST_STRIDE = 32  # of a pre-trained encoder
@@ -170,7 +169,7 @@ class UpBlock(nn.Module):
         return self.style(self.block(self.attention(x, mask)), encoder, mask)
 
 
-class ContrastiveResUNet(ModelMixin, ConfigMixin):
+class ContrastiveResUNet(FolderModel):
     """The harmonization network of the region-wise contrastive paper; 28.37 M parameters at the defaults.
 
     base_channels double at each of `depth` levels; `residual_convs` follow the first convolution of every block;
@@ -185,7 +184,6 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
     Raises HarmonyError for settings that are unknown or do not go together.
     """
 
-    @register_to_config
     def __init__(
         self,
         base_channels: int = 32,
@@ -201,7 +199,7 @@ class ContrastiveResUNet(ModelMixin, ConfigMixin):
         head_layers: int = 2,
         strips: int = 128,
     ):
-        super().__init__()
+        super().__init__(locals())
         for what, name, known in (("style", style, STYLES), ("head", head, ("residual", "colour"))):
             if name not in known:
                 raise HarmonyError(f"{what} {name!r} is unknown; use one of {', '.join(known)}")

@@ -41,7 +41,7 @@ def initial_resunet(section, folder: Path | None, seed: int) -> ContrastiveResUN
     new = {name: getattr(section, name) for name in (*SHAPE, *names)}
     if folder is None:
         return build(section.size, **new)
-    model = load_strict(ContrastiveResUNet.from_pretrained, folder)
+    model = ContrastiveResUNet.from_pretrained(folder)
     alone = model.config.head == section.head == "colour" and model.config.view == 0
     if alone and section.view:
         grown = build(section.size, **new)
@@ -107,7 +107,7 @@ def initial_prompt(section, folder: Path | None, base, task: str):
         return base.prompt
     if folder is None:
         prompt = EdgePrompt(base.unet.config.cross_attention_dim)
-        resunet = load_strict(ContrastiveResUNet.from_pretrained, shipped_folder() / FOLDERS["resunet"])
+        resunet = ContrastiveResUNet.from_pretrained(shipped_folder(FOLDERS["resunet"]))
         prompt.head.load_state_dict(resunet.colour_head.state_dict(), strict=False)  # without what the encoder says
         return prompt.to(base.device)
     prompt = load_prompt(folder)

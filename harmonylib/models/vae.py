@@ -17,13 +17,21 @@ from ..data.recipes import DEFAULTS
 from .diffusion import sample_posterior
 from .weights import Published
 
+DECODED_AT_ONCE = 2**20  # pixels of several latents under one condition: 16 of 256 px, 4 of 512, one of 1024
+
 
 class Condition(NamedTuple):
-    """What the decoder is told: skip features (in encoder order), the mid feature and the latent of the condition."""
+    """What the decoder is told: skip features (in encoder order) and the mid feature, one an image, and the condition's
+    latents, one a latent."""
 
     skips: list[torch.Tensor]
     mid: torch.Tensor
     latent: torch.Tensor
+
+
+def _plus(hidden: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
+    """BxCxHxW features onto KBxCxHxW, each onto K in a row, without K copies."""
+    return (hidden.unflatten(0, (len(feature), -1)) + feature[:, None]).flatten(0, 1)
 
 
 def _zero_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -51,17 +59,21 @@ class ConditionalEncoder(Encoder):
 
     def forward(self, image: torch.Tensor, mask: torch.Tensor):
         """image Bx3xHxW, mask Bx1xHxW -> (skips, mid skip, posterior moments before quant_conv)."""
+        skips, convs = [], iter(self.down_block_skip_convs)
+
+        def seen(hidden):  # a feature is freed as soon as the next is there
+            skips.append(next(convs)(hidden))
+            return hidden
+
         hidden = self.conv_in(image)
-        features = [hidden if self.add_conv_in is None else hidden + self.add_conv_in(mask)]
+        hidden = seen(hidden if self.add_conv_in is None else hidden + self.add_conv_in(mask))
         for block in self.down_blocks:
             for resnet in block.resnets:
-                features.append(resnet(features[-1], None))
+                hidden = seen(resnet(hidden, None))
             for downsampler in block.downsamplers or ():
-                features.append(downsampler(features[-1]))
-        hidden = self.mid_block(features[-1])
-        moments = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
-        skips = [conv(feature) for conv, feature in zip(self.down_block_skip_convs, features, strict=True)]
-        return skips, self.mid_block_skip_conv(hidden), moments
+                hidden = seen(downsampler(hidden))
+        hidden = self.mid_block(hidden)
+        return skips, self.mid_block_skip_conv(hidden), self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
 
 
 class HarmonyVAE(Published, AutoencoderKL):
@@ -143,12 +155,11 @@ class HarmonyVAE(Published, AutoencoderKL):
     def encode_condition(self, image, mask, noise=None, candidates: int = 1) -> Condition:
         """Features of a condition image Bx3xHxW in [-1, 1] and its mask Bx1xHxW in {0, 1} (H, W as for `decode`).
 
-        candidates: how many latents in a row each condition serves; the encoder runs once for all of them. noise: for
-        sampling the condition's posterior, one per latent; None takes its mode.
+        candidates: how many latents in a row each condition serves; they share its features. noise: for sampling the
+        condition's posterior, one per latent; None takes its mode.
         """
         skips, mid, moments = self.conditional_encoder(image, mask)
-        if candidates > 1 and len(image) > 1:  # one image's features are broadcast, without copies
-            *skips, mid, moments = (t.repeat_interleave(candidates, dim=0) for t in (*skips, mid, moments))
+        moments = moments.repeat_interleave(candidates, dim=0)
         posterior = DiagonalGaussianDistribution(moments if self.quant_conv is None else self.quant_conv(moments))
         latent = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         latent = latent if self.post_quant_conv is None else self.post_quant_conv(latent)
@@ -156,13 +167,17 @@ class HarmonyVAE(Published, AutoencoderKL):
 
     def decode_with(self, latents: torch.Tensor, condition: Condition) -> torch.Tensor:
         """Decode unscaled latents BxCxhxw with an encoded condition -> Bx3xHxW."""
+        return self._decoded(latents, list(condition.skips), condition.mid, condition.latent)
+
+    def _decoded(self, latents, skips: list[torch.Tensor], mid, latent) -> torch.Tensor:
+        """`decode_with`; takes each skip out of the list as it is used, which frees the coarse ones."""
         hidden = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
-        decoder, skips = self.decoder, list(condition.skips)
-        hidden = decoder.conv_in(hidden + condition.latent)
-        hidden = decoder.mid_block(hidden, None) + condition.mid
+        decoder = self.decoder
+        hidden = decoder.conv_in(hidden + latent)
+        hidden = _plus(decoder.mid_block(hidden, None), mid)
         for block in decoder.up_blocks:
             for resnet in block.resnets:
-                hidden = resnet(hidden, temb=None) + skips.pop()
+                hidden = _plus(resnet(hidden, temb=None), skips.pop())
             for upsampler in block.upsamplers or ():
                 hidden = upsampler(hidden)
         return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(hidden)))
@@ -172,7 +187,8 @@ class HarmonyVAE(Published, AutoencoderKL):
 
         latents BxCxhxw; image Bx3xHxW in [-1, 1]; mask Bx1xHxW in {0, 1}; H = 8h, W = 8w with four widths. Without a
         condition: the plain decoder. With K times as many latents as images, each image is the condition of K latents
-        in a row and encoded once. The noise of all posteriors is one draw of the latents' shape. `enable_tiling` and
+        in a row and encoded once; what exceeds DECODED_AT_ONCE is decoded in parts. The noise of all posteriors is one
+        draw of the latents' shape. `enable_tiling` and
         `enable_slicing` are about `encode` and the plain decoder: a 1024 px picture needs no tiles.
         """
         if image is None and mask is None:
@@ -183,8 +199,27 @@ class HarmonyVAE(Published, AutoencoderKL):
         assert len(image) == len(mask) and len(latents) % len(image) == 0
         options = {"generator": generator, "device": latents.device, "dtype": latents.dtype}
         noise = randn_tensor(latents.shape, **options) if sample_posterior else None
-        sample = self.decode_with(latents, self.encode_condition(image, mask, noise, len(latents) // len(image)))
+        skips, mid, latent = self.encode_condition(image, mask, noise, len(latents) // len(image))
+        at_once = max(1, DECODED_AT_ONCE // mask.numel())
+        parts = [t.unflatten(0, (len(image), -1)).split(at_once, dim=1) for t in (latents, latent)]
+        decoded = []
+        while left := len(parts[0]) - len(decoded):
+            some, conditions = (part[-left].flatten(0, 1) for part in parts)
+            output = self._decoded(some, skips if left == 1 else list(skips), mid, conditions)
+            decoded.append(output.unflatten(0, (len(image), -1)))
+        sample = torch.cat(decoded, dim=1).flatten(0, 1)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+
+class _PublishedAutoencoder(Published, AutoencoderKL):
+    pass
+
+
+def load_autoencoder(folder, **options) -> AutoencoderKL:
+    """A plain autoencoder, as `Published` says."""
+    vae = _PublishedAutoencoder.from_pretrained(folder, **options)
+    vae.__class__ = AutoencoderKL  # the same layout; saved folders must name the class that everybody has
+    return vae
 
 
 # ---- training ----

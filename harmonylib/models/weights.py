@@ -1,22 +1,25 @@
 """Loading weights strictly (a folder with missing or foreign keys is an error, not a warning), and shipping them.
 
+diffusers takes three seconds to import, so nothing here does until one of its models is loaded.
+
 python -m harmonylib.models.weights artifacts/contrastive_resunet pretrained/contrastive-resunet
 """
 
+import inspect
 import os
 import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.utils import logging
 from safetensors.torch import load_file, save
+from torch import nn
 
 from ..core.errors import HarmonyError
 from ..core.files import atomic_path
 from ..core.json_files import read_json, write_json
 
 PRETRAINED = [Path(__file__).resolve().parents[up] / "pretrained" for up in (1, 2)]  # in a wheel, in a clone
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # as diffusers calls them
 HUB_FILES = ["*.json", "*.txt", "*.safetensors"]
 
 
@@ -62,14 +65,15 @@ def load_part(load, folder, **options):
 
     Raises HarmonyError for a folder that is not there or damaged.
     """
+    from diffusers.utils import logging
+
     name, revision = at_revision(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what diffusers logs of missing files stands in its error, too
     try:
         return load(name, **revision, **options)
     except Exception as error:  # diffusers, transformers, safetensors and pickle raise many kinds
-        where = "/".join(filter(None, (str(folder), options.get("subfolder"))))
-        raise HarmonyError(f"{where} cannot be loaded ({first_line(error)}); train it or restore the folder") from None
+        raise _unloadable(_place(folder, options), error) from None
     finally:
         logging.set_verbosity(verbosity)
 
@@ -78,12 +82,64 @@ def load_strict(load, folder, **options):
     """`load_part` of a model (.safetensors, or .bin without code). HarmonyError also names keys that are missing or
     foreign, where diffusers would warn and fill in random weights."""
     model, info = load_part(load, folder, output_loading_info=True, **options)
-    for kind in ("missing", "unexpected"):
-        if keys := sorted(info[f"{kind}_keys"]):
-            where = "/".join(filter(None, (str(folder), options.get("subfolder"))))
-            found = f"{len(keys)} {kind} keys ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})"
-            raise HarmonyError(f"{where}: {found}; not the weights of a {type(model).__name__}")
+    _check_keys(model, _place(folder, options), info["missing_keys"], info["unexpected_keys"])
     return model
+
+
+def _place(folder, options: dict) -> str:
+    return "/".join(filter(None, (str(folder), options.get("subfolder"))))
+
+
+def _unloadable(place, error: Exception) -> HarmonyError:
+    return HarmonyError(f"{place} cannot be loaded ({first_line(error)}); train it or restore the folder")
+
+
+def _check_keys(model, place, missing, unexpected) -> None:
+    for kind, keys in (("missing", sorted(missing)), ("unexpected", sorted(unexpected))):
+        if keys:
+            found = f"{len(keys)} {kind} keys ({', '.join(keys[:3] + ['...'] * (len(keys) > 3))})"
+            raise HarmonyError(f"{place}: {found}; not the weights of a {type(model).__name__}")
+
+
+class Config(dict):
+    """What a network was built with, as keys and as attributes."""
+
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
+
+
+class FolderModel(nn.Module):
+    """A network with a `config`, kept in a folder as diffusers' ModelMixin keeps it (float32; no hub)."""
+
+    def __init__(self, arguments: dict):
+        """arguments: the constructor's `locals()`."""
+        super().__init__()
+        self.config = Config({name: arguments[name] for name in inspect.signature(type(self)).parameters})
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def save_pretrained(self, folder) -> None:
+        """Write config.json and the weights, each atomically."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        with atomic_path(Path(folder, WEIGHTS)) as temporary:
+            temporary.write_bytes(save(tensors, {"format": "pt"}))  # save_file would let only its owner read it
+        write_json(Path(folder, "config.json"), {"_class_name": type(self).__name__, **self.config})
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Raises HarmonyError for a folder that is not there, damaged or of another model."""
+        try:
+            config = read_json(Path(folder, "config.json"))
+            model = cls(**{name: value for name, value in config.items() if not name.startswith("_")})
+            found = model.load_state_dict(load_file(Path(folder, WEIGHTS)), strict=False)
+        except Exception as error:  # of safetensors and torch, and of what damaged settings lead to
+            raise _unloadable(folder, error) from None
+        _check_keys(model, folder, found.missing_keys, found.unexpected_keys)
+        return model
 
 
 class Published:
@@ -100,17 +156,6 @@ class Published:
         for name, tensor in state_dict.items():
             if ".attentions." in name and tensor.ndim == 4:
                 state_dict[name] = tensor[..., 0, 0]
-
-
-class _PublishedAutoencoder(Published, AutoencoderKL):
-    pass
-
-
-def load_autoencoder(folder, **options) -> AutoencoderKL:
-    """A plain autoencoder, as `Published` says."""
-    vae = _PublishedAutoencoder.from_pretrained(folder, **options)
-    vae.__class__ = AutoencoderKL  # the same layout; saved folders must name the class that everybody has
-    return vae
 
 
 def ship(source, target) -> None:

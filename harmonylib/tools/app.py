@@ -31,7 +31,6 @@ from ..core.placing import parse_place
 from ..data.embedded_photos import load_photos
 from ..data.recipes import make_composite
 from ..inference import MODELS, compose, harmonize, load_model, model_folder
-from ..models.pipeline import DiffHarmonyPipeline
 
 PAGE = Path(__file__).with_name("app_page")
 MAX_BYTES = 64 * 2**20  # of a request: picture and mask together
@@ -199,7 +198,7 @@ class _Harmonize(_Handler):
 @contextlib.contextmanager
 def _reported(model, report):
     """Report every denoising step of a pipeline while it runs."""
-    if not isinstance(model, DiffHarmonyPipeline):
+    if not hasattr(model, "unet"):
         yield
         return
     steps = itertools.count(1)

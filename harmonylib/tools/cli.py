@@ -103,9 +103,10 @@ def evaluate(
     for model, parts in summary.items():
         typer.echo(model)
         for group, part in (parts | {size: part for size, part in sizes[model].items() if size != "all"}).items():
-            line(f"{group:18s}{part['n']:7d}{part['photos']:8d}", (part[metric] for metric in METRICS))
+            line(f"{group:18s}{part['n']:7d}{part['photos']:8d}", map(part.get, METRICS))
         for end, word in enumerate(("from", "to")):
-            line(f"all, 95 % {word}", (parts["all"]["interval"][metric][end] for metric in METRICS))
+            interval = parts["all"]["interval"]
+            line(f"all, 95 % {word}", (interval[metric][end] if metric in interval else None for metric in METRICS))
         if "status" in parts["all"]:
             typer.echo("  " + parts["all"]["status"])
     for pair, parts in differences.items():
