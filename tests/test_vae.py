@@ -83,7 +83,7 @@ def test_skip_order(tiny_vae):
 
     def heard(skips):
         with torch.no_grad():
-            model.decode_with(latents, condition._replace(skips=skips))
+            model.decode_with(latents, condition._replace(skips=list(skips)))
         return dict(seen)
 
     condition = model.encode_condition(image, mask)

@@ -15,11 +15,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..core.decoding import to_rgb
-from ..core.devices import pick_device
+from ..core.devices import in_parts, pick_device
 from ..core.errors import HarmonyError
 from ..core.images import to_tensor, to_uint8
 from ..core.picture_metadata import read_region
@@ -73,6 +74,13 @@ def pad_to_multiple(tensor: torch.Tensor, multiple: int, mode: str) -> torch.Ten
     """Pad right and bottom so that H and W divide by `multiple`; mode "replicate" or "constant" (zeros)."""
     height, width = tensor.shape[-2:]
     return F.pad(tensor, (0, -width % multiple, 0, -height % multiple), mode=mode)
+
+
+def decode(vae: AutoencoderKL, latents: torch.Tensor, image, mask, generator=None) -> torch.Tensor:
+    """Unscaled latents -> Bx3xHxW, few at a time (`in_parts`); a HarmonyVAE also sees image and mask (`decode`)."""
+    if isinstance(vae, HarmonyVAE):
+        return vae.decode(latents, image, mask, generator=generator).sample
+    return in_parts(lambda part: vae.decode(part).sample, latents, pixels=image.shape[-2] * image.shape[-1])
 
 
 class DiffHarmonyPipeline(DiffusionPipeline):
@@ -136,10 +144,7 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         latents = self._denoise(padded, padded_mask, num_inference_steps, generator, embeds, candidates, temperature)
         if output_type == "latent":
             return ImagePipelineOutput(images=latents)
-        condition = {}
-        if isinstance(self.vae, HarmonyVAE):
-            condition = {"image": padded, "mask": padded_mask, "generator": generator}
-        output = self.vae.decode(unscale_latents(latents, self.vae), **condition).sample
+        output = decode(self.vae, unscale_latents(latents, self.vae), padded, padded_mask, generator)
         output = output[..., : size[0], : size[1]].float().clamp(-1, 1).cpu()
         if paste:
             image, mask = (t.float().cpu().repeat_interleave(candidates, dim=0) for t in (image, mask))
@@ -150,7 +155,9 @@ class DiffHarmonyPipeline(DiffusionPipeline):
 
     def _denoise(self, image, mask, steps, generator, embeds, candidates, temperature):
         draw = {"generator": generator, "device": image.device, "dtype": image.dtype}
-        posterior = self.vae.encode(image).latent_dist
+        pixels = image.shape[-2] * image.shape[-1]
+        moments = in_parts(lambda part: self.vae.encode(part).latent_dist.parameters, image, pixels=pixels)
+        posterior = DiagonalGaussianDistribution(moments)
         mean, std = (p.repeat_interleave(candidates, dim=0) for p in (posterior.mean, posterior.std))
         self.scheduler.set_timesteps(steps, device=image.device)
         latents = randn_tensor(mean.shape, **draw) * self.scheduler.init_noise_sigma * temperature
@@ -159,7 +166,8 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         embeds = embeds.to(image).expand(len(latents), -1, -1)
         for t in self.progress_bar(self.scheduler.timesteps):
             noisy = self.scheduler.scale_model_input(latents, t)
-            prediction = self.unet(torch.cat([noisy, small, composite], dim=1), t, embeds).sample
+            inputs = torch.cat([noisy, small, composite], dim=1)
+            prediction = in_parts(lambda x, e, t=t: self.unet(x, t, e).sample, inputs, embeds, pixels=pixels)
             latents = self.scheduler.step(prediction, t, latents, generator=generator).prev_sample
         return latents
 

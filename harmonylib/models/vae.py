@@ -1,6 +1,7 @@
 """Harmony-VAE: an autoencoder whose decoder also sees the composite (DiffHarmony++ Sec. 3.2)."""
 
 import inspect
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,9 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from ..core.devices import in_parts
 from ..core.errors import HarmonyError
 from ..data.batches import LatentBatches, augmentation
 from ..data.recipes import DEFAULTS
@@ -24,6 +27,13 @@ class Condition(NamedTuple):
     skips: list[torch.Tensor]
     mid: torch.Tensor
     latent: torch.Tensor
+
+
+def recomputed(module: nn.Module, layer, hidden: torch.Tensor) -> torch.Tensor:
+    """layer(hidden), which the backward pass computes again if the module has gradient checkpointing switched on."""
+    if module.gradient_checkpointing and torch.is_grad_enabled():
+        return checkpoint(layer, hidden, use_reentrant=False)
+    return layer(hidden)
 
 
 def _zero_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -52,15 +62,15 @@ class ConditionalEncoder(Encoder):
     def forward(self, image: torch.Tensor, mask: torch.Tensor):
         """image Bx3xHxW, mask Bx1xHxW -> (skips, mid skip, posterior moments before quant_conv)."""
         hidden = self.conv_in(image)
-        features = [hidden if self.add_conv_in is None else hidden + self.add_conv_in(mask)]
+        hidden = hidden if self.add_conv_in is None else hidden + self.add_conv_in(mask)
+        convs = iter(self.down_block_skip_convs)
+        skips = [next(convs)(hidden)]  # at once: a feature is freed when the next one is there
         for block in self.down_blocks:
-            for resnet in block.resnets:
-                features.append(resnet(features[-1], None))
-            for downsampler in block.downsamplers or ():
-                features.append(downsampler(features[-1]))
-        hidden = self.mid_block(features[-1])
+            for layer in (*(partial(resnet, temb=None) for resnet in block.resnets), *(block.downsamplers or ())):
+                hidden = recomputed(self, layer, hidden)
+                skips.append(next(convs)(hidden))
+        hidden = self.mid_block(hidden)
         moments = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
-        skips = [conv(feature) for conv, feature in zip(self.down_block_skip_convs, features, strict=True)]
         return skips, self.mid_block_skip_conv(hidden), moments
 
 
@@ -140,50 +150,69 @@ class HarmonyVAE(Published, AutoencoderKL):
         self.latent_skip_conv.requires_grad_(True)
         self.decoder.requires_grad_(decoder)
 
-    def encode_condition(self, image, mask, noise=None, candidates: int = 1) -> Condition:
+    def encode_condition(self, image, mask, noise=None) -> Condition:
         """Features of a condition image Bx3xHxW in [-1, 1] and its mask Bx1xHxW in {0, 1} (H, W as for `decode`).
 
-        candidates: how many latents in a row each condition serves; the encoder runs once for all of them. noise: for
-        sampling the condition's posterior, one per latent; None takes its mode.
+        noise: for sampling the condition's posterior, one per latent (of one image there may be several); None takes
+        its mode.
         """
         skips, mid, moments = self.conditional_encoder(image, mask)
-        if candidates > 1 and len(image) > 1:  # one image's features are broadcast, without copies
-            *skips, mid, moments = (t.repeat_interleave(candidates, dim=0) for t in (*skips, mid, moments))
         posterior = DiagonalGaussianDistribution(moments if self.quant_conv is None else self.quant_conv(moments))
         latent = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         latent = latent if self.post_quant_conv is None else self.post_quant_conv(latent)
         return Condition(skips, mid, self.latent_skip_conv(latent))
 
     def decode_with(self, latents: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Decode unscaled latents BxCxhxw with an encoded condition -> Bx3xHxW."""
+        """Decode unscaled latents BxCxhxw with an encoded condition -> Bx3xHxW.
+
+        It takes the condition's skips out of their list one by one, so that each is freed when it has been added.
+        """
         hidden = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
-        decoder, skips = self.decoder, list(condition.skips)
+        decoder, skips = self.decoder, condition.skips
         hidden = decoder.conv_in(hidden + condition.latent)
         hidden = decoder.mid_block(hidden, None) + condition.mid
         for block in decoder.up_blocks:
             for resnet in block.resnets:
-                hidden = resnet(hidden, temb=None) + skips.pop()
+                hidden = recomputed(decoder, partial(resnet, temb=None), hidden) + skips.pop()
             for upsampler in block.upsamplers or ():
-                hidden = upsampler(hidden)
+                hidden = recomputed(decoder, upsampler, hidden)
         return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(hidden)))
+
+    def _decode_several(self, latents, image, mask, noise, pixels: int) -> torch.Tensor:
+        """Latents that all have one image as their condition, which is encoded once."""
+        skips, mid, latent = self.encode_condition(image, mask, noise)
+
+        def decode(z, own):
+            return self.decode_with(z, Condition(list(skips), mid, own))
+
+        return in_parts(decode, latents, latent.expand(len(latents), -1, -1, -1), pixels=pixels)
 
     def decode(self, latents, image=None, mask=None, sample_posterior=True, generator=None, return_dict=True):
         """Decode unscaled latents; with `image` (composite) and `mask` the decoder is conditioned on them.
 
         latents BxCxhxw; image Bx3xHxW in [-1, 1]; mask Bx1xHxW in {0, 1}; H = 8h, W = 8w with four widths. Without a
         condition: the plain decoder. With K times as many latents as images, each image is the condition of K latents
-        in a row and encoded once. The noise of all posteriors is one draw of the latents' shape. `enable_tiling` and
-        `enable_slicing` are about `encode` and the plain decoder: a 1024 px picture needs no tiles.
+        in a row and encoded once. The noise of all posteriors is one draw of the latents' shape. Large batches are
+        decoded `in_parts`. `enable_tiling` is about `encode` and the plain decoder: a 1024 px picture needs no tiles.
         """
         if image is None and mask is None:
             return super().decode(latents, return_dict=return_dict)
-        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        factor, pixels = 2 ** (len(self.config.block_out_channels) - 1), image.shape[-2] * image.shape[-1]
         assert image is not None and mask is not None, "decode needs both image and mask, or neither"
         assert image.shape[-2:] == mask.shape[-2:] == tuple(side * factor for side in latents.shape[-2:])
         assert len(image) == len(mask) and len(latents) % len(image) == 0
         options = {"generator": generator, "device": latents.device, "dtype": latents.dtype}
-        noise = randn_tensor(latents.shape, **options) if sample_posterior else None
-        sample = self.decode_with(latents, self.encode_condition(image, mask, noise, len(latents) // len(image)))
+        draws = [randn_tensor(latents.shape, **options)] if sample_posterior else []
+        if len(latents) == len(image):
+            sample = in_parts(
+                lambda z, *condition: self.decode_with(z, self.encode_condition(*condition)),
+                *(latents, image, mask, *draws), pixels=pixels,
+            )  # fmt: skip
+        else:
+            each = len(latents) // len(image)
+            noises = draws[0].split(each) if draws else [None] * len(image)
+            images = zip(latents.split(each), image.split(1), mask.split(1), noises, strict=True)
+            sample = torch.cat([self._decode_several(*one, pixels) for one in images])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 

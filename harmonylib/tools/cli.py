@@ -234,7 +234,8 @@ def pretrain(
     section = {name: given[name] for name in (*names, "batch_size", "chroma_weight")}
     section |= {"source": "pipeline" if start else "small", "path": start, "size": unet_size}
     section |= {"autoencoder_channels": [16, 32, 64, 128], "unet_channels": [64, 128]}
-    run = SimpleNamespace(seed=seed, device=device, precision="auto", compile=False, base=SimpleNamespace(**section))
+    machine = {"compile": False, "accumulation": 1, "checkpointing": False}
+    run = SimpleNamespace(seed=seed, device=device, **machine, precision="auto", base=SimpleNamespace(**section))
 
     photos = load_pairs(photo_pairs(photos, index, "train" if index else None))
     pipeline = open_base(run.base, seed)
