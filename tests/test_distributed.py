@@ -145,7 +145,8 @@ import sys
 import torch
 sys.path.insert(0, {tests!r})
 import trainers
-weights = trainers.trained("harmony_vae", ".", 4, "artifacts/checkpoints")
+train = trainers.trained
+weights = train("harmony_vae", ".", 4, "artifacts/checkpoints")
 torch.save(weights, name)
 """
 

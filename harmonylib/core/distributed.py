@@ -7,6 +7,8 @@ from torch.overrides import TorchFunctionMode
 
 from .devices import pick_device
 
+SHARE = "HARMONYLIB_SHARE"  # "number/count" of a process that takes whole runs of an ablation
+
 
 def rank_and_world() -> tuple[int, int]:
     """(this process's number, how many there are) as torchrun says; (0, 1) without it."""
@@ -18,6 +20,12 @@ def join_group(device: torch.device):
     from accelerate import PartialState
 
     return PartialState(cpu=device.type == "cpu")
+
+
+def share_of(jobs: list) -> list:
+    """This process's part of jobs that several processes do apart from one another, told by the variable SHARE."""
+    number, count = map(int, os.environ.get(SHARE, "0/1").split("/"))
+    return jobs[number::count]
 
 
 def by_first(write, device="auto") -> None:

@@ -23,6 +23,25 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "NetworkError", "Timeout"}
+
+
+def mend(name: str, error: Exception, otherwise: str) -> str:
+    """Why `name` could not be loaded and what to do: of what is in no folder here, what the hub's client ran into.
+
+    otherwise: the mend where `name` is a folder, or is meant to be one.
+    """
+    if Path(name).exists() or Path(name).is_absolute() or Path(name).parts[:1] in (("artifacts",), ("pretrained",)):
+        return f"cannot be loaded ({first_line(error)}); {otherwise}"
+    kinds, cause = set(), error
+    while cause:
+        kinds |= {kind.__name__ for kind in type(cause).__mro__}
+        cause = cause.__cause__ or cause.__context__
+    if kinds & OFFLINE:
+        return "is not, or not wholly, on disk and there is no network; go online once, or name a folder that has it"
+    return f"is no folder here, and not on the hub either ({first_line(error)}); mend the name"
+
+
 def at_revision(name) -> tuple[str, dict]:
     """(ID, {"revision": REVISION}) of `ID@REVISION`, for a `from_pretrained`; (name, {}) of folders and other names."""
     name, mark, revision = str(name).rpartition("@")
@@ -43,7 +62,7 @@ def load_part(load, folder, **options):
         return load(name, **revision, **options)
     except Exception as error:  # diffusers, transformers, safetensors and pickle raise many kinds
         where = "/".join(filter(None, (str(folder), options.get("subfolder"))))
-        raise HarmonyError(f"{where} cannot be loaded ({first_line(error)}); train it or restore the folder") from None
+        raise HarmonyError(f"{where} {mend(name, error, 'train it or restore the folder')}") from None
     finally:
         logging.set_verbosity(verbosity)
 

@@ -22,6 +22,47 @@ def profile(
     typer.echo(f"{os.path.relpath(write_profile(name))} written from profiles/{name}.yaml")
 
 
+@app.command()
+def preflight(
+    gpus: int = typer.Option(1, "--gpus", min=1, help="how many the hours are counted for"),
+) -> None:
+    """Say what this run needs and what of it is missing, before anything runs; exit code 1 where a stage would fail."""
+    from ..core.settings import enter_root, settings
+    from .preflight import preflight
+
+    enter_root()
+    found = preflight(settings(), gpus)
+    for line in found.lines:
+        typer.echo(line)
+    for line in found.notes:
+        typer.echo(f"note: {line}")
+    for number, line in enumerate(found.missing, start=1):
+        typer.echo(f"missing {number}: {line}")
+    if found.missing:
+        raise typer.Exit(1)
+    typer.echo("nothing is missing")
+
+
+@app.command()
+def repro(
+    targets: list[str] = typer.Argument(None, metavar="[TARGET...]", help="as of `dvc repro`; all stages unless given"),
+    gpus: int = typer.Option(1, "--gpus", min=1, help="processes that share trainings and candidates, one a GPU"),
+) -> None:
+    """Run the pipeline (`dvc repro`) on several GPUs."""
+    import subprocess
+
+    import torch
+
+    from ..core.settings import enter_root
+    from .notebooks import PROCESSES
+
+    if 0 < torch.cuda.device_count() < gpus:
+        raise HarmonyError(f"--gpus {gpus}: there are {torch.cuda.device_count()}; give at most so many")
+    enter_root()
+    command = [sys.executable, "-m", "dvc", "repro", *(targets or [])]
+    raise typer.Exit(subprocess.run(command, env=os.environ | {PROCESSES: str(gpus)}).returncode)
+
+
 _DEVICE = typer.Option("auto", "--device", help="auto, cuda, mps or cpu")
 _MASK_FROM = typer.Option("auto", "--mask-from", help="what of a mask counts: alpha, luminance, auto (a varying alpha)")
 
