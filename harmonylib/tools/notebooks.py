@@ -219,7 +219,7 @@ def _kernel_environment(root: Path, folder: str) -> dict[str, str]:
 
 
 def called(cell) -> set[str]:
-    """Names of the functions that a code cell calls as it runs; what stands in functions that it defines is left out."""
+    """Names of the functions that a code cell calls as it runs, not in functions that it defines."""
     found, todo = set(), []
     if cell.cell_type == "code":
         with contextlib.suppress(SyntaxError):  # commands that only notebooks know
