@@ -4,6 +4,7 @@ A variant is a row's name, as published, and a function seed -> table of per-ima
 it (columns subset, name, photo and metrics; others are ignored): it trains and scores one run.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from harmonylib.core.checkpoints import RESUME_POINTS
+from harmonylib.core.distributed import SHARE, share_of
 from harmonylib.core.errors import HarmonyError
 from harmonylib.data.batches import TripleSet
 from harmonylib.evaluation.metrics import METRICS, summarise
@@ -107,12 +109,14 @@ def run_variants(variants: dict[str, Callable[[int], pd.DataFrame]], seeds: Iter
     if not variants or not seeds:
         raise HarmonyError("the ablation has nothing to run; give it a variant and set ablations.seeds above 0")
     runs, failures = {}, {}
-    for seed in seeds:
-        for name, run in variants.items():
-            try:
-                runs[name, seed] = run(seed)
-            except TrainingDiverged as error:
-                failures[name, seed] = str(error)
+    for name, seed in share_of([(name, seed) for seed in seeds for name in variants]):
+        try:
+            runs[name, seed] = variants[name](seed)
+        except TrainingDiverged as error:
+            failures[name, seed] = str(error)
+        except HarmonyError:
+            if SHARE not in os.environ:
+                raise  # else another process trains the same network, or this notebook's own run will say what is wrong
     return Ablation(tuple(variants), seeds, runs, failures)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import math
 import runpy
 import time
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +26,7 @@ from .core.cache import settings_of, weights_digest
 from .core.checkpoints import Checkpoints, code_hash, stop_signals
 from .core.devices import autocast, pick_device
 from .core.distributed import ShareOfDraws, join_group, rank_and_world
-from .core.errors import HarmonyError
+from .core.errors import HarmonyError, note
 from .core.files import atomic_path, only_one
 from .core.json_files import write_json
 from .core.progress import progress
@@ -48,6 +49,8 @@ class TrainSettings:
 
     warmup is a share of steps; schedule is "constant" or "cosine" (to zero) after it; ema_decay 0 switches EMA off.
     compile: through torch.compile, which needs a C++ compiler or Triton and takes its time at the start of a run.
+    accumulation: into so many parts a process's share of a batch is cut, which take turns; checkpointing: activations
+    are computed again in the backward pass. Both need less memory for the same result, up to rounding.
     """
 
     steps: int
@@ -60,6 +63,8 @@ class TrainSettings:
     grad_clip: float = 1.0
     precision: str = "auto"
     compile: bool = False
+    accumulation: int = 1
+    checkpointing: bool = False
     checkpoint_seconds: float = 60.0
 
     @classmethod
@@ -68,7 +73,8 @@ class TrainSettings:
         section = vars(getattr(run, name))
         names = [field.name for field in fields(cls)]
         values = {name: section[key] for name in names for key in (name, f"{task}_{name}") if key in section}
-        return cls(**values | {"precision": run.precision, "compile": run.compile})
+        values |= {"precision": run.precision, "compile": run.compile}
+        return cls(**values, accumulation=run.accumulation, checkpointing=run.checkpointing)
 
 
 def learning_rate_at(step: int, settings: TrainSettings) -> float:
@@ -114,6 +120,11 @@ class _Run:
         self.others = [self.optimiser, self.scaler, *([self.ema] if self.ema else [])]
         self.loss = _Step(model, loss, settings.compile)
         self.rank, self.world = rank_and_world()
+        if settings.checkpointing and getattr(model, "_supports_gradient_checkpointing", False):
+            model.enable_gradient_checkpointing()
+        # A batch that does not divide by the processes is shared out by fewer: several compute the same share.
+        self.shares = math.gcd(settings.batch_size, self.world)
+        self.parts = math.gcd(settings.batch_size // self.shares, settings.accumulation)
 
     def state(self, finished: bool = False) -> dict:
         modules = {"modules": [module.state_dict() for module in self.modules]}
@@ -130,8 +141,10 @@ class _Run:
         """Join the other processes, if there are any; from here on `step` averages gradients over them."""
         if self.world == 1:
             return
-        if self.settings.batch_size % self.world:
-            raise HarmonyError(f"batch_size {self.settings.batch_size} does not divide by {self.world} processes")
+        if self.shares < self.world and self.rank == 0:
+            note(
+                f"a batch of {self.settings.batch_size} is shared by {self.shares} of {self.world} processes at a time"
+            )
         join_group(self.device)
         ends = torch.tensor([step, -step], device=self.device)
         torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MIN)
@@ -141,15 +154,15 @@ class _Run:
 
     def step(self, step: int, batch: dict, draws: torch.Generator) -> tuple[dict, torch.Tensor]:
         """One update; returns the loss's terms over this process's share, and a number, finite if all is well."""
-        rows = self.settings.batch_size // self.world
-        share = slice(self.rank * rows, (self.rank + 1) * rows)
-        batch = {name: value[share].to(self.device, non_blocking=True) for name, value in batch.items()}
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate_at(step, self.settings)
-        shared = ShareOfDraws(draws, rows) if self.world > 1 else contextlib.nullcontext()
-        with autocast(self.device, self.settings.precision), shared:
-            terms = self.loss(batch, draws)
-        self.scaler.scale(terms["loss"]).backward()
+        start, found = draws.get_state(), []
+        for part in range(self.parts):
+            draws.set_state(start)
+            last = part == self.parts - 1 or self.world == 1
+            with contextlib.nullcontext() if last else self.loss.no_sync():
+                found.append(self._part(batch, draws, self.rank % self.shares * self.parts + part))
+        terms = {name: torch.stack([part[name] for part in found]).mean(0) for name in found[0]}
         self.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
         self.scaler.step(self.optimiser)
@@ -157,9 +170,20 @@ class _Run:
         self.optimiser.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.step(self.model.parameters())
-        terms = {name: value.detach().float() for name, value in terms.items()}
         # fp16's loss scale makes gradients overflow now and then, and skips such a step: there the loss alone counts
         return terms, terms["loss"] if self.scaler.is_enabled() else terms["loss"] + 0 * norm
+
+    def _part(self, batch: dict, draws: torch.Generator, number: int) -> dict:
+        """Add the gradient of one of the parts that the batch is cut into; returns its loss's terms."""
+        count = self.shares * self.parts
+        rows = self.settings.batch_size // count
+        share = slice(number * rows, (number + 1) * rows)
+        batch = {name: value[share].to(self.device, non_blocking=True) for name, value in batch.items()}
+        shared = ShareOfDraws(draws, rows, number, count) if count > 1 else contextlib.nullcontext()
+        with autocast(self.device, self.settings.precision), shared:
+            terms = self.loss(batch, draws)
+        self.scaler.scale(terms["loss"] / self.parts).backward()
+        return {name: value.detach().float() for name, value in terms.items()}
 
     def observed(self, observe) -> dict:
         """What `observe` says of the model with its EMA weights; the training weights come back afterwards."""
@@ -216,7 +240,7 @@ def train(model, loss, batches, settings: TrainSettings, *, name: str, seed: int
     end the step, save and raise KeyboardInterrupt. Under torchrun the checkpoints' folder must be one that all see;
     models without BatchNorm end as with one process, up to rounding, if the loss is a plain mean over images.
     Raises TrainingDiverged when loss or gradient is not finite (the batch lies with the checkpoints), and HarmonyError
-    when another process trains the same or the batch does not divide by the number of processes.
+    when another process trains the same.
     """
     run = _Run(model, loss, settings, pick_device(device))
     store = Checkpoints(checkpoints, _key(run.modules, loss, batches, settings, name, seed)) if checkpoints else None

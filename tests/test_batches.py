@@ -6,7 +6,8 @@ import torch
 
 from harmonylib.core import cache
 from harmonylib.core.errors import HarmonyError
-from harmonylib.core.images import write_image
+from harmonylib.core.images import read_image, write_image
+from harmonylib.data import batches
 from harmonylib.data.batches import LatentBatches, PhotoBatches, PixelBatches, TripleSet, load_pairs, to_tensors
 from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
 from harmonylib.data.readers import photo_pairs
@@ -42,20 +43,36 @@ def test_triples_share_their_real_image(data):
 
 def test_caches_are_made_once_and_keyed_by_content(data, tiny_vae, monkeypatch):
     first = TripleSet(data, 32)
-    moments = cache.moments(tiny_vae, first.composites, "cpu")
+    first.composites  # noqa: B018
+    moments = cache.moments(tiny_vae, first.files["composite"], "cpu")
     files = sorted(cache.ROOT.glob("*.npy"))
     monkeypatch.setattr(cache, "read_image", lambda path: pytest.fail("decoded twice"))
     again = TripleSet(data, 32)
     assert np.array_equal(first.composites, again.composites)
     assert sorted(cache.ROOT.glob("*.npy")) == files and not list(cache.ROOT.glob(".*"))
     torch.nn.init.zeros_(tiny_vae.quant_conv.weight)
-    assert not np.array_equal(cache.moments(tiny_vae, first.composites, "cpu"), moments)  # other weights, other entry
+    monkeypatch.setattr(cache, "read_image", read_image)
+    other = cache.moments(tiny_vae, first.files["composite"], "cpu")  # other weights, other entry
+    assert not np.array_equal(other, moments)
     assert cache.clear() > 0 and not cache.ROOT.exists()
+
+
+def test_what_needs_no_pixels_or_is_large_stores_none(data, tiny_vae, monkeypatch):
+    """Training the UNet on cached latents keeps masks and moments; above STORED pixels a set decodes when asked."""
+    LatentBatches(TripleSet(data, 32), tiny_vae, "harmonize", 2, "test", pixels=False)(0)
+    kinds = sorted(np.load(path, mmap_mode="r").dtype.name for path in cache.ROOT.glob("*.npy"))
+    assert kinds == ["bool", "float16", "float16"]
+    stored = TripleSet(data, 64).batch([0, 2])
+    files = sorted(cache.ROOT.glob("*.npy"))
+    monkeypatch.setattr(batches, "STORED", 48)
+    large = TripleSet(data, 64).batch([0, 2])
+    assert all(torch.equal(large[name], value) for name, value in stored.items())
+    assert sorted(cache.ROOT.glob("*.npy")) == files
 
 
 def test_moments_of_mirror_images(data, tiny_vae):
     triples = TripleSet(data, 32)
-    moments = cache.moments(tiny_vae, triples.reals, "cpu")
+    moments = cache.moments(tiny_vae, triples.files["real"], "cpu")
     image = torch.from_numpy(np.array(triples.reals)).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         for mirrored, tensor in enumerate((image, image.flip(-1))):

@@ -19,7 +19,6 @@ import harmonylib as hl
 from harmonylib import training
 from harmonylib.core import cache
 from harmonylib.core.distributed import ShareOfDraws
-from harmonylib.core.errors import HarmonyError
 from harmonylib.core.json_files import read_json
 from harmonylib.core.seeds import generator
 from harmonylib.models.base import build_autoencoder
@@ -62,6 +61,7 @@ def test_two_processes_train_as_one(root, trainer):
 
 def test_processes_share_out_what_is_encoded_into_the_cache(root):
     """14 pictures and their mirror images: one process's work is shared by batches; the entry is the same file."""
+    trainers.noise_pictures(root)
     single = forks.start(trainers.encode_cache, root, "alone")
     group = forks.start_group(trainers.encode_cache, root, "shared", world=2)
     assert forks.codes([single, *group]) == [0, 0, 0]
@@ -72,7 +72,7 @@ def test_processes_share_out_what_is_encoded_into_the_cache(root):
 
 def test_a_share_is_encoded_once_though_another_process_joins_and_removes_it(tmp_path, monkeypatch):
     """The second process writes its share; before it goes on, the first does all the rest."""
-    vae, images = build_autoencoder((8, 16), size=16), np.zeros((14, 16, 16, 3), np.uint8)
+    vae, images = build_autoencoder((8, 16), size=16), trainers.noise_pictures(tmp_path)
     encode, make, encoded = vae.encode, cache._make, []
     vae.encode = lambda batch: encoded.append(len(batch)) or encode(batch)
 
@@ -94,7 +94,7 @@ def test_a_share_is_encoded_once_though_another_process_joins_and_removes_it(tmp
     assert len(list(tmp_path.glob("*.npy"))) == 1
 
 
-def test_a_step_draws_the_same_whatever_the_number_of_processes(monkeypatch):
+def test_a_step_draws_the_same_whatever_the_number_of_processes():
     def draw(rows, source):
         return [
             torch.randn((rows, 3), generator=source),
@@ -104,11 +104,9 @@ def test_a_step_draws_the_same_whatever_the_number_of_processes(monkeypatch):
         ]
 
     whole, shares = draw(6, generator("draws")), []
-    monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
         source = generator("draws")
-        with ShareOfDraws(source, 2):
+        with ShareOfDraws(source, 2, rank, 3):
             shares.append(draw(2, source))
             assert torch.equal(torch.rand(3, generator=generator("x")), torch.rand(3, generator=generator("x")))
     assert torch.equal(torch.cat([share[0] for share in shares]), whole[0])
@@ -118,10 +116,19 @@ def test_a_step_draws_the_same_whatever_the_number_of_processes(monkeypatch):
     assert all(share[3] == whole[3] for share in shares)
 
 
-def test_batches_that_do_not_divide(root, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(HarmonyError, match="batch_size 4 does not divide by 3 processes"):
-        trainers.trained("harmony_vae", root)
+@pytest.mark.parametrize("trainer", ["harmony_vae", "diffharmony"])
+def test_a_batch_in_parts_trains_as_a_whole_one(root, trainer):
+    """Four images in two parts with checkpointing, by one process and by three, which all compute the whole batch."""
+    settings = {"accumulation": 2, "checkpointing": True}
+    single = forks.start(trainers.write_trained, trainer, root, "whole.pt", 4)
+    parts = forks.start(trainers.write_trained, trainer, root, "parts.pt", 4, None, settings)
+    group = forks.start_group(trainers.write_trained, trainer, root, "three.pt", 4, None, settings, world=3)
+    assert forks.codes([single, parts, *group]) == [0] * 5
+    whole, *others = (torch.load(root / f"{name}.pt", weights_only=True) for name in ("whole", "parts", "three"))
+    start = trainers.trained(trainer, root, 0)
+    moved = sum((start[name] - value).square().sum() for name, value in whole.items())
+    for other in others:
+        assert (sum((other[k] - v).square().sum() for k, v in whole.items()) / moved).sqrt() < 0.02
 
 
 def test_the_command_under_torchrun_writes_the_same_bytes(root):
@@ -138,7 +145,8 @@ import sys
 import torch
 sys.path.insert(0, {tests!r})
 import trainers
-weights = trainers.trained("harmony_vae", ".", 4, "artifacts/checkpoints")
+train = trainers.trained
+weights = train("harmony_vae", ".", 4, "artifacts/checkpoints")
 torch.save(weights, name)
 """
 

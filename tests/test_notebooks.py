@@ -132,12 +132,19 @@ def test_a_killed_run_leaves_nothing(root):
 
 
 def test_a_notebook_as_a_program(root):
-    write(root / "a.ipynb", PARAMETERS, "done = [task, rate]", "done += 1")
+    write(
+        root / "a.ipynb",
+        PARAMETERS,
+        "def later():\n    train()",
+        "train = [task, rate].copy\ndone = train()",
+        "done += 1",
+    )
     space = {}
-    exec(notebooks.program("a.ipynb", {"task": "inverse", "rate": 2.0}, until="done ="), space)
+    exec(notebooks.program("a.ipynb", {"task": "inverse", "rate": 2.0}, until=("train",)), space)
     assert space["done"] == ["inverse", 2.0] and "done += 1" in notebooks.program("a.ipynb")
-    with pytest.raises(HarmonyError, match="no cell with artifacts/checkpoints"):
-        notebooks.program("a.ipynb", until=notebooks.RESUME_POINTS)
+    write(root / "a.ipynb", PARAMETERS, "def later():\n    train()", "done = run_variants")
+    with pytest.raises(HarmonyError, match="a.ipynb: no cell calls train or train_base .* itself"):
+        notebooks.program("a.ipynb", until=notebooks.TOGETHER)
     assert command("train", "a.ipynb", "-p", "tusk=x") == 1
 
 
@@ -215,3 +222,26 @@ def test_every_notebook_has_exercises_with_solutions():
         exercises = re.findall(r"(?m)^\d\. ", last)
         assert last.startswith("## Exercises") and 2 <= len(exercises) <= 4 and f"solutions/{path.name}" in last, path
         assert (path.parent / "solutions" / path.name).is_file(), path
+
+
+@pytest.mark.parametrize(("name", "words"), [("together", "done = train()"), ("apart", "done = run_variants()")])
+def test_a_stage_by_two_processes(root, monkeypatch, name, words):
+    """What they share runs in both, the rest of the notebook in its own run; one that shares nothing starts none."""
+    rest = "from pathlib import Path\nassert not Path('rest').exists()\nPath('rest').touch()"
+    train = "    open(os.environ.get('RANK', os.environ.get('HARMONYLIB_SHARE', 'own').split('/')[0]), 'w')"
+    write(root / "a.ipynb", f"import os\ndef train():\n{train}\nrun_variants = train", words, rest)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setenv(notebooks.PROCESSES, "2")
+    assert command("run", "a.ipynb") == 0
+    assert all((root / made).exists() for made in ("0", "1", "own", "rest"))
+
+
+def test_which_notebooks_many_processes_share():
+    """The trainings and the drawing of candidates, and every ablation; none is shared out in vain."""
+    calls = {path.stem: set().union(*map(notebooks.called, notebooks.read_notebook(path).cells))
+             for folder in ("notebooks", "ablations") for path in (REPOSITORY / folder).glob("*.ipynb")}  # fmt: skip
+    together = {name[:2] for name, found in calls.items() if found & set(notebooks.TOGETHER)}
+    assert together == {"02", "03", "04", "06", "07", "08"}
+    assert {name for name, found in calls.items() if found & set(notebooks.APART)} == {
+        n for n in calls if n[:5] == "table"
+    }

@@ -50,18 +50,20 @@ def test_the_published_refiner(tmp_path):
 
 def test_stage_one_is_cached_and_seeded_by_name(data, tiny_pipeline, tiny_vae, monkeypatch):  # noqa: F811
     all_three, last = TripleSet(data, 32), TripleSet(data[2:], 32)
-    latents = sample_latents(tiny_pipeline, all_three, 0, steps=2)
+    latents = sample_latents(tiny_pipeline, all_three, 0, steps=2, precision="fp32")
     assert latents.shape == (3, 4, 4, 4)
-    assert np.allclose(sample_latents(tiny_pipeline, last, 0, steps=2)[0], latents[2], atol=1e-4)  # whatever the batch
-    assert not np.allclose(sample_latents(tiny_pipeline, all_three, 1, steps=2), latents)
-    outputs = decode_latents(tiny_pipeline.vae, latents, all_three, 16, 0)
+    assert np.allclose(
+        sample_latents(tiny_pipeline, last, 0, steps=2, precision="fp32")[0], latents[2], atol=1e-4
+    )  # whatever the batch
+    assert not np.allclose(sample_latents(tiny_pipeline, all_three, 1, steps=2, precision="fp32"), latents)
+    outputs = decode_latents(tiny_pipeline.vae, latents, all_three, 16, 0, precision="fp32")
     assert outputs.shape == (3, 3, 16, 16) and np.abs(outputs).max() <= 1
-    plain = decode_latents(tiny_vae, latents, all_three, 32, 0)
+    plain = decode_latents(tiny_vae, latents, all_three, 32, 0, precision="fp32")
     with torch.no_grad():
         by_hand = tiny_vae.decode(unscale_latents(torch.from_numpy(np.array(latents)), tiny_vae)).sample
     assert np.allclose(plain, by_hand.clamp(-1, 1).numpy(), atol=2e-3)
     monkeypatch.setattr(type(tiny_pipeline), "__call__", lambda *a, **k: pytest.fail("sampled twice"))
-    assert np.array_equal(sample_latents(tiny_pipeline, all_three, 0, steps=2), latents)
+    assert np.array_equal(sample_latents(tiny_pipeline, all_three, 0, steps=2, precision="fp32"), latents)
 
 
 def test_training_a_refiner(data, tiny_pipeline):  # noqa: F811

@@ -148,7 +148,7 @@ def test_schedule_and_order():
 
 def test_a_sections_settings_by_task():
     section = SimpleNamespace(steps=3, inverse_steps=5, batch_size=2, learning_rate=0.1, size=64, unet_steps=7)
-    run = SimpleNamespace(section=section, precision="fp32", compile=False)
+    run = SimpleNamespace(section=section, precision="fp32", compile=False, accumulation=1, checkpointing=False)
     tasks = [TrainSettings.of(run, "section", task) for task in ("harmonize", "inverse", "unet")]
     assert [found.steps for found in tasks] == [3, 5, 7] and {found.learning_rate for found in tasks} == {0.1}
 

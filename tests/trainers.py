@@ -10,6 +10,7 @@ import torch
 
 from harmonylib.core import cache
 from harmonylib.core.distributed import by_first
+from harmonylib.core.images import write_image
 from harmonylib.core.seeds import rng
 from harmonylib.data.batches import TripleSet
 from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
@@ -46,11 +47,11 @@ def inverse_pipeline() -> DiffHarmonyPipeline:
     return pipeline.to("cpu")
 
 
-def trained(trainer: str, root, steps: int = 5, checkpoints=None) -> dict[str, torch.Tensor]:
+def trained(trainer: str, root, steps: int = 5, checkpoints=None, options=None) -> dict[str, torch.Tensor]:
     """The weights after training on the set in `root`, where caches also go. Batches of 4, fp32."""
     os.chdir(root)
     data = TripleSet(read_triples("set", "train"), SIZE)
-    settings = TrainSettings(steps, 4, 1e-3, ema_decay=0.5, precision="fp32", checkpoint_seconds=0)
+    settings = TrainSettings(steps, 4, 1e-3, ema_decay=0.5, precision="fp32", checkpoint_seconds=0, **options or {})
     loop = {"name": trainer, "seed": 0, "device": "cpu", "checkpoints": checkpoints}
     section = SimpleNamespace(batch_size=4, size=SIZE, mask_init="zero", train_decoder=True, mask_start="base",
                               base_channels=8, depth=4, residual_convs=1, style="style-fusion", head="colour",
@@ -78,7 +79,9 @@ def trained(trainer: str, root, steps: int = 5, checkpoints=None) -> dict[str, t
         part = SimpleNamespace(source="small", size=16, autoencoder_size=16, batch_size=4, learning_rate=1e-3,
                                autoencoder_steps=steps, unet_steps=steps, checkpoint_seconds=0,
                                autoencoder_channels=(16, 16), unet_channels=(64, 64))  # fmt: skip
-        run = SimpleNamespace(base=part, seed=0, device="cpu", precision="fp32", compile=False)
+        run = SimpleNamespace(
+            base=part, seed=0, device="cpu", precision="fp32", compile=False, accumulation=1, checkpointing=False
+        )
         pipeline = open_base(part, 0)
         train_base(pipeline, list(zip(data.reals, data.masks, strict=True)), run, checkpoints)
         return pipeline.unet.state_dict()
@@ -89,9 +92,9 @@ def trained(trainer: str, root, steps: int = 5, checkpoints=None) -> dict[str, t
 TRAINERS = ("diffharmony", "harmony_vae", "contrastive_resunet", "refinement", "pretrain")
 
 
-def write_trained(trainer: str, root, out: str, steps: int = 5, checkpoints=None) -> None:
+def write_trained(trainer: str, root, out: str, steps: int = 5, checkpoints=None, options=None) -> None:
     """Write `trained` to the file `out`; in a group the first process does, and all go on when it is there."""
-    weights = trained(trainer, root, steps, checkpoints)
+    weights = trained(trainer, root, steps, checkpoints, options)
     by_first(lambda: torch.save(weights, Path(root, out)), "cpu")
     assert Path(root, out).exists()
 
@@ -111,5 +114,12 @@ def encode_cache(root, name: str, batch_size: int = 4) -> None:
         return encode(images)
 
     vae.encode, cache.ROOT = noted, Path(name)
-    images = np.stack([rng("images", n).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8) for n in range(14)])
-    cache.moments(vae, images, "cpu", batch_size)
+    cache.moments(vae, noise_pictures(root), "cpu", batch_size)
+
+
+def noise_pictures(root, count: int = 14) -> cache.Squares:
+    paths = [Path(root, f"noise-{n}.png") for n in range(count)]
+    for path in paths:
+        if not path.exists():
+            write_image(path, rng(path.name).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+    return cache.Squares(paths, SIZE, "squash")

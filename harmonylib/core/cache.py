@@ -2,7 +2,7 @@
 
 An entry is one .npy file named after the hash of what went into it, with its checksum at the end. Killed runs leave
 nothing half-made, a damaged entry is made anew. Of several processes one makes it and the others wait. All stay below
-HARMONYLIB_CACHE_GB (50; it changes no result): those not used for longest make room.
+`cache_gb` of params.yaml (it changes no result): those not used for longest make room.
 """
 
 import contextlib
@@ -11,18 +11,21 @@ import json
 import os
 import shutil
 import zlib
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .devices import rows_at_once
 from .distributed import rank_and_world
 from .errors import HarmonyError
 from .files import atomic_path, locked
 from .images import read_image, read_mask, to_square
 from .progress import progress
+from .settings import find_root, read_yaml
 
 ROOT = Path("artifacts/cache")
 SOUND = 0x2144DF1C  # the CRC-32 of any bytes followed by their own CRC-32
@@ -107,17 +110,17 @@ def _whole(path: Path) -> bool:
     return path in _checked and path.is_file()
 
 
+def cache_gb() -> float:
+    """What params.yaml allows; 50 outside of a repository."""
+    with contextlib.suppress(HarmonyError):
+        return float((read_yaml(find_root() / "params.yaml") or {}).get("cache_gb", 50))
+    return 50.0
+
+
 def _make_room(size: int) -> None:
     """Delete the entries not used for longest until `size` more bytes fit; arrays in use stay readable (POSIX)."""
-    text = os.environ.get("HARMONYLIB_CACHE_GB", "50")
-    try:
-        bound = float(text) * 1e9
-    except ValueError:
-        bound = 0.0
-    if not bound > 0:
-        raise HarmonyError(f"HARMONYLIB_CACHE_GB={text}: must be a number of gigabytes above 0")
-    if size > bound:
-        raise HarmonyError(f"{ROOT}: an entry needs {size / 1e9:.1f} GB, HARMONYLIB_CACHE_GB is {text}; set it higher")
+    if size > (bound := 1e9 * cache_gb()):
+        raise HarmonyError(f"{ROOT}: an entry needs {size / 1e9:.1f} GB, cache_gb is {cache_gb():g}; set it higher")
     entries = []
     for path in ROOT.glob("*.npy"):
         with contextlib.suppress(FileNotFoundError):  # another process makes room, too
@@ -131,42 +134,70 @@ def _make_room(size: int) -> None:
         raise HarmonyError(f"{ROOT}: no room for {size / 1e9:.1f} GB; free some, or run `harmonylib cache clear`")
 
 
-def pixels(paths, size: int, geometry: str, mask: bool = False) -> np.ndarray:
-    """Decoded squares of image or mask files: N x size x size x 3 uint8, or N x size x size bool.
+class Squares:
+    """Image or mask files as squares, N x S x S x 3 uint8 or N x S x S bool, decoded when some are asked for.
 
-    geometry as in `images.to_square`.
+    geometry as in `images.to_square`. `stored` is the same as a cache entry.
     """
-    paths = list(paths)
-    key = {"files": [file_digest(p) for p in paths], "size": size, "geometry": geometry, "mask": mask}
 
-    def fill(array):
-        for i, path in enumerate(progress(paths, desc="caching masks" if mask else "caching images", unit="file")):
-            array[i] = to_square(read_mask(path) if mask else read_image(path), size, geometry)
+    def __init__(self, paths, size: int, geometry: str, mask: bool = False):
+        self.paths, self.size, self.geometry, self.mask = list(paths), size, geometry, mask
+        self.shape = (len(self.paths), size, size) + (() if mask else (3,))
 
-    return cached_array(key, (len(paths), size, size) + (() if mask else (3,)), bool if mask else np.uint8, fill)
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def digests(self) -> list[str]:
+        return [file_digest(path) for path in self.paths]
+
+    def key(self, first: int = 0, last: int | None = None) -> dict:
+        """What decides the pixels of some of them."""
+        files = self.digests[first:last]
+        return {"files": files, "size": self.size, "geometry": self.geometry, "mask": self.mask}
+
+    def _read(self, number: int) -> np.ndarray:
+        path = self.paths[number]
+        return to_square(read_mask(path) if self.mask else read_image(path), self.size, self.geometry)
+
+    def __getitem__(self, rows) -> np.ndarray:
+        chosen = np.arange(len(self))[rows]
+        if chosen.ndim == 0:
+            return self._read(int(chosen))
+        with ThreadPoolExecutor(min(8, len(chosen)) or 1) as pool:  # decoders let go of Python's lock
+            return np.array(list(pool.map(self._read, chosen.tolist()))).reshape(-1, *self.shape[1:])
+
+    def stored(self) -> np.ndarray:
+        def fill(array):
+            name = "caching masks" if self.mask else "caching images"
+            for start in progress(range(0, len(self), 32), desc=name, unit="32 files"):
+                array[start : start + 32] = self[start : start + 32]
+
+        return cached_array(self.key(), self.shape, bool if self.mask else np.uint8, fill)
 
 
-def moments(vae, images: np.ndarray, device, batch_size: int = 32) -> np.ndarray:
-    """Posterior moments of images (N x S x S x 3 uint8) and of their mirror images: 2 x N x 2C x h x w float16.
+def moments(vae, images: Squares, device, batch_size: int = 32) -> np.ndarray:
+    """Posterior moments of images and of their mirror images: 2 x N x 2C x h x w float16.
 
-    The autoencoder's encoder is frozen in every stage, so this is computed once per image (Sec. 3.2). Under torchrun
-    each process encodes its share, and one of them puts the shares together.
+    The autoencoder's encoder is frozen in every stage, so this is computed once per image (Sec. 3.2), of files that are
+    decoded on the way. Under torchrun each process encodes its share, and one of them puts the shares together.
     """
-    side = images.shape[1] // 2 ** (len(vae.config.block_out_channels) - 1)
+    batch_size = min(batch_size, rows_at_once(images.size**2))
+    side = images.size // 2 ** (len(vae.config.block_out_channels) - 1)
     weights = [weights_digest(part) for part in (vae.encoder, vae.quant_conv)]
     rank, world = rank_and_world()
 
     @torch.inference_mode()
     def encode(first, last, array):
         for start in progress(range(first, last, batch_size), desc="encoding", unit="batch"):
-            batch = torch.from_numpy(np.array(images[start : min(start + batch_size, last)])).permute(0, 3, 1, 2)
+            batch = torch.from_numpy(images[start : min(start + batch_size, last)]).permute(0, 3, 1, 2)
             batch = batch.to(device).float().div(127.5).sub(1.0)
             for mirrored, tensor in enumerate((batch, batch.flip(-1))):
                 values = vae.encode(tensor).latent_dist.parameters
                 array[mirrored, start - first : start - first + len(tensor)] = values.float().cpu().numpy()
 
     def entry(first, last, fill=None):
-        key = {"images": _digest(np.ascontiguousarray(images[first:last])), "weights": weights, "kind": "moments"}
+        key = {"images": images.key(first, last), "weights": weights, "kind": "moments"}
         key |= {"share": world} if world > 1 and fill is None else {}  # one share may be all there is
         shape = (2, last - first, 2 * vae.config.latent_channels, side, side)
         return key, shape, np.float16, fill or partial(encode, first, last)

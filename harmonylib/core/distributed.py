@@ -7,6 +7,8 @@ from torch.overrides import TorchFunctionMode
 
 from .devices import pick_device
 
+SHARE = "HARMONYLIB_SHARE"  # "number/count" of a process that takes whole runs of an ablation
+
 
 def rank_and_world() -> tuple[int, int]:
     """(this process's number, how many there are) as torchrun says; (0, 1) without it."""
@@ -20,6 +22,12 @@ def join_group(device: torch.device):
     return PartialState(cpu=device.type == "cpu")
 
 
+def share_of(jobs: list) -> list:
+    """This process's part of jobs that several processes do apart from one another, told by the variable SHARE."""
+    number, count = map(int, os.environ.get(SHARE, "0/1").split("/"))
+    return jobs[number::count]
+
+
 def by_first(write, device="auto") -> None:
     """Call `write` in the first process; all return when it has."""
     rank, world = rank_and_world()
@@ -30,17 +38,16 @@ def by_first(write, device="auto") -> None:
 
 
 class ShareOfDraws(TorchFunctionMode):
-    """Inside, torch.rand, randn and randint with `generator` give a process its rows of what one process would draw.
+    """Inside, torch.rand, randn and randint with `generator` give share `number` of `count` its rows of all draws.
 
-    rows: the process's share of the batch; a draw's first dimension must be a multiple of it (twice, for images and
-    their partners: each half is shared out). So a step's noise is the same for any number of processes. Draws from
-    other generators and draws of single numbers pass through.
+    rows: of the batch in the share; a draw's first dimension must be a multiple of it (twice, for images and their
+    partners: each half is shared out). So a step's noise is the same for any number of shares. Draws from other
+    generators and draws of single numbers pass through.
     """
 
-    def __init__(self, generator: torch.Generator, rows: int):
+    def __init__(self, generator: torch.Generator, rows: int, number: int, count: int):
         super().__init__()
-        self.generator, self.rows = generator, rows
-        self.rank, self.world = rank_and_world()
+        self.generator, self.rows, self.number, self.count = generator, rows, number, count
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = options or {}
@@ -51,5 +58,5 @@ class ShareOfDraws(TorchFunctionMode):
         times, rest = divmod(size[0], self.rows)
         assert not rest, f"a draw of {size} cannot be shared: its first dimension is not the batch's {self.rows}"
         bounds = arguments[:-1] if function is torch.randint else ()
-        drawn = function(*bounds, (size[0] * self.world, *size[1:]), **options)
-        return drawn.unflatten(0, (times, self.world, self.rows))[:, self.rank].reshape(size)
+        drawn = function(*bounds, (size[0] * self.count, *size[1:]), **options)
+        return drawn.unflatten(0, (times, self.count, self.rows))[:, self.number].reshape(size)

@@ -141,6 +141,7 @@ class Augmentation(Section):
     size: Pixels
     temperature: Above0
     steps: Positive
+    format: Literal["png", "jpg"]
 
 
 class HumanHarmony(Section):
@@ -155,6 +156,7 @@ class HumanHarmony(Section):
     size: Pixels
     temperature: Above0
     steps: Positive
+    format: Literal["png", "jpg"]
 
     @model_validator(mode="after")
     def _crops_are_made(self):
@@ -181,6 +183,10 @@ class Ablations(Section):
     refinement_composites: Positive
     refinement_steps: Count
     refinement_channels: Channels
+    refinement_batch_size: Positive
+    refinement_learning_rate: Rate
+    refinement_schedule: Literal["constant", "cosine"]
+    refinement_ema_decay: Annotated[float, Field(ge=0, lt=1)]
     harmony_vae_steps: Count
 
 
@@ -192,6 +198,9 @@ class Settings(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     compile: bool
+    accumulation: Positive
+    checkpointing: bool
+    cache_gb: Above0
     data: Data
     base: Base
     harmony_vae: HarmonyVAE

@@ -7,7 +7,6 @@ Its `key` says what decides them (data and options), for resume points.
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
 
 import cv2
 import joblib
@@ -22,6 +21,7 @@ from ..core.seeds import rng, seed_for
 from .recipes import DEFAULTS, RECIPES, RecipeSettings, jitter, recolor, restyle, soften, widened
 
 TASKS = ("harmonize", "inverse")
+STORED = 512  # pixels
 cv2.setNumThreads(0)  # albumentations' crops run beside the training
 
 
@@ -114,9 +114,10 @@ def inpainting_masks(masks: torch.Tensor, *seed_words) -> torch.Tensor:
 
 
 class TripleSet:
-    """Triples as memory-mapped squares: composites, reals and masks, each file decoded once.
+    """Triples as squares: composites, reals and masks, each file decoded once and memory-mapped.
 
     geometry: "squash" or "centre-crop" (see images.to_square). Composites of one pair share their real and mask entry.
+    Above STORED pixels a set may be larger than a disk: there files are decoded whenever they are asked for.
     """
 
     def __init__(self, triples, size: int, geometry: str = "squash"):
@@ -125,25 +126,37 @@ class TripleSet:
         real_number, mask_number = ({path: number for number, path in enumerate(paths)} for paths in (reals, masks))
         self.real_of = np.array([real_number[t.real] for t in self.triples])
         self.mask_of = np.array([mask_number[t.mask] for t in self.triples])
-        self.reals = cache.pixels(reals, size, geometry)
-        self.masks = cache.pixels(masks, size, geometry, mask=True)
+        composites = [triple.composite for triple in self.triples]
+        self.files = {"composite": cache.Squares(composites, size, geometry),
+                      "real": cache.Squares(reals, size, geometry),
+                      "mask": cache.Squares(masks, size, geometry, mask=True)}  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.triples)
 
+    def _squares(self, part: str):
+        return self.files[part] if self.size > STORED else self.files[part].stored()
+
     @cached_property
-    def composites(self) -> np.ndarray:
-        """N x S x S x 3 uint8, decoded when first asked for: training on composites made on the fly needs none."""
-        return cache.pixels([triple.composite for triple in self.triples], self.size, self.geometry)
+    def composites(self):
+        """N x S x S x 3 uint8, decoded when first asked for, as the others: training on made-up ones needs none."""
+        return self._squares("composite")
+
+    @cached_property
+    def reals(self):
+        return self._squares("real")
+
+    @cached_property
+    def masks(self):
+        return self._squares("mask")
 
     def key(self, composites: bool = True) -> str:
-        """What identifies the data to caches and checkpoints: a hash of the cache entries' names, names and pairs.
+        """What identifies the data to caches and checkpoints: a hash of the files' contents, names and pairs.
 
         composites: whether the composites' contents count; they do not where all are made anew.
         """
-        arrays = [self.reals, self.masks, *([self.composites] if composites else [])]
-        names = [Path(array.filename).stem for array in arrays] + [f"{t.subset}/{t.name}" for t in self.triples]
-        return joblib.hash([names, self.real_of, self.mask_of])
+        parts = [self.files[part].key() for part in ("real", "mask", *(["composite"] if composites else []))]
+        return joblib.hash([parts, [f"{t.subset}/{t.name}" for t in self.triples], self.real_of, self.mask_of])
 
     def arrays(self, indices, images: bool = True, composites: bool = True) -> dict[str, np.ndarray]:
         """{"mask": BxSxS bool, "composite", "real": BxSxSx3 uint8} of the given triples.
@@ -188,11 +201,11 @@ class PixelBatches:
     """
 
     def __init__(self, data: TripleSet, batch_size: int, seed, crop=0, recolor=0.0, restyle=0.0, jitter=0.0,
-                 recipes: RecipeSettings = DEFAULTS, grid: int = 1):  # fmt: skip
+                 recipes: RecipeSettings = DEFAULTS, grid: int = 1, images: bool = True):  # fmt: skip
         if not 0 <= crop <= data.size or crop % grid:
             raise HarmonyError(f"crop {crop} must be 0 or at most {data.size} and a multiple of {grid}; change it")
-        if recolor < 1:
-            data.composites  # noqa: B018 - decoded here and not in the training loop's thread
+        for part in ("masks", *(["reals"] if images else []), *(["composites"] if images and recolor < 1 else [])):
+            getattr(data, part)  # decoded here and not in the training loop's thread
         self.data, self.batch_size, self.seed, self.crop, self.grid = data, batch_size, seed, crop, grid
         self.recolor, self.restyle, self.jitter, self.recipes = recolor, restyle, jitter, recipes
 
@@ -263,12 +276,12 @@ class LatentBatches(PixelBatches):
         if task not in TASKS:
             raise HarmonyError(f"task {task!r} is unknown; use {' or '.join(TASKS)}")
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        super().__init__(data, batch_size, seed, grid=factor, **augmentation)
+        images = pixels or augmentation.get("recolor", 0) > 0
+        super().__init__(data, batch_size, seed, grid=factor, images=images, **augmentation)
         self.vae, self.pixels = vae, pixels
         self.names = ("real", "composite") if task == "harmonize" else ("composite", "real")
         if not self.recolor:
-            images = {"composite": data.composites, "real": data.reals}
-            self.moments = {name: cache.moments(vae, array, vae.device) for name, array in images.items()}
+            self.moments = {name: cache.moments(vae, data.files[name], vae.device) for name in self.names}
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         batch = super().__call__(step, images=self.pixels or self.recolor > 0)

@@ -56,7 +56,8 @@ def resunet_method(model, name: str = "contrastive-resunet", size: int | None = 
     return Method(name, call)
 
 
-def diffusion_method(pipeline, name: str, seed: int, size: int | None = None, steps: int = 5, larger=()) -> Method:
+def diffusion_method(pipeline, name: str, seed: int, size: int | None = None, steps: int = 5, larger=(),
+                     precision="auto") -> Method:  # fmt: skip
     """A DiffHarmonyPipeline, run at `size` (None: the images' own), with noise seeded per image name.
 
     larger: TripleSets of the same images at `size`, read instead of enlarging the scored ones: the papers' protocol,
@@ -75,7 +76,8 @@ def diffusion_method(pipeline, name: str, seed: int, size: int | None = None, st
         if generators:
             embeds = pipeline.prompt(*(part[seen].to(pipeline.device) for part in (composite, mask)))
             options = {"generator": generators, "paste": False, "output_type": "pt", "prompt_embeds": embeds}
-            made = pipeline(image[seen], region[seen], steps, **options).images
+            with autocast(pipeline.device, precision):
+                made = pipeline(image[seen], region[seen], steps, **options).images
             output[seen] = made.float().to(output.device) * 2 - 1
         return resize(output, composite.shape[-1])
 

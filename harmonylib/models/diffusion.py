@@ -79,7 +79,8 @@ def denoising_loss(unet, scheduler, target, condition, mask, prompt, generator, 
     steps = steps.to(target.device)
     noisy = scheduler.add_noise(target, noise, steps)
     inputs = torch.cat([noisy, mask, condition], dim=1)
-    with training_attention(target):
+    again = getattr(unet, "is_gradient_checkpointing", False)  # the backward pass would choose another attention
+    with contextlib.nullcontext() if again else training_attention(target):
         prediction = unet(inputs, steps, prompt.to(target.device).expand(len(target), -1, -1)).sample
     goal = noise if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(target, noise, steps)
     if foreground:

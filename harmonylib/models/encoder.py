@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.errors import HarmonyError
-from .weights import at_revision, first_line
+from .weights import at_revision, mend
 
 PACKAGED = "tf_efficientnet_lite0"  # the backbone whose weights an installed package carries
 
@@ -38,7 +38,7 @@ def imagenet_state(backbone: str) -> dict[str, torch.Tensor]:
     try:
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, num_classes=0).state_dict()
     except Exception as error:  # the hub's client raises many kinds
-        raise HarmonyError(f"no weights for {name} ({first_line(error)}); go online once or use {PACKAGED}") from None
+        raise HarmonyError(f"timm/{name} {mend(f'timm/{name}', error, '')} (or use {PACKAGED})") from None
 
 
 def packaged_weights(backbone: nn.Module) -> dict[str, torch.Tensor]:

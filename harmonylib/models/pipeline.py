@@ -15,11 +15,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..core.decoding import to_rgb
-from ..core.devices import pick_device
+from ..core.devices import in_parts, pick_device
 from ..core.errors import HarmonyError
 from ..core.images import to_tensor, to_uint8
 from ..core.picture_metadata import read_region
@@ -75,6 +76,13 @@ def pad_to_multiple(tensor: torch.Tensor, multiple: int, mode: str) -> torch.Ten
     """Pad right and bottom so that H and W divide by `multiple`; mode "replicate" or "constant" (zeros)."""
     height, width = tensor.shape[-2:]
     return F.pad(tensor, (0, -width % multiple, 0, -height % multiple), mode=mode)
+
+
+def decode(vae: AutoencoderKL, latents: torch.Tensor, image, mask, generator=None) -> torch.Tensor:
+    """Unscaled latents -> Bx3xHxW, few at a time (`in_parts`); a HarmonyVAE also sees image and mask (`decode`)."""
+    if isinstance(vae, HarmonyVAE):
+        return vae.decode(latents, image, mask, generator=generator).sample
+    return in_parts(lambda part: vae.decode(part).sample, latents, pixels=image.shape[-2] * image.shape[-1])
 
 
 class DiffHarmonyPipeline(DiffusionPipeline):
@@ -142,10 +150,7 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         )
         if output_type == "latent":
             return ImagePipelineOutput(images=latents)
-        condition = {}
-        if isinstance(self.vae, HarmonyVAE):
-            condition = {"image": padded, "mask": padded_mask, "generator": generator}
-        output = self.vae.decode(unscale_latents(latents, self.vae), **condition).sample
+        output = decode(self.vae, unscale_latents(latents, self.vae), padded, padded_mask, generator)
         output = output[..., : size[0], : size[1]].float().clamp(-1, 1).cpu()
         if paste:
             image, mask = (t.float().cpu().repeat_interleave(candidates, dim=0) for t in (image, mask))
@@ -156,7 +161,9 @@ class DiffHarmonyPipeline(DiffusionPipeline):
 
     def _denoise(self, image, mask, steps, generator, embeds, candidates, temperature):
         draw = {"generator": generator, "device": image.device, "dtype": image.dtype}
-        posterior = self.vae.encode(image).latent_dist
+        pixels = image.shape[-2] * image.shape[-1]
+        moments = in_parts(lambda part: self.vae.encode(part).latent_dist.parameters, image, pixels=pixels)
+        posterior = DiagonalGaussianDistribution(moments)
         mean, std = (p.repeat_interleave(candidates, dim=0) for p in (posterior.mean, posterior.std))
         set_steps(self.scheduler, steps, image.device)
         latents = randn_tensor(mean.shape, **draw) * self.scheduler.init_noise_sigma * temperature
@@ -165,7 +172,8 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         embeds = embeds.to(image).expand(len(image), -1, -1).repeat_interleave(candidates, dim=0)
         for t in self.progress_bar(self.scheduler.timesteps):
             noisy = self.scheduler.scale_model_input(latents, t)
-            prediction = self.unet(torch.cat([noisy, small, composite], dim=1), t, embeds).sample
+            inputs = torch.cat([noisy, small, composite], dim=1)
+            prediction = in_parts(lambda x, e, t=t: self.unet(x, t, e).sample, inputs, embeds, pixels=pixels)
             latents = self.scheduler.step(prediction, t, latents, generator=generator).prev_sample
         return latents
 

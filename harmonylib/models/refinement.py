@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.cache import cached_array, weights_digest
+from ..core.devices import actual_precision, autocast
 from ..core.images import resize
 from ..core.progress import progress
 from ..core.seeds import generator, rng
 from ..data.batches import TripleSet, batch_indices
 from .diffusion import unscale_latents
-from .pipeline import DiffHarmonyPipeline, pad_to_multiple
-from .vae import HarmonyVAE
+from .pipeline import DiffHarmonyPipeline, decode, pad_to_multiple
 from .weights import Published
 
 
@@ -67,38 +67,43 @@ class RefinementUNet(Published, ModelMixin, ConfigMixin):
         return hidden[..., : x.shape[-2], : x.shape[-1]] + x[:, : self.config.out_channels]
 
 
-def sample_latents(pipeline: DiffHarmonyPipeline, data: TripleSet, seed: int, steps=5, batch_size=16) -> np.ndarray:
+def sample_latents(pipeline: DiffHarmonyPipeline, data: TripleSet, seed: int, steps=5, batch_size=16,
+                   precision: str = "auto") -> np.ndarray:  # fmt: skip
     """Scaled latents (N x C x h x w float32) of every composite of `data` at its size, cached; noise seeded by name."""
+    precision = actual_precision(pipeline.device, precision)
     parts = [weights_digest(part) for part in (pipeline.unet, pipeline.vae, pipeline.prompt)]
     key = {"latents": data.key(), "weights": parts, "scheduler": dict(pipeline.scheduler.config)}
-    side = -(-data.composites.shape[1] // pipeline.factor)
+    side = -(-data.size // pipeline.factor)
 
     def fill(array):
         for chosen, batch in _batches(data, batch_size, "sampling"):
             noise = [generator(seed, "stage one", data.triples[i].name) for i in chosen]
-            output = pipeline(batch["composite"], batch["mask"], steps, generator=noise, output_type="latent")
+            with autocast(pipeline.device, precision):
+                output = pipeline(batch["composite"], batch["mask"], steps, generator=noise, output_type="latent")
             array[chosen] = output.images.float().cpu().numpy()
 
     shape = (len(data), pipeline.vae.config.latent_channels, side, side)
-    return cached_array(key | {"draws": [seed, steps]}, shape, np.float32, fill)
+    return cached_array(key | {"draws": [seed, steps, precision]}, shape, np.float32, fill)
 
 
-def decode_latents(vae, latents: np.ndarray, data: TripleSet, size: int, seed: int, batch_size=16) -> np.ndarray:
+def decode_latents(vae, latents: np.ndarray, data: TripleSet, size: int, seed: int, batch_size=16,
+                   precision: str = "auto") -> np.ndarray:  # fmt: skip
     """Stage-1 outputs: N x 3 x size x size float16 in [-1, 1], decoded from `sample_latents`, cached.
 
     A HarmonyVAE also sees the composites of `data`. The outputs are resized (antialiased) to `size`, never quantised.
     """
-    key = {"stage one": Path(latents.filename).stem, "vae": weights_digest(vae), "size": size, "seed": seed}
+    precision = actual_precision(vae.device, precision)
+    key = {"stage one": Path(latents.filename).stem, "vae": weights_digest(vae), "size": size}
+    key |= {"draws": [seed, precision]}
 
     @torch.inference_mode()
     def fill(array):
         for chosen, batch in _batches(data, batch_size, "decoding"):
             z = unscale_latents(torch.from_numpy(latents[chosen]).to(vae.device), vae)
-            condition = {}
-            if isinstance(vae, HarmonyVAE):
-                noise = [generator(seed, "decode", data.triples[i].name) for i in chosen]
-                condition = {"image": batch["composite"].to(z), "mask": batch["mask"].to(z), "generator": noise}
-            array[chosen] = resize(vae.decode(z, **condition).sample.float().clamp(-1, 1), size).cpu().numpy()
+            noise = [generator(seed, "decode", data.triples[i].name) for i in chosen]
+            with autocast(vae.device, precision):
+                output = decode(vae, z, batch["composite"].to(z), batch["mask"].to(z), noise)
+            array[chosen] = resize(output.float().clamp(-1, 1), size).cpu().numpy()
 
     return cached_array(key, (len(data), 3, size, size), np.float16, fill)
 

@@ -1,6 +1,7 @@
 """Harmony-VAE: an autoencoder whose decoder also sees the composite (DiffHarmony++ Sec. 3.2)."""
 
 import inspect
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,14 +11,14 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from ..core.devices import in_parts
 from ..core.errors import HarmonyError
 from ..data.batches import LatentBatches, augmentation
 from ..data.recipes import DEFAULTS
 from .diffusion import sample_posterior
 from .weights import Published
-
-DECODED_AT_ONCE = 2**20  # pixels of several latents under one condition: 16 of 256 px, 4 of 512, one of 1024
 
 
 class Condition(NamedTuple):
@@ -29,9 +30,11 @@ class Condition(NamedTuple):
     latent: torch.Tensor
 
 
-def _plus(hidden: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
-    """BxCxHxW features onto KBxCxHxW, each onto K in a row, without K copies."""
-    return (hidden.unflatten(0, (len(feature), -1)) + feature[:, None]).flatten(0, 1)
+def recomputed(module: nn.Module, layer, hidden: torch.Tensor) -> torch.Tensor:
+    """layer(hidden), which the backward pass computes again if the module has gradient checkpointing switched on."""
+    if module.gradient_checkpointing and torch.is_grad_enabled():
+        return checkpoint(layer, hidden, use_reentrant=False)
+    return layer(hidden)
 
 
 def _zero_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -66,14 +69,16 @@ class ConditionalEncoder(Encoder):
             return hidden
 
         hidden = self.conv_in(image)
-        hidden = seen(hidden if self.add_conv_in is None else hidden + self.add_conv_in(mask))
+        hidden = hidden if self.add_conv_in is None else hidden + self.add_conv_in(mask)
+        convs = iter(self.down_block_skip_convs)
+        skips = [next(convs)(hidden)]  # at once: a feature is freed when the next one is there
         for block in self.down_blocks:
-            for resnet in block.resnets:
-                hidden = seen(resnet(hidden, None))
-            for downsampler in block.downsamplers or ():
-                hidden = seen(downsampler(hidden))
+            for layer in (*(partial(resnet, temb=None) for resnet in block.resnets), *(block.downsamplers or ())):
+                hidden = recomputed(self, layer, hidden)
+                skips.append(next(convs)(hidden))
         hidden = self.mid_block(hidden)
-        return skips, self.mid_block_skip_conv(hidden), self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+        moments = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+        return skips, self.mid_block_skip_conv(hidden), moments
 
 
 class HarmonyVAE(Published, AutoencoderKL):
@@ -152,62 +157,69 @@ class HarmonyVAE(Published, AutoencoderKL):
         self.latent_skip_conv.requires_grad_(True)
         self.decoder.requires_grad_(decoder)
 
-    def encode_condition(self, image, mask, noise=None, candidates: int = 1) -> Condition:
+    def encode_condition(self, image, mask, noise=None) -> Condition:
         """Features of a condition image Bx3xHxW in [-1, 1] and its mask Bx1xHxW in {0, 1} (H, W as for `decode`).
 
-        candidates: how many latents in a row each condition serves; they share its features. noise: for sampling the
-        condition's posterior, one per latent; None takes its mode.
+        noise: for sampling the condition's posterior, one per latent (of one image there may be several); None takes
+        its mode.
         """
         skips, mid, moments = self.conditional_encoder(image, mask)
-        moments = moments.repeat_interleave(candidates, dim=0)
         posterior = DiagonalGaussianDistribution(moments if self.quant_conv is None else self.quant_conv(moments))
         latent = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         latent = latent if self.post_quant_conv is None else self.post_quant_conv(latent)
         return Condition(skips, mid, self.latent_skip_conv(latent))
 
     def decode_with(self, latents: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Decode unscaled latents BxCxhxw with an encoded condition -> Bx3xHxW."""
-        return self._decoded(latents, list(condition.skips), condition.mid, condition.latent)
+        """Decode unscaled latents BxCxhxw with an encoded condition -> Bx3xHxW.
 
-    def _decoded(self, latents, skips: list[torch.Tensor], mid, latent) -> torch.Tensor:
-        """`decode_with`; takes each skip out of the list as it is used, which frees the coarse ones."""
+        It takes the condition's skips out of their list one by one, so that each is freed when it has been added.
+        """
         hidden = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
-        decoder = self.decoder
-        hidden = decoder.conv_in(hidden + latent)
-        hidden = _plus(decoder.mid_block(hidden, None), mid)
+        decoder, skips = self.decoder, condition.skips
+        hidden = decoder.conv_in(hidden + condition.latent)
+        hidden = decoder.mid_block(hidden, None) + condition.mid
         for block in decoder.up_blocks:
             for resnet in block.resnets:
-                hidden = _plus(resnet(hidden, temb=None), skips.pop())
+                hidden = recomputed(decoder, partial(resnet, temb=None), hidden) + skips.pop()
             for upsampler in block.upsamplers or ():
-                hidden = upsampler(hidden)
+                hidden = recomputed(decoder, upsampler, hidden)
         return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(hidden)))
+
+    def _decode_several(self, latents, image, mask, noise, pixels: int) -> torch.Tensor:
+        """Latents that all have one image as their condition, which is encoded once."""
+        skips, mid, latent = self.encode_condition(image, mask, noise)
+
+        def decode(z, own):
+            return self.decode_with(z, Condition(list(skips), mid, own))
+
+        return in_parts(decode, latents, latent.expand(len(latents), -1, -1, -1), pixels=pixels)
 
     def decode(self, latents, image=None, mask=None, sample_posterior=True, generator=None, return_dict=True):
         """Decode unscaled latents; with `image` (composite) and `mask` the decoder is conditioned on them.
 
         latents BxCxhxw; image Bx3xHxW in [-1, 1]; mask Bx1xHxW in {0, 1}; H = 8h, W = 8w with four widths. Without a
         condition: the plain decoder. With K times as many latents as images, each image is the condition of K latents
-        in a row and encoded once; what exceeds DECODED_AT_ONCE is decoded in parts. The noise of all posteriors is one
-        draw of the latents' shape. `enable_tiling` and
-        `enable_slicing` are about `encode` and the plain decoder: a 1024 px picture needs no tiles.
+        in a row and encoded once. The noise of all posteriors is one draw of the latents' shape. Large batches are
+        decoded `in_parts`. `enable_tiling` is about `encode` and the plain decoder: a 1024 px picture needs no tiles.
         """
         if image is None and mask is None:
             return super().decode(latents, return_dict=return_dict)
-        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        factor, pixels = 2 ** (len(self.config.block_out_channels) - 1), image.shape[-2] * image.shape[-1]
         assert image is not None and mask is not None, "decode needs both image and mask, or neither"
         assert image.shape[-2:] == mask.shape[-2:] == tuple(side * factor for side in latents.shape[-2:])
         assert len(image) == len(mask) and len(latents) % len(image) == 0
         options = {"generator": generator, "device": latents.device, "dtype": latents.dtype}
-        noise = randn_tensor(latents.shape, **options) if sample_posterior else None
-        skips, mid, latent = self.encode_condition(image, mask, noise, len(latents) // len(image))
-        at_once = max(1, DECODED_AT_ONCE // mask.numel())
-        parts = [t.unflatten(0, (len(image), -1)).split(at_once, dim=1) for t in (latents, latent)]
-        decoded = []
-        while left := len(parts[0]) - len(decoded):
-            some, conditions = (part[-left].flatten(0, 1) for part in parts)
-            output = self._decoded(some, skips if left == 1 else list(skips), mid, conditions)
-            decoded.append(output.unflatten(0, (len(image), -1)))
-        sample = torch.cat(decoded, dim=1).flatten(0, 1)
+        draws = [randn_tensor(latents.shape, **options)] if sample_posterior else []
+        if len(latents) == len(image):
+            sample = in_parts(
+                lambda z, *condition: self.decode_with(z, self.encode_condition(*condition)),
+                *(latents, image, mask, *draws), pixels=pixels,
+            )  # fmt: skip
+        else:
+            each = len(latents) // len(image)
+            noises = draws[0].split(each) if draws else [None] * len(image)
+            images = zip(latents.split(each), image.split(1), mask.split(1), noises, strict=True)
+            sample = torch.cat([self._decode_several(*one, pixels) for one in images])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 

@@ -52,6 +52,26 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+MEND = "train it or restore the folder"
+OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "NetworkError", "Timeout"}
+
+
+def mend(name: str, error: Exception, otherwise: str) -> str:
+    """Why `name` could not be loaded and what to do: of what is in no folder here, what the hub's client ran into.
+
+    otherwise: the mend where `name` is a folder, or is meant to be one.
+    """
+    if Path(name).exists() or Path(name).is_absolute() or Path(name).parts[:1] in (("artifacts",), ("pretrained",)):
+        return f"cannot be loaded ({first_line(error)}); {otherwise}"
+    kinds, cause = set(), error
+    while cause:
+        kinds |= {kind.__name__ for kind in type(cause).__mro__}
+        cause = cause.__cause__ or cause.__context__
+    if kinds & OFFLINE:
+        return "is not, or not wholly, on disk and there is no network; go online once, or name a folder that has it"
+    return f"is no folder here, and not on the hub either ({first_line(error)}); mend the name"
+
+
 def at_revision(name) -> tuple[str, dict]:
     """(ID, {"revision": REVISION}) of `ID@REVISION`, for a `from_pretrained`; (name, {}) of folders and other names."""
     name, mark, revision = str(name).rpartition("@")
@@ -73,7 +93,7 @@ def load_part(load, folder, **options):
     try:
         return load(name, **revision, **options)
     except Exception as error:  # diffusers, transformers, safetensors and pickle raise many kinds
-        raise _unloadable(_place(folder, options), error) from None
+        raise HarmonyError(f"{_place(folder, options)} {mend(name, error, MEND)}") from None
     finally:
         logging.set_verbosity(verbosity)
 
@@ -88,10 +108,6 @@ def load_strict(load, folder, **options):
 
 def _place(folder, options: dict) -> str:
     return "/".join(filter(None, (str(folder), options.get("subfolder"))))
-
-
-def _unloadable(place, error: Exception) -> HarmonyError:
-    return HarmonyError(f"{place} cannot be loaded ({first_line(error)}); train it or restore the folder")
 
 
 def _check_keys(model, place, missing, unexpected) -> None:
@@ -137,7 +153,7 @@ class FolderModel(nn.Module):
             model = cls(**{name: value for name, value in config.items() if not name.startswith("_")})
             found = model.load_state_dict(load_file(Path(folder, WEIGHTS)), strict=False)
         except Exception as error:  # of safetensors and torch, and of what damaged settings lead to
-            raise _unloadable(folder, error) from None
+            raise HarmonyError(f"{folder} cannot be loaded ({first_line(error)}); {MEND}") from None
         _check_keys(model, folder, found.missing_keys, found.unexpected_keys)
         return model
 

@@ -25,6 +25,47 @@ def profile(
 
 
 @app.command()
+def preflight(
+    gpus: int = typer.Option(1, "--gpus", min=1, help="how many the hours are counted for"),
+) -> None:
+    """Say what this run needs and what of it is missing, before anything runs; exit code 1 where a stage would fail."""
+    from ..core.settings import enter_root, settings
+    from .preflight import preflight
+
+    enter_root()
+    found = preflight(settings(), gpus)
+    for line in found.lines:
+        typer.echo(line)
+    for line in found.notes:
+        typer.echo(f"note: {line}")
+    for number, line in enumerate(found.missing, start=1):
+        typer.echo(f"missing {number}: {line}")
+    if found.missing:
+        raise typer.Exit(1)
+    typer.echo("nothing is missing")
+
+
+@app.command()
+def repro(
+    targets: list[str] = typer.Argument(None, metavar="[TARGET...]", help="as of `dvc repro`; all stages unless given"),
+    gpus: int = typer.Option(1, "--gpus", min=1, help="processes that share trainings and candidates, one a GPU"),
+) -> None:
+    """Run the pipeline (`dvc repro`) on several GPUs."""
+    import subprocess
+
+    import torch
+
+    from ..core.settings import enter_root
+    from .notebooks import PROCESSES
+
+    if 0 < torch.cuda.device_count() < gpus:
+        raise HarmonyError(f"--gpus {gpus}: there are {torch.cuda.device_count()}; give at most so many")
+    enter_root()
+    command = [sys.executable, "-m", "dvc", "repro", *(targets or [])]
+    raise typer.Exit(subprocess.run(command, env=os.environ | {PROCESSES: str(gpus)}).returncode)
+
+
+@app.command()
 def generate(
     data: str = typer.Argument(metavar="DATA", help="an iHarmony4-layout folder, or images/ and masks/ at any depth"),
     out: str = typer.Argument(metavar="OUT", help="the folder to write; call again to go on with a stopped run"),
@@ -193,7 +234,8 @@ def pretrain(
     section = {name: given[name] for name in (*names, "batch_size", "chroma_weight")}
     section |= {"source": "pipeline" if start else "small", "path": start, "size": unet_size}
     section |= {"autoencoder_channels": [16, 32, 64, 128], "unet_channels": [64, 128]}
-    run = SimpleNamespace(seed=seed, device=device, precision="auto", compile=False, base=SimpleNamespace(**section))
+    machine = {"compile": False, "accumulation": 1, "checkpointing": False}
+    run = SimpleNamespace(seed=seed, device=device, **machine, precision="auto", base=SimpleNamespace(**section))
 
     photos = load_pairs(photo_pairs(photos, index, "train" if index else None))
     pipeline = open_base(run.base, seed)

@@ -9,12 +9,14 @@ progress bars, no warnings (stderr goes to the terminal). It appears only when e
 """
 
 import ast
+import contextlib
 import importlib.util
 import logging
 import os
 import re
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +28,7 @@ import nbformat
 import typer
 
 from ..core.checkpoints import RESUME_POINTS, discard_finished
+from ..core.distributed import SHARE
 from ..core.errors import HarmonyError
 from ..core.files import atomic_path
 from ..core.progress import PLAIN_BARS
@@ -33,6 +36,9 @@ from ..core.settings import did_you_mean, find_root, parse_yaml, settings
 from .terminal import run as run_application
 
 EXECUTED = Path("reports/notebooks")
+PROCESSES = "HARMONYLIB_GPUS"  # how many processes a stage may use: `harmonylib repro --gpus N`
+TOGETHER = ("train", "train_base", "generate_candidates")  # calls whose work the processes of a group share,
+APART = ("run_variants",)  # and that whose runs are trained in a process each
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -212,8 +218,26 @@ def _kernel_environment(root: Path, folder: str) -> dict[str, str]:
     }
 
 
-def program(path, parameters: dict | None = None, until: str = "") -> str:
-    """A notebook's code cells as a plain program with these parameters, up to the first that holds `until`."""
+def called(cell) -> set[str]:
+    """Names of the functions that a code cell calls as it runs, not in functions that it defines."""
+    found, todo = set(), []
+    if cell.cell_type == "code":
+        with contextlib.suppress(SyntaxError):  # commands that only notebooks know
+            todo = list(ast.parse(cell.source).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Call):
+            found.add(getattr(node.func, "attr", getattr(node.func, "id", "")))
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def program(path, parameters: dict | None = None, until=()) -> str:
+    """A notebook's code cells as a plain program with these parameters, up to the first that calls one of `until`.
+
+    Raises HarmonyError where none does.
+    """
     notebook, parameters = read_notebook(path), parameters or {}
     check_parameters(path, notebook, parameters)
     cells = []
@@ -222,18 +246,45 @@ def program(path, parameters: dict | None = None, until: str = "") -> str:
             cells.append(cell.source)
             if "parameters" in cell.metadata.get("tags", []):
                 cells += [f"{name} = {value!r}" for name, value in parameters.items()]
-            if until and until in cell.source:
+            if called(cell) & set(until):
                 break
     else:
         if until:
-            raise HarmonyError(
-                f"{path}: no cell with {until}; only notebooks that train with resume points can be shared"
-            )
+            raise HarmonyError(f"{path}: no cell calls {' or '.join(until)} itself; there is nothing to share out")
     return "\n\n".join(cells)
 
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 PARAMETERS = typer.Option([], "-p", "--parameter", help="NAME=VALUE, may be given several times")
+
+
+def share_out(path, parameters: list[str], processes: int) -> None:
+    """Run what a notebook can share in several processes, one a GPU; its own run then takes up what they have made.
+
+    Trainings and candidates are shared by a group (torchrun); of an ablation each process takes some whole runs.
+    Raises HarmonyError where one fails.
+    """
+    calls = set().union(*map(called, read_notebook(path).cells))
+    command = ["-m", "harmonylib.tools.notebooks", "train", str(path), *(f"-p{text}" for text in parameters)]
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MPLBACKEND": "agg", PLAIN_BARS: "1"}
+    if calls & set(APART):
+        places = [{SHARE: f"{n}/{processes}", "CUDA_VISIBLE_DEVICES": str(n)} for n in range(processes)]
+    elif calls & set(TOGETHER):
+        places = [{}]
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
+    else:
+        return
+    started = [
+        subprocess.Popen([sys.executable, *command], env=environment | place, stdout=sys.stderr) for place in places
+    ]
+    try:
+        if any([process.wait() for process in started]):
+            raise HarmonyError(f"{path}: one of {processes} processes failed; what it said stands above")
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
 
 
 @app.command("run")
@@ -247,14 +298,19 @@ def run_command(
     if (find_root() / "profiles").is_dir():  # our repository: a mistake in any section is named before the first stage
         settings()
     started = time.monotonic()
+    if (processes := int(os.environ.get(PROCESSES, "1"))) > 1:
+        share_out(notebook, parameter, processes)
     target = run_notebook(notebook, parse_parameters(parameter), output)
     typer.echo(f"{notebook} -> {os.path.relpath(target)} ({time.monotonic() - started:.0f} s)", err=True)
 
 
 @app.command("train")
 def train_command(notebook: Path, parameter: list[str] = PARAMETERS) -> None:
-    """Run a notebook as far as its training, in every process of a torchrun; its stage then takes up the result."""
-    source = program(notebook, parse_parameters(parameter), RESUME_POINTS)
+    """Run a notebook as far as its training or drawing, in every process of a torchrun; its stage takes up the result.
+
+    Refused for notebooks without such a cell, and for ablations, whose runs are shared out by `harmonylib repro`.
+    """
+    source = program(notebook, parse_parameters(parameter), APART if os.environ.get(SHARE) else TOGETHER)
     os.chdir(find_root())
     with tempfile.TemporaryDirectory(prefix="harmonylib-") as folder:
         script = Path(folder, f"{notebook.stem}.py")

@@ -1,0 +1,84 @@
+"""`harmonylib preflight`: everything that is missing in one list, each with its true reason."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harmonylib.core.files import stamp
+from harmonylib.core.settings import read_profile
+from harmonylib.data.layout import write_composite, write_list, write_pair
+from harmonylib.tools import cli, preflight
+from harmonylib.tools.terminal import run as run_application
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def paper(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    run = read_profile("paper")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preflight, "_network", lambda: False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return run
+
+
+def missing(run) -> str:
+    return "\n".join(preflight.preflight(run).missing)
+
+
+def test_all_that_a_paper_run_lacks_is_in_one_list(paper):
+    said = missing(paper)
+    for part in ("data: data/iHarmony4: no such data folder",
+                 "human_harmony: data/imaterialist-fashion-2020 is not there",
+                 "base: stable-diffusion-v1-5/stable-diffusion-inpainting@", "base: stabilityai/sd-vae-ft-mse@",
+                 "classifier: timm/resnet50", "on disk and there is no network"):  # fmt: skip
+        assert part in said, part
+
+
+def test_the_command_lists_it_and_makes_nothing(paper, tmp_path, monkeypatch, capsys):
+    for name in ("profiles", "dvc.yaml"):
+        os.symlink(REPOSITORY / name, name)
+    text = (REPOSITORY / "params.yaml").read_text().replace("path: harmonylib/data", "path: nowhere", 1)
+    Path("params.yaml").write_text(text)
+    before = stamp(tmp_path)
+    assert run_application(cli.app, "harmonylib", ["preflight"]) == 1
+    assert "missing 1: data: nowhere/embedded_masks.json is not there" in capsys.readouterr().out
+    assert stamp(tmp_path) == before
+
+
+def test_half_downloaded_weights_and_their_folder(paper, tmp_path):
+    folder = tmp_path / "sd"
+    for file in ("unet/config.json", "scheduler/scheduler_config.json", "vae/config.json"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("{}")
+    base = paper.base.model_copy(update={"path": str(folder), "vae": None})
+    said = missing(paper.model_copy(update={"base": base}))
+    assert f"base: {folder} lacks unet/diffusion_pytorch_model.safetensors, tokenizer/vocab.json" in said
+    assert "restore the folder" in said
+
+
+def test_a_bound_that_is_too_small_and_a_disk_that_would_fill(paper, monkeypatch):
+    assert "cache: " not in missing(paper)
+    assert "for the largest entry (ResUNet: composites, 288 px)" in missing(paper.model_copy(update={"cache_gb": 3.0}))
+    usage = type("Usage", (), {"free": 20e9})
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    assert "are needed, 20 are free; make room" in missing(paper)
+
+
+def test_a_resized_copy_and_masks_that_vanish_are_told_of(paper, tmp_path):
+    root, lines = tmp_path / "data/iHarmony4", []
+    for photo, side in (("a1", 60), ("a2", 1)):
+        mask = np.zeros((200, 256), bool)
+        mask[101 : 101 + side, 101 : 101 + side] = True
+        pair = write_pair(root, "HFlickr", photo, 1, np.full((200, 256, 3), 90, np.uint8), mask)
+        lines.append(write_composite(root, "HFlickr", pair, 1, np.full((200, 256, 3), 90, np.uint8)))
+    write_list(root, "train", lines[:1])
+    write_list(root, "test", lines)
+    small = paper.evaluation.model_copy(update={"diffusion_size": 256})
+    found = preflight.preflight(paper.model_copy(update={"evaluation": small}))
+    assert "data: 1 training and 2 test composites in data/iHarmony4" in found.lines
+    assert any("longer than 256 pixels: a resized copy" in note for note in found.notes)
+    assert any("1 of 2 test masks vanish on the latent grid at 256 pixels" in note for note in found.notes)
