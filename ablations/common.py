@@ -58,7 +58,7 @@ class Ablation:
         """{variant: row}, of the images' means over seeds; None for what no run measured.
 
         row = {metric: mean, "interval": {metric: [lo, hi] over photos}, "n", "photos", "status", "scored_at": pixels,
-        "runs": each run's means}; with subsets other than ("all",) the summaries lie one deeper, under the subset's name.
+        "runs": each run's means}; with subsets other than ("all",) the summaries lie one deeper, under their names.
         """
         done = {name: seeds for name in self.variants if (seeds := self.finished(name))}
         scores = [self.scores(name, seeds).assign(model=name) for name, seeds in done.items()]
@@ -134,7 +134,7 @@ def train_resunet(run, data: TripleSet, seed: int, observe=None, **changes):
     """
     section = changed(run.resunet, size=data.size, **PAPERS | changes)
     model = initial_resunet(section, None, seed)
-    loss = ResUNetLoss(section.weights, section.error, section.reading, section.patches)
+    loss = ResUNetLoss.of(section)
     settings = replace(TrainSettings.of(run, "resunet"), steps=run.ablations.resunet_steps)
     options = {"seed": seed, "device": run.device, "observe": observe, "checkpoints": RESUME_POINTS}
     history = train(model, loss, resunet_batches(data, section, seed), settings, name="contrastive resunet", **options)

@@ -77,7 +77,9 @@ def test_one_output_is_scored_under_every_protocol(data):
     for number, triple in enumerate(data.triples):
         _, mask, real = triple.load()
         white = np.full(real.shape, 254.8725, np.float32)
-        expected = score(white, real, mask, "diffharmony")  # 254 in the foreground, the real background: standard has 255
+        expected = score(
+            white, real, mask, "diffharmony"
+        )  # 254 in the foreground, the real background: standard has 255
         assert all(published[m][number] == pytest.approx(expected[m]) for m in ("mse", "psnr", "fmse"))
         assert standard["fmse"][number] == pytest.approx(score(white, real, mask, "standard")["fmse"])
     assert (published["bmse"] == 0).all() and (standard["fmse"] > published["fmse"]).all()
