@@ -18,7 +18,7 @@ from harmonylib.core.distributed import SHARE, share_of
 from harmonylib.core.errors import HarmonyError
 from harmonylib.data.batches import TripleSet
 from harmonylib.evaluation.metrics import METRICS, summarise
-from harmonylib.evaluation.published import load
+from harmonylib.evaluation.published import PROTOCOLS, load, protocols
 from harmonylib.evaluation.statistics import paired_difference, verdict
 from harmonylib.models.contrastive import ResUNetLoss, resunet_batches
 from harmonylib.models.start import initial_resunet
@@ -47,6 +47,10 @@ class Ablation:
         """The seeds with which all of these variants finished."""
         return [seed for seed in self.seeds if all((name, seed) in self.runs for name in variants)]
 
+    def under(self, protocol: str) -> "Ablation":
+        """The same runs, as this protocol scored them."""
+        return replace(self, runs={key: run[run["protocol"] == protocol] for key, run in self.runs.items()})
+
     def scores(self, variant: str, seeds: Iterable[int]) -> pd.DataFrame:
         """One row an image: its mean over the variant's runs with these seeds."""
         table = pd.concat([self.runs[variant, seed] for seed in seeds])
@@ -55,8 +59,8 @@ class Ablation:
     def rows(self, metrics: Iterable[str], subsets=("all",)) -> dict:
         """{variant: row}, of the images' means over seeds; None for what no run measured.
 
-        row = {metric: mean, "interval": {metric: [lo, hi] over photos}, "n", "photos", "status", "runs": each run's
-        means}; with subsets other than ("all",) the summaries lie one deeper, under the subset's name.
+        row = {metric: mean, "interval": {metric: [lo, hi] over photos}, "n", "photos", "status", "scored_at": pixels,
+        "runs": each run's means}; with subsets other than ("all",) the summaries lie one deeper, under their names.
         """
         done = {name: seeds for name in self.variants if (seeds := self.finished(name))}
         scores = [self.scores(name, seeds).assign(model=name) for name, seeds in done.items()]
@@ -65,7 +69,9 @@ class Ablation:
             parts = {subset: _part(means.get(name, {}).get(subset), metrics) for subset in subsets}
             row = parts["all"] if tuple(subsets) == ("all",) else parts
             status = f"{len(done.get(name, ()))} of {len(self.seeds)} seeds finished"
-            rows[name] = row | {"status": "; ".join(filter(None, (status, row.get("status")))), "runs": []}
+            sizes = [int(self.runs[name, seed]["scored_at"].iloc[0]) for seed in done.get(name, ())]
+            rows[name] = row | {"status": "; ".join(filter(None, (status, row.get("status"))))}
+            rows[name] |= {"scored_at": sizes[0] if sizes else None, "runs": []}
             for seed in self.seeds:
                 table = self.runs.get((name, seed))
                 run = dict.fromkeys(metrics) if table is None else table[metrics].mean().to_dict()
@@ -132,7 +138,7 @@ def train_resunet(run, data: TripleSet, seed: int, observe=None, **changes):
     """
     section = changed(run.resunet, size=data.size, **PAPERS | changes)
     model = initial_resunet(section, None, seed)
-    loss = ResUNetLoss(section.weights, section.error, section.reading, section.patches)
+    loss = ResUNetLoss.of(section)
     settings = replace(TrainSettings.of(run, "resunet"), steps=run.ablations.resunet_steps)
     options = {"seed": seed, "device": run.device, "observe": observe, "checkpoints": RESUME_POINTS}
     history = train(model, loss, resunet_batches(data, section, seed), settings, name="contrastive resunet", **options)
@@ -146,12 +152,37 @@ def printed(table: str) -> dict:
     return dict(zip(keys, cells["value"] / np.where(cells["metric"].str.endswith("_x100"), 100, 1), strict=True))
 
 
-def report(table: str, ablation: Ablation, metrics, pairs, subsets=("all",), **about) -> dict:
+def report(table: str, ablation: Ablation, metrics, pairs, subsets=("all",), composite=None, **about) -> dict:
     """What a table's notebook writes to reports/metrics/table_<table>.json, in the form that the report reads.
 
     pairs: (after, before) or (after, before, terms), as `Ablation.difference` takes them, tested on every metric and
-    subset. Rows and differences carry "published" where the paper has the values. about: more top-level keys.
+    subset. Rows and differences carry "published" where the paper has the values. composite: `methods.evaluate` of the
+    composites left alone. about: more top-level keys. The runs, and the composite, are scored under
+    `published.protocols(table)`: "rows", "differences" and "composite" are those of the standard protocol, and
+    "as_published" has {table: the same under the published cells' own, with its "protocol"}.
     """
+    own = PROTOCOLS.get(table, "standard")
+    parts = {
+        protocol: _scored(table, ablation.under(protocol), metrics, pairs, subsets)
+        | ({} if composite is None else {"composite": _means(composite.query("protocol == @protocol"), metrics)})
+        for protocol in protocols(table)
+    }
+    images = next(iter(ablation.under("standard").runs.values()), pd.DataFrame(columns=IMAGE))
+    counts = {"seeds": len(ablation.seeds), "n": len(images), "photos": int(images["photo"].nunique())}
+    sizes = sorted({row["scored_at"] for row in parts["standard"]["rows"].values()} - {None})
+    return {"table": table, "protocol": "standard, composite background pasted",
+            "scored_at": sizes[0] if len(sizes) == 1 else sizes, **about, **counts, **parts["standard"],
+            "as_published": {table: {"protocol": own} | (parts[own] if own != "standard" else {})}}  # fmt: skip
+
+
+def _means(scores: pd.DataFrame, metrics) -> dict:
+    """{metric: mean over images}, and the same of each subset under its name."""
+    by_subset = scores.groupby("subset", sort=False)[list(metrics)].mean()
+    return {**scores[list(metrics)].mean(), **by_subset.to_dict("index")}
+
+
+def _scored(table: str, ablation: Ablation, metrics, pairs, subsets) -> dict:
+    """{"rows", "differences"} of a report."""
     rows, cells, differences = ablation.rows(metrics, subsets), printed(table), []
     for name, row in rows.items():
         for subset in subsets:
@@ -165,10 +196,12 @@ def report(table: str, ablation: Ablation, metrics, pairs, subsets=("all",), **a
                 claim = [w * cells.get((name, subset, metric), np.nan) for name, w in weights.items()]
                 found["published"] = sum(claim) * (1 if metric in HIGHER_IS_BETTER else -1)
                 differences.append(found)
-    images = next(iter(ablation.runs.values()), pd.DataFrame(columns=IMAGE))
-    counts = {"seeds": len(ablation.seeds), "n": len(images), "photos": int(images["photo"].nunique())}
-    return {"table": table, "protocol": "standard, composite background pasted", **about, **counts,
-            "rows": rows, "differences": differences}  # fmt: skip
+    return {"rows": rows, "differences": differences}
+
+
+def as_published(data: dict) -> dict:
+    """A report with the rows, differences and composite that the published cells' own protocol scored."""
+    return data | data["as_published"][data["table"]]
 
 
 def _flat(rows: dict) -> dict:
@@ -181,18 +214,23 @@ def _flat(rows: dict) -> dict:
 
 
 def side_by_side(data: dict, metrics) -> pd.DataFrame:
-    """A report's rows as a table: ours, with the composite left alone, and the published values if there are any."""
+    """A report's rows as a table: ours, with the composite left alone, and the published values if there are any.
+
+    This and the two below show what the published cells' own protocol scored.
+    """
+    data = as_published(data)
     rows = _flat(data["rows"])
     ours = pd.DataFrame({name: {m: row[m] for m in metrics} for name, row in rows.items()}, dtype=float).T
     if "composite" in data:
-        ours.loc["composite left alone"] = data["composite"]
+        ours.loc["composite left alone"] = pd.Series(data["composite"])[list(metrics)]
     theirs = pd.DataFrame({name: row["published"] for name, row in rows.items()}, index=metrics, dtype=float).T
     return pd.concat({"ours": ours, "published": theirs}, axis=1).dropna(axis=1, how="all")
 
 
 def gains(data: dict, metric: str = "psnr") -> pd.DataFrame:
     """A report's differences in one metric as a table, one row a pair: ours with its interval, published, verdict."""
-    found = [d | dict(zip(("low", "high"), d["interval"], strict=True)) for d in data["differences"]]
+    differences = as_published(data)["differences"]
+    found = [d | dict(zip(("low", "high"), d["interval"], strict=True)) for d in differences]
     numbers = ["improvement", "low", "high", "published"]
     table = pd.DataFrame(found).query("metric == @metric")[["after", "before", "subset", *numbers, "verdict"]]
     return table.astype(dict.fromkeys(numbers, float)).reset_index(drop=True)
@@ -200,6 +238,7 @@ def gains(data: dict, metric: str = "psnr") -> pd.DataFrame:
 
 def plot(data: dict, metric: str = "psnr", label: str = "PSNR, dB"):
     """Rows and differences of one metric with their intervals; single runs as dots, published gains as diamonds."""
+    data = as_published(data)
     rows, gains = _flat(data["rows"]), [d for d in data["differences"] if d["metric"] == metric]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.5 * max(len(rows), len(gains)) + 1.4))
     for place, row in enumerate(rows.values()):

@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from harmonylib.core.files import atomic_path
+from harmonylib.core.json_files import read_json
 from report.course import contents
 
 from .shipped import SCORES
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 METRICS = ROOT / "reports/metrics"
 SHIPPED = {  # what each is for
     "contrastive-resunet": "the default of `harmonylib harmonize`; one pass, any size",
-    "diffharmony++": "the diffusion paper's models, small; five steps",
+    "diffharmony++": "the diffusion paper's models, small; two steps",
     "base": "what the diffusion models start from",
 }
 TITLES = {"subset": "by recipe", "strength": "by the composite's fMSE", "share": "by the foreground's share"}
@@ -72,11 +73,39 @@ def overview(found: dict) -> str:
 
 def last_run(models: dict, details: dict) -> str:
     """The last run's evaluation, with intervals of the PSNR."""
+    names = ("diffharmony++ vs diffharmony", "diffharmony++ vs composite")
     lines = ["| method | PSNR ↑ (95 % interval) | MSE ↓ | fMSE ↓ | SSIM ↑ | fSSIM ↑ |", "|---|---|---|---|---|---|"]
     for name, parts in models.items():
         part, (low, high) = parts["all"], details["models"][name]["all"]["interval"]["psnr"]
         errors = f"{part['mse']:.0f} | {part['fmse']:.0f} | {part['ssim']:.3f} | {part['fssim']:.3f}"
         lines.append(f"| {name} | {part['psnr']:.2f} ({low:.2f} – {high:.2f}) | {errors} |")
+    decoders = read_json(METRICS / "harmony_vae-harmonize.json")["decoders"]
+    judge = read_json(METRICS / "classifier.json")
+    judges = {"the classifier": judge} | ({"with the mask": judge["with_mask"]} if "with_mask" in judge else {})
+    lines += ["", *(f"- PSNR, {name}: {_effect(details['paired'][name]['all']['psnr'])} dB" for name in names)]
+    lines += [f"- reconstruction of real photos: {decoders['harmony']['psnr']:.1f} dB by Harmony-VAE, "
+              f"{decoders['plain']['psnr']:.1f} dB by the plain autoencoder"]  # fmt: skip
+    lines += [f"- AUC of {name} on unseen photos: {found['auc']:.2f} ({found['auc_interval'][0]:.2f} to "
+              f"{found['auc_interval'][1]:.2f})" for name, found in judges.items()]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _effect(effect) -> str:
+    value, low, high = effect
+    return "not run" if value is None else f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def ablations() -> str:
+    """The ablations: every difference in PSNR that they test, ours and as published."""
+    lines = ["| table | difference in PSNR, dB | ours (95 % interval) | published |", "|---|---|---|---|"]
+    for path in sorted(METRICS.glob("table_*.json")):
+        data = read_json(path)
+        for found in (found for found in data["differences"] if found["metric"] == "psnr"):
+            name = f"{found['after']} over {found['before']}"
+            name += "" if found["subset"] == "all" else f", {found['subset']}"
+            printed = "–" if found["published"] is None else f"{found['published']:+.2f}"
+            effect = _effect((found["improvement"], *found["interval"]))
+            lines.append(f"| {data['table']} | {name} | {effect} | {printed} |")
     return "\n".join(lines) + "\n"
 
 
@@ -149,6 +178,7 @@ def texts() -> dict[Path, str]:
             "figures": overview(found),
             "run": last_run(models, details),
             "claims": claims(judged),
+            "ablations": ablations(),
         },
     }
     parts |= {ROOT / "pretrained" / name / "README.md": {"figures": card(found, key)} for name, key in tested.items()

@@ -54,7 +54,7 @@ def patch_by_patch(loss: RegionContrastiveLoss, output, real, mask) -> torch.Ten
 
 def loss_row(device, batch: int = 8, size: int = 256) -> dict:
     output, real, mask = images(device, batch, size)
-    loss = RegionContrastiveLoss().to(device)
+    loss = RegionContrastiveLoss(masked=False).to(device)
     output.requires_grad_()
     timing = paired(
         lambda: loss(output, real, mask).backward(), lambda: patch_by_patch(loss, output, real, mask).backward(), 5

@@ -4,7 +4,8 @@ Claims about the main chain read evaluation_details.json, as notebooks/09_evalua
 (`harmonylib votes`); the others an ablation's table_<T>.json (T = 2, 4, 5, IV, VI, VII or "style"):
 
     {"profile", "n", "photos", "rows": {row: summary, or {subset: summary}},
-     "differences": [{"before", "after", "metric", "improvement", "interval": [lo, hi], "subset"?, "status"?}]}
+     "differences": [{"before", "after", "metric", "improvement", "interval": [lo, hi], "subset"?, "status"?}],
+     "scored_at", "protocol", "as_published": {T: {"protocol", and the rows as it scored them}}}
 
 with summary = {metric: mean, "interval": {metric: [lo, hi]}, "status"?}, rows named as published, and improvements
 positive where "after" is better. Table 4 also compares gains: after "Harmony-VAE gain at low resolution", before
@@ -112,7 +113,9 @@ def from_ablation(data: dict) -> dict:
         part = pair.setdefault(d.get("subset", "all"), common | {k: d[k] for k in ("n", "photos", "status") if k in d})
         if d.get("improvement") is not None:
             part[d["metric"]] = [d["improvement"], *(d.get("interval") or (None, None))]
-    return data | {"models": models, "paired": paired}
+    bare = {key: value for key, value in data.items() if key != "as_published"}
+    scored = {table: from_ablation(bare | part) for table, part in data.get("as_published", {}).items()}
+    return data | {"models": models, "paired": paired, "as_published": scored}
 
 
 def measure_claim(claim: Claim, metrics: dict, published: pd.DataFrame) -> dict:

@@ -103,7 +103,9 @@ def _our_rows(table: Table, data: dict, wanted: list[str]) -> list[dict]:
 
 
 def side_by_side(table: Table, printed: pd.DataFrame, data: dict | None) -> dict:
-    """What tables.html needs for one published table, `printed`, with the cells of our metrics file, if any."""
+    """What tables.html needs for one published table, `printed`, with the cells of our metrics file, if any: those that
+    the published cells' own protocol scored."""
+    data = data and data | data.get("as_published", {}).get(table.number, {})
     wanted = list(dict.fromkeys(printed["metric"]))
     texts = [_as_printed(*cell) for cell in zip(printed["value"], printed["metric"], strict=True)]
     rows = printed.assign(source="published", text=texts).to_dict("records")
@@ -127,7 +129,8 @@ def side_by_side(table: Table, printed: pd.DataFrame, data: dict | None) -> dict
     for note, *cell in printed.loc[printed["note"] != "", ["note", "row", "subset", "metric"]].to_numpy():
         place = ", ".join(METRIC_NAMES.get(part, part) for part in cell if part != "all")
         remarks.setdefault(note, []).append(place)
-    about = {"data": data.get("data"), "count": _count(data)} if data else {}
+    about = {key: data.get(key) for key in ("data", "protocol", "scored_at")} if data else {}
+    about |= {"count": _count(data)} if data else {}
     return about | {"number": table.number, "title": table.title, "file": table.file, "ours": ours, "remarks": remarks,
                     "grid": html_table(grid.rename_axis(columns=[None] * grid.columns.nlevels))}  # fmt: skip
 

@@ -16,10 +16,11 @@ from harmonylib.training import TrainingDiverged
 from report.claims import from_ablation
 
 
-def scores(psnr, mse=1.0):
-    """Four images of three photos in two subsets; psnr: one value an image."""
+def scores(psnr, mse=1.0, both=False):
+    """Four images of three photos in two subsets; psnr: one value an image. both: under IIH's protocol, too."""
     table = pd.DataFrame({"subset": ["a", "a", "b", "b"], "name": list("wxyz"), "photo": [1, 1, 2, 3]})
-    return table.assign(model="any", psnr=np.array(psnr, float), mse=mse)
+    table = table.assign(model="any", protocol="standard", scored_at=64, psnr=np.array(psnr, float), mse=mse)
+    return pd.concat([table, table.assign(protocol="iih", mse=mse + 10)]) if both else table
 
 
 def diverge(seed):
@@ -99,13 +100,24 @@ def test_a_report_is_what_the_claims_read(tmp_path, subsets):
 
 def test_published_values_stand_beside_ours_in_our_units():
     names = ["1: L1", "2: L1 + Lpixel"]
-    table = common.run_variants({name: lambda s: scores([1, 2, 3, 4]).assign(fssim=0.5) for name in names}, [0])
+    table = common.run_variants(
+        {name: lambda s: scores([1, 2, 3, 4], 1, True).assign(fssim=0.5) for name in names}, [0]
+    )
+    composite = scores([1, 1, 1, 1], 2.0, True)
+    data = common.report("VI", table, ["psnr", "mse"], [names[::-1]], composite=composite)
+    assert (data["protocol"], data["scored_at"]) == ("standard, composite background pasted", 64)
+    assert data["as_published"]["VI"]["protocol"] == "iih" and data["rows"]["1: L1"]["scored_at"] == 64
+    assert (data["rows"]["1: L1"]["mse"], data["composite"]["mse"], data["n"]) == (1, 2, 4)
+    assert (common.as_published(data)["rows"]["1: L1"]["mse"], common.as_published(data)["composite"]["mse"]) == (
+        11,
+        12,
+    )
+    assert from_ablation(data)["as_published"]["VI"]["models"]["1: L1"]["all"]["mse"] == 11
+    assert common.side_by_side(data, ["mse"])["ours", "mse"].tolist() == [11, 11, 12]
     data = common.report("VI", table, ["psnr", "mse", "fssim"], [names[::-1]])
     assert data["rows"]["1: L1"]["published"] == pytest.approx({"psnr": 34.56, "mse": 54.55, "fssim": 0.8568})
     assert [d["published"] for d in data["differences"]] == pytest.approx([0.97, 12.41, 0.0246])
     assert common.side_by_side(data, ["psnr", "mse"])["published", "psnr"].tolist() == [34.56, 35.53]
-    data["composite"] = {"psnr": 1.0, "mse": 2.0, "other": 3.0}
-    assert common.side_by_side(data, ["psnr", "mse"])["ours"].loc["composite left alone"].tolist() == [1, 2]
     assert common.gains(data)["published"].tolist() == pytest.approx([0.97])
 
 
@@ -124,7 +136,8 @@ def test_the_resunet_trains_with_the_runs_settings_and_the_rows_changes(tmp_path
     for path, array in zip(paths, (picture, np.eye(16) * 255, np.zeros((16, 16, 3))), strict=True):
         write_image(path, array.astype(np.uint8))
     section = SimpleNamespace(steps=9, batch_size=2, size=64, base_channels=2, depth=2, residual_convs=0, style="none",
-                              patches=4, reading="B", view=0, crop=0, recolor=0.0, restyle=0.0)  # fmt: skip
+                              patches=4, reading="B", masked_patches=True, affine="constant", view=0,
+                              crop=0, flip=True, recolor=0.0, restyle=0.0)  # fmt: skip
     run = SimpleNamespace(resunet=section, ablations=SimpleNamespace(resunet_steps=3), device="cpu", precision="fp32",
                           compile=False, accumulation=1, checkpointing=False)  # fmt: skip
     data, seen = TripleSet([Triple("a", "x", *paths)], 16), []

@@ -176,6 +176,10 @@ def test_pixel_batches_crop_and_flip_each_triple_by_itself(data):
     batch = PixelBatches(triples, 8, "test", crop=24)(0)
     assert torch.equal(batch["composite"], batch["real"]) and batch["mask"].shape == (8, 1, 24, 24)
     assert len({tuple(image.flatten().tolist()) for image in batch["real"]}) > 2  # not one window, mirrored or not
+    for crop in (0, 32):  # a window as large as the picture leaves no room
+        as_it_is = {tuple(x.flatten().tolist()) for x in PixelBatches(triples, 8, "test", crop, flip=False)(1)["real"]}
+        assert as_it_is == {tuple(triples.batch([0])["real"].flatten().tolist())}
+        assert len({tuple(x.flatten().tolist()) for x in PixelBatches(triples, 8, "test", crop)(1)["real"]}) == 2
     with pytest.raises(HarmonyError, match="crop 33"):
         PixelBatches(triples, 4, "test", crop=33)
 

@@ -12,6 +12,7 @@ from harmonylib.data.layout import read_triples, write_composite, write_list, wr
 from harmonylib.models.classifier import (
     HarmonyClassifier,
     evaluate_classifier,
+    fit_probe,
     labelled_images,
     round_trip_codec,
     undo_color_change,
@@ -130,12 +131,28 @@ def test_probabilities_are_calibrated_for_equal_classes():
     width = model.network.num_features
     features, labels, photos = probe_data(photos=900, width=16, shift=1.0)
     features = np.pad(features, ((0, 0), (0, width - 16)))
-    model.fit_head(features[:1800], labels[:1800], photos[:1800], regularisation=1e-3)
+    model.fit_head(features[:1800], labels[:1800], photos[:1800], regularisation=[1e-3])
     scores = evaluate_classifier(model.predict(features[1800:]), labels[1800:])
     assert scores["auc"] == pytest.approx(0.76, abs=0.04)  # two unit normals one apart
     for row in scores["calibration"]:
         if row["n"] > 100:
             assert row["predicted"] == pytest.approx(row["observed"], abs=0.06)
+
+
+def test_cross_validation_over_photos_chooses_the_regularisation():
+    """Correlated features, whose small differences hold the answer: a strong head sees the large ones alone."""
+    draw, photos = rng("correlated"), np.repeat(np.arange(200), 3)
+    labels = np.tile([1, 1, 0], 200)
+    features = draw.normal(size=(600, 2)) @ draw.normal(size=(2, 40)) + 0.05 * draw.normal(size=(600, 40))
+    features[:, :4] += 0.05 * labels[:, None]
+    known, unseen = slice(0, 300), slice(300, 600)
+    fitted = {c: fit_probe(features[known], labels[known], photos[known], c) for c in ((1.0,), (1e-4, 1.0, 1e-2))}
+    auc = {c: evaluate_classifier(f.predict(features[unseen]), labels[unseen])["auc"] for c, f in fitted.items()}
+    assert fitted[1e-4, 1.0, 1e-2].scores["regularisation"] < 1
+    assert auc[1e-4, 1.0, 1e-2] > auc[1.0,] + 0.05
+    noise = draw.normal(size=(300, 40))  # nothing to learn: the strongest is as good as any
+    chosen = fit_probe(noise, labels[known], photos[known], (1e-4, 1e2)).scores
+    assert 0.35 < chosen["auc"] < 0.65
 
 
 def test_fit_head_knows_that_there_was_nothing_to_learn():
@@ -214,3 +231,15 @@ def test_features_are_cached_by_content(classifier, triples, monkeypatch):
     assert not np.allclose(classifier.extract(paths)[0], first[0])
     with pytest.raises(HarmonyError, match="empty"):
         classifier.extract([])
+
+
+def test_features_of_both_regions_see_the_mask(classifier, triples):
+    pairs, labels, _, photos = labelled_images(triples, masks=True)
+    assert labels.tolist() == [1] * 6 + [0] * 3 and pairs[0] == (triples[0].composite, triples[0].mask)
+    both, whole = classifier.extract_regions(pairs, batch_size=4), classifier.extract([image for image, _ in pairs])
+    assert both.shape == (9, 2560) and len(photos) == 9
+    image, mask = to_tensor(round_trip_codec(triples[0].load()[0]))[None], torch.ones(1, 1, 64, 64)
+    with torch.no_grad():
+        inside, outside = classifier.features(image, mask)[0].split(1280)
+    assert np.allclose(inside, whole[0], atol=1e-3) and not outside.any()  # all of the picture is foreground
+    assert not np.allclose(both[0, :1280], both[0, 1280:])

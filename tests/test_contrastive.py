@@ -65,10 +65,23 @@ def patch_by_patch(loss, output, real, mask, composite):
 @pytest.mark.parametrize("size", [(32, 40), (30, 37)])
 @pytest.mark.parametrize("reading", ["A", "B", "C"])
 def test_vectorised_equals_a_loop_over_patches(reading, size):
-    loss, (output, real, mask, composite) = loss_of(reading), batch(2, *size)
-    torch.testing.assert_close(
-        loss(output, real, mask, composite, seeded()), patch_by_patch(loss, output, real, mask, composite)
-    )
+    loss, (output, real, mask, composite) = loss_of(reading, masked=False), batch(2, *size)
+    found = loss(output, real, mask, composite, seeded())
+    torch.testing.assert_close(found, patch_by_patch(loss, output, real, mask, composite))
+    loss.masked = True  # Eq. 8, 9: patches of H M, I (1 - M), and for reading C of the composite's foreground
+    masked = loss(output, real, mask, composite, seeded())
+    parts = output * mask, real * (1 - mask), mask, composite * mask
+    torch.testing.assert_close(masked, patch_by_patch(loss, *parts))
+    assert masked != found
+
+
+def test_masked_patches_do_not_see_the_other_region():
+    output, real, mask, composite = batch()
+    elsewhere = [torch.where(mask > 0, output, 0.3), torch.where(mask > 0, -0.7, real)]
+    for masked in (True, False):
+        loss = loss_of(masked=masked)
+        same = torch.equal(loss(output, real, mask, None, seeded()), loss(*elsewhere, mask, None, seeded()))
+        assert same == masked
 
 
 @pytest.mark.parametrize("size", [(32, 40), (30, 37), (8, 8), (5, 3), (1, 1)])

@@ -68,6 +68,23 @@ def test_identity_scores_are_those_of_the_composite(data):
     assert table["fmse"][0] == pytest.approx(400) and table["mse"][3] == 0 and np.isinf(table["psnr"][3])
 
 
+def test_one_output_is_scored_under_every_protocol(data):
+    seen = []
+    whiten = Method("whiten", lambda composite, mask, names: seen.append(len(names)) or composite * 0 + 0.999)
+    table = evaluate.evaluate([whiten], data, protocols=("standard", "diffharmony"))
+    assert sum(seen) == len(data) and set(table["scored_at"]) == {SIZE}
+    standard, published = (table[table["protocol"] == name].reset_index() for name in ("standard", "diffharmony"))
+    for number, triple in enumerate(data.triples):
+        _, mask, real = triple.load()
+        white = np.full(real.shape, 254.8725, np.float32)
+        expected = score(
+            white, real, mask, "diffharmony"
+        )  # 254 in the foreground, the real background: standard has 255
+        assert all(published[m][number] == pytest.approx(expected[m]) for m in ("mse", "psnr", "fmse"))
+        assert standard["fmse"][number] == pytest.approx(score(white, real, mask, "standard")["fmse"])
+    assert (published["bmse"] == 0).all() and (standard["fmse"] > published["fmse"]).all()
+
+
 def test_every_method_covers_every_image_once(data, tiny_pipeline, resunet):
     methods = [
         evaluate.identity_method(),

@@ -102,6 +102,21 @@ def test_affine_is_one_plus_gamma_and_beta_per_channel_and_region(shared):
     torch.testing.assert_close(module(decoder, encoder, mask), expected)
 
 
+def test_affine_functions_are_maps_of_the_features_at_each_pixel():
+    decoder, encoder, mask = features(1, 2, 8, 8), features(1, 2, 8, 8, seed=1), square_mask(1)
+    with torch.device("meta"):
+        network = ContrastiveResUNet(shared_affine=True, affine="function")
+    assert sum(parameter.numel() for parameter in network.parameters()) == 28_541_623  # where the paper prints 28.37 M
+    module = STYLES["style-fusion"](2, False, "function")
+    plain = module(decoder, encoder, mask)
+    assert torch.equal(plain, STYLES["style-fusion"](2)(decoder, encoder, mask))  # both start at 0
+    with torch.no_grad():
+        module.slope[0, 0, 1], module.slope[0, 3, 0] = 2.0, 0.5  # gamma of channel 0 by 1, beta of channel 1 by 0
+    x, y = plain[:, 0], plain[:, 1]
+    expected = torch.where(mask > 0, torch.stack([(1 + 2 * y) * x, y + 0.5 * x], dim=1), plain)
+    torch.testing.assert_close(module(decoder, encoder, mask), expected)
+
+
 def test_attention_away_from_the_edge_takes_each_path():
     x, mask = features(1, 16, 16, 16), torch.zeros(1, 1, 16, 16)
     mask[..., 8:] = 1

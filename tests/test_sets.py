@@ -219,7 +219,7 @@ def test_human_harmony(tmp_path):
 
 def test_the_split_of_human_harmony(tmp_path, monkeypatch):
     pairs, choices = human(tmp_path, ["a", "b", "c"])
-    assert round(29103 * 7404 / 73146) == 2946  # the paper's own
+    assert round(29103 * sets.TEST_SHARE) == 2946  # the paper's own
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(sets, "write_json", full)  # the last file of all
         build_human_harmony(pairs, choices, tmp_path / "out", 0, size=24)

@@ -55,7 +55,8 @@ def trained(trainer: str, root, steps: int = 5, checkpoints=None, options=None) 
     loop = {"name": trainer, "seed": 0, "device": "cpu", "checkpoints": checkpoints}
     section = SimpleNamespace(batch_size=4, size=SIZE, mask_init="zero", train_decoder=True, mask_start="base",
                               base_channels=8, depth=4, residual_convs=1, style="style-fusion", head="colour",
-                              encoder=None, view=32, recolor=0.5, restyle=0.5, jitter=0.5)  # fmt: skip
+                              encoder=None, view=32, recolor=0.5, restyle=0.5, jitter=0.5,
+                              affine="constant", flip=True)  # fmt: skip
     fixed = SimpleNamespace(**vars(section) | {"recolor": 0.0, "edge": True})
     if trainer == "harmony_vae":
         torch.manual_seed(0)

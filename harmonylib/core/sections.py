@@ -67,6 +67,7 @@ class Training(Section):
     start: Text | None
     size: Pixels
     crop: Count
+    flip: bool
     recolor: Share
     jitter: Share
     steps: Count
@@ -108,6 +109,7 @@ class ResUNet(Training):
     depth: Annotated[int, Field(ge=2)]
     residual_convs: Count
     style: Literal["style-fusion", "adain", "rain", "none"]
+    affine: Literal["constant", "function"]
     head: Literal["residual", "colour"]
     encoder: Text | None
     view: Count
@@ -115,6 +117,7 @@ class ResUNet(Training):
     error: Literal["l1", "rmse", "log"]
     reading: Literal["A", "B", "C"]
     patches: Positive
+    masked_patches: bool
     restyle: Share
 
     @model_validator(mode="after")
@@ -130,7 +133,7 @@ class Classifier(Section):
     backbone: Text
     size: Pixels
     composites: Positive
-    regularisation: Above0
+    regularisation: Annotated[list[Above0], Field(min_length=1)]
 
 
 class Augmentation(Section):

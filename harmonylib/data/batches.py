@@ -186,32 +186,33 @@ def to_tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 def augmentation(section) -> dict:
     """The options of `PixelBatches` that a section of the settings has."""
-    names = ("batch_size", "crop", "recolor", "restyle", "jitter")
+    names = ("batch_size", "crop", "flip", "recolor", "restyle", "jitter")
     return {name: getattr(section, name) for name in names if hasattr(section, name)}
 
 
 class PixelBatches:
     """For image-to-image models: "composite", "real" and "mask", each triple with a crop and a flip of its own.
 
-    crop: side of the random windows (0: the whole square), whose corners lie on a grid of `grid` pixels. recolor: share
+    crop: side of the random windows (0: the whole square), whose corners lie on a grid of `grid` pixels. flip: mirror
+    half of the triples. recolor: share
     of the composites that are made anew from their real image by their subset's recipe, so that a network never sees
     one twice; restyle: share of these whose real image is restyled as a whole first, for sets of few photos; jitter:
     share of these whose mask is dilated or eroded first, as masks drawn by hand are, and whose edge is softened. A
     transfer takes its colours from another image of the batch. Raises HarmonyError for a crop that does not fit.
     """
 
-    def __init__(self, data: TripleSet, batch_size: int, seed, crop=0, recolor=0.0, restyle=0.0, jitter=0.0,
+    def __init__(self, data: TripleSet, batch_size: int, seed, crop=0, recolor=0.0, restyle=0.0, jitter=0.0, flip=True,
                  recipes: RecipeSettings = DEFAULTS, grid: int = 1, images: bool = True):  # fmt: skip
         if not 0 <= crop <= data.size or crop % grid:
             raise HarmonyError(f"crop {crop} must be 0 or at most {data.size} and a multiple of {grid}; change it")
         for part in ("masks", *(["reals"] if images else []), *(["composites"] if images and recolor < 1 else [])):
             getattr(data, part)  # decoded here and not in the training loop's thread
         self.data, self.batch_size, self.seed, self.crop, self.grid = data, batch_size, seed, crop, grid
-        self.recolor, self.restyle, self.jitter, self.recipes = recolor, restyle, jitter, recipes
+        self.recolor, self.restyle, self.jitter, self.recipes, self.flip = recolor, restyle, jitter, recipes, flip
 
     @property
     def key(self) -> list:
-        options = [self.crop, self.recolor, self.restyle, self.jitter, repr(self.recipes)]
+        options = [self.crop, self.flip, self.recolor, self.restyle, self.jitter, repr(self.recipes)]
         return [self.data.key(self.recolor < 1), str(self.seed), *options]
 
     def drawn(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -219,7 +220,7 @@ class PixelBatches:
         draw = rng(self.seed, "flip and crop", step)
         indices = np.array(batch_indices(step, len(self.data), self.batch_size, self.seed))
         room = (self.data.size - self.crop) // self.grid if self.crop else 0
-        return indices, draw.integers(2, size=len(indices)), draw.integers(room + 1, size=(len(indices), 2))
+        return indices, draw.integers(2, size=len(indices)) * self.flip, draw.integers(room + 1, size=(len(indices), 2))
 
     def __call__(self, step: int, images: bool = True) -> dict[str, torch.Tensor]:
         """The step's batch; images=False leaves all but the masks out."""

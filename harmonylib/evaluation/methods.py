@@ -104,8 +104,8 @@ def _key(triple) -> str:
     return f"{triple.subset}/{triple.name}"
 
 
-def predict(method: Method, data: TripleSet, batch_size: int = 16):
-    """Yield (triple, composite, mask, real, output) as uint8/bool arrays, the composite's background pasted back."""
+def _run(method: Method, data: TripleSet, batch_size: int):
+    """Yield (triple, composite, mask, real, output), the output as the method gave it: HxWx3 float32 in 0..255."""
     for start in progress(range(0, len(data), batch_size), desc=method.name, unit="batch"):
         triples = data.triples[start : start + batch_size]
         batch = data.batch(range(start, start + len(triples)))
@@ -114,20 +114,33 @@ def predict(method: Method, data: TripleSet, batch_size: int = 16):
         if output.shape != composite.shape or not output.isfinite().all():
             shapes = f"{tuple(output.shape)} for {tuple(composite.shape)}"
             raise HarmonyError(f"{method.name}: predictions of shape {shapes} or with NaN; mend the method")
-        output = paste(output.clamp(-1, 1), composite, mask)
-        yield from zip(triples, to_uint8(composite), mask[:, 0].numpy() > 0.5, to_uint8(batch["real"]),
-                       to_uint8(output), strict=True)  # fmt: skip
+        output = output.clamp(-1, 1).add(1).mul(127.5).movedim(1, -1).numpy()
+        yield from zip(triples, to_uint8(composite), mask[:, 0].numpy() > 0.5, to_uint8(batch["real"]), output,
+                       strict=True)  # fmt: skip
 
 
-def evaluate(methods: list[Method], data: TripleSet, batch_size: int = 16) -> pd.DataFrame:
-    """Scores of every method on every triple: columns model, subset, name, photo, foreground_ratio and the metrics.
+def predict(method: Method, data: TripleSet, batch_size: int = 16):
+    """Yield (triple, composite, mask, real, output) as uint8/bool arrays, the composite's background pasted back."""
+    for triple, composite, mask, real, output in _run(method, data, batch_size):
+        yield triple, composite, mask, real, paste(output.round().astype(np.uint8), composite, mask)
 
-    Protocol "standard", the composite's background pasted. Raises HarmonyError for an output of another size or with
-    NaN.
+
+def evaluate(methods: list[Method], data: TripleSet, batch_size: int = 16, protocols=("standard",)) -> pd.DataFrame:
+    """Scores of every method on every triple: columns model, subset, name, photo, protocol, scored_at (pixels of the
+    square), foreground_ratio and the metrics.
+
+    Each method runs once, and its output is scored under every protocol (names in `metrics.PROTOCOLS`): "standard" with
+    the composite's background pasted, the others as their code has it; a protocol with a size of its own resizes what
+    is not of that size. Masks are hard. Raises HarmonyError for an output of another size or with NaN.
     """
     rows = []
     for method in methods:
-        for triple, _, mask, real, output in predict(method, data, batch_size):
+        for triple, composite, mask, real, output in _run(method, data, batch_size):
             about = {"model": method.name, "subset": triple.subset, "name": triple.name, "photo": triple.photo}
-            rows.append(about | {"foreground_ratio": float(mask.mean())} | score(output, real, mask, "standard"))
+            if output.max() <= 1:  # a black picture, which `score` would take for one in 0..1
+                output = output.round().astype(np.uint8)
+            for name in protocols:
+                choice = {"protocol": name, "scored_at": data.size, "foreground_ratio": float(mask.mean())}
+                pasted = composite if name == "standard" else None
+                rows.append(about | choice | score(output, real, mask, name, pasted))
     return pd.DataFrame(rows)

@@ -6,7 +6,7 @@ whose colour change was taken back: an AUC that stays high on those does not com
 """
 
 import io
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,14 +17,13 @@ from PIL import Image
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
-from sklearn.model_selection import GroupKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
+from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from ..core.cache import cached_array, file_digest, weights_digest
 from ..core.errors import HarmonyError
-from ..core.images import read_image, resize, to_tensor
+from ..core.images import read_image, read_pair, resize, to_tensor
 from ..core.progress import progress
 from ..core.seeds import rng
 from ..data.layout import Triple
@@ -62,9 +61,18 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
         self.network.load_state_dict(imagenet_state(self.config.backbone))
         return self
 
-    def features(self, image: torch.Tensor) -> torch.Tensor:
-        """Globally pooled backbone features: Bx3xHxW in [-1, 1] -> BxD."""
-        return self.network(normalised(resize(image, self.config.size), self.network))
+    def features(self, image: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Globally pooled backbone features: Bx3xHxW in [-1, 1] -> BxD.
+
+        With a mask, Bx1xHxW in [0, 1], the means inside and outside of it: Bx2D (ours: the paper's sees no mask).
+        """
+        image = normalised(resize(image, self.config.size), self.network)
+        if mask is None:
+            return self.network(image)
+        maps = self.network.forward_features(image)
+        inside = nn.functional.interpolate(mask, size=maps.shape[2:], mode="area")
+        means = [(maps * w).sum((2, 3)) / w.sum((2, 3)).clamp_min(1e-6) for w in (inside, 1 - inside)]
+        return torch.cat(means, dim=1)
 
     def probability(self, features: torch.Tensor) -> torch.Tensor:
         """Calibrated P(composite), shape B, of BxD features."""
@@ -76,12 +84,16 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
 
     def extract(self, paths, batch_size: int = 32) -> np.ndarray:
         """NxD float32 features of image files after `round_trip_codec`, cached by the files' content."""
-        return self._extract("file", [[path] for path in paths], read_image, batch_size)
+        return self._extract("file", [[path] for path in paths], lambda path: (read_image(path), None), batch_size)
+
+    def extract_regions(self, pairs, batch_size: int = 32) -> np.ndarray:
+        """Nx2D float32 features, inside and outside the mask, of (image, mask) files, cached likewise."""
+        return self._extract("regions", pairs, read_pair, batch_size)
 
     def extract_undone(self, triples: list[Triple], batch_size: int = 32) -> np.ndarray:
         """NxD float32 features of the triples' composites after `undo_color_change`, cached likewise."""
         files = {(t.composite, t.mask, t.real): t for t in triples}
-        return self._extract("undone", list(files), lambda *f: undo_color_change(*files[f].load()), batch_size)
+        return self._extract("undone", list(files), lambda *f: (undo_color_change(*files[f].load()), None), batch_size)
 
     def _extract(self, kind: str, files, load, batch_size: int) -> np.ndarray:
         if not files:
@@ -92,45 +104,81 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
         @torch.inference_mode()
         def fill(array):
             for some in progress(torch.arange(len(files)).split(batch_size), desc="classifier features", unit="batch"):
-                images = [to_tensor(round_trip_codec(load(*files[i])))[None] for i in some]
-                batch = torch.cat([resize(image, self.config.size) for image in images])
-                array[some] = self.features(batch.to(self.device)).float().cpu().numpy()
+                images, masks = zip(*(load(*files[i]) for i in some), strict=True)
+                images = (to_tensor(round_trip_codec(image))[None] for image in images)
+                batch = [torch.cat([resize(image, self.config.size) for image in images]).to(self.device)]
+                if kind == "regions":
+                    side = (self.config.size, self.config.size)
+                    masks = (nn.functional.interpolate(to_tensor(mask)[None], side, mode="area") for mask in masks)
+                    batch.append(torch.cat(list(masks)).to(self.device))
+                array[some] = self.features(*batch).float().cpu().numpy()
 
         key |= {"weights": weights_digest(self.network)}
-        return cached_array(key, (len(files), self.network.num_features), np.float32, fill)
+        width = self.network.num_features * (2 if kind == "regions" else 1)
+        return cached_array(key, (len(files), width), np.float32, fill)
 
     @torch.inference_mode()
     def predict(self, features: np.ndarray) -> np.ndarray:
         """N calibrated probabilities of NxD features (`extract`)."""
         return self.probability(torch.tensor(np.asarray(features), device=self.device).float()).cpu().numpy()
 
-    def fit_head(self, features, labels, photos, regularisation: float = 0.1, folds: int = 5) -> dict:
-        """Fit the linear head, and its calibration (Platt) on scores of photos that the scoring head had not seen.
-
-        features NxD; labels N, 1 for composites; both classes weigh the same. photos: N names, never split between the
-        folds of the cross-validation that gives those scores. regularisation: weight of half the head's squared norm
-        beside the mean log loss, features standardised. Returns `evaluate_classifier` of the cross-validated scores.
-        Raises HarmonyError for fewer than two photos, or where a fold leaves a class out.
-        """
-        features, labels, photos = np.asarray(features, np.float64), np.asarray(labels).astype(int), np.asarray(photos)
-        folds = min(folds, len(np.unique(photos)))
-        splits = list(GroupKFold(folds).split(features, labels, photos)) if folds > 1 else []
-        if not splits or any(len(np.unique(labels[fitted])) < 2 for fitted, _ in splits):
-            raise HarmonyError(f"the classifier's photos ({len(set(photos))}) lack reals or composites; add photos")
-        linear = LogisticRegression(C=1 / (regularisation * len(labels)), class_weight="balanced", max_iter=1000)
-        scaler = StandardScaler()
-        probe = make_pipeline(scaler, linear)
-        logits = cross_val_predict(probe, features, labels, cv=splits, method="decision_function")
-        spread = logits.std() + 1e-6
-        platt = LogisticRegression(class_weight="balanced").fit(logits[:, None] / spread, labels)
-        slope, intercept = max(platt.coef_[0, 0] / spread, MIN_SLOPE), platt.intercept_[0]
-        probe.fit(features, labels)
-        weight = linear.coef_ / scaler.scale_
+    def fit_head(self, features, labels, photos, regularisation=(0.1,), folds: int = 5) -> dict:
+        """Fit the linear head and its calibration: `fit_probe`, whose scores it returns."""
+        probe = fit_probe(features, labels, photos, regularisation, folds)
         with torch.no_grad():
-            self.head.weight.copy_(torch.from_numpy(weight))
-            self.head.bias.copy_(torch.from_numpy(linear.intercept_ - weight @ scaler.mean_))
-            self.calibration.copy_(torch.tensor([slope, intercept]))
-        return evaluate_classifier(expit(slope * logits + intercept), labels, photos=photos)
+            self.head.weight.copy_(torch.from_numpy(probe.weight)[None])
+            self.head.bias.fill_(probe.bias)
+            self.calibration.copy_(torch.tensor(probe.calibration))
+        return probe.scores
+
+
+class Probe(NamedTuple):
+    """P(composite) = sigmoid(slope (weight . features + bias) + intercept), calibration = (slope, intercept)."""
+
+    weight: np.ndarray
+    bias: float
+    calibration: tuple[float, float]
+    scores: dict
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """N calibrated probabilities of NxD features."""
+        slope, intercept = self.calibration
+        return expit(slope * (features @ self.weight + self.bias) + intercept)
+
+
+def fit_probe(features, labels, photos, regularisation=(0.1,), folds: int = 5) -> Probe:
+    """Logistic regression, with its calibration (Platt) on scores of photos that the scoring head had not seen.
+
+    features NxD; labels N, 1 for composites; both classes weigh the same. photos: N names, never split between the
+    folds of the cross-validation that gives those scores. regularisation: weights of half the head's squared norm
+    beside the mean log loss, features standardised; that of the highest cross-validated AUC is taken. scores:
+    `evaluate_classifier` of the cross-validated scores, a little too good where several were tried, and
+    "regularisation". Raises HarmonyError for fewer than two photos, or where a fold leaves a class out.
+    """
+    features, labels, photos = np.asarray(features, np.float64), np.asarray(labels).astype(int), np.asarray(photos)
+    folds = min(folds, len(np.unique(photos)))
+    splits = list(GroupKFold(folds).split(features, labels, photos)) if folds > 1 else []
+    if not splits or any(len(np.unique(labels[fitted])) < 2 for fitted, _ in splits):
+        raise HarmonyError(f"the classifier's photos ({len(set(photos))}) lack reals or composites; add photos")
+    tried = sorted(regularisation, reverse=True)
+    logits = {strength: np.zeros(len(labels)) for strength in tried}
+    options = {"class_weight": "balanced", "max_iter": 1000}
+    for fitted, unseen in progress(splits, desc="classifier folds", unit="fold"):
+        scaler = StandardScaler().fit(features[fitted])
+        x, y = scaler.transform(features[fitted]), scaler.transform(features[unseen])
+        linear = LogisticRegression(warm_start=True, **options)  # each goes on from the stronger one before
+        for strength in tried:
+            linear.set_params(C=1 / (strength * len(labels)))
+            logits[strength][unseen] = linear.fit(x, labels[fitted]).decision_function(y)
+    best = max(tried, key=lambda strength: _auc(labels, logits[strength]))
+    scores, spread = logits[best], logits[best].std() + 1e-6
+    platt = LogisticRegression(class_weight="balanced").fit(scores[:, None] / spread, labels)
+    slope, intercept = max(platt.coef_[0, 0] / spread, MIN_SLOPE), platt.intercept_[0]
+    scaler = StandardScaler().fit(features)
+    linear = LogisticRegression(C=1 / (best * len(labels)), **options).fit(scaler.transform(features), labels)
+    weight = linear.coef_[0] / scaler.scale_
+    found = evaluate_classifier(expit(slope * scores + intercept), labels, photos=photos) | {"regularisation": best}
+    return Probe(weight, float(linear.intercept_[0] - weight @ scaler.mean_), (float(slope), float(intercept)), found)
 
 
 def round_trip_codec(array: np.ndarray) -> np.ndarray:
@@ -155,10 +203,13 @@ def undo_color_change(composite: np.ndarray, mask: np.ndarray, real: np.ndarray)
     return restored
 
 
-def labelled_images(triples: list[Triple]) -> tuple[list[Path], np.ndarray, list[str], list[str]]:
-    """(paths, labels, subsets, photos) of every composite (label 1) and of every real once (label 0)."""
-    rows = [(t.composite, 1, t.subset, t.photo) for t in triples]
-    rows += dict.fromkeys((t.real, 0, t.subset, t.photo) for t in triples)
+def labelled_images(triples: list[Triple], masks: bool = False) -> tuple[list, np.ndarray, list[str], list[str]]:
+    """(paths, labels, subsets, photos) of every composite (label 1) and of every real once (label 0).
+
+    masks: (image, mask) paths for paths, with every mask that a real has.
+    """
+    rows = [((t.composite, t.mask) if masks else t.composite, 1, t.subset, t.photo) for t in triples]
+    rows += dict.fromkeys(((t.real, t.mask) if masks else t.real, 0, t.subset, t.photo) for t in triples)
     paths, labels, subsets, photos = (list(column) for column in zip(*rows, strict=True))
     return paths, np.array(labels), subsets, photos
 

@@ -50,8 +50,10 @@ class RegionContrastiveLoss(nn.Module):
     r"""Contrast patches of the harmonized foreground with patches of the real background (Eq. 8-12).
 
     K patches of 8x8 are cut around cells of a stride-4 map, inside each region, and embedded by one two-layer MLP
-    (192-256-256) with L2-normalised output: N_i from the harmonized foreground, P_i from the real background. Give the
-    MLP's parameters to the optimiser. With t the temperature, per image
+    (192-256-256) with L2-normalised output. They are patches of the masked images H M and I (1 - M) (Eq. 8, 9): what a
+    patch has of the other region is 0, mid-grey; masked=False leaves it in. With these, N_i from the harmonized
+    foreground, P_i from the real background. Give the MLP's parameters to the optimiser. With t the temperature, per
+    image
 
     paper (Eq. 11): 1/K sum_i -log  exp(v_bg.P_i / t) / [exp(v_bg.P_i / t) + sum_k exp(v_fg.N_k / t)]
 
@@ -70,12 +72,13 @@ class RegionContrastiveLoss(nn.Module):
     Raises HarmonyError for an unknown reading, and for reading C without a composite.
     """
 
-    def __init__(self, reading="B", patches: int = 256, temperature=0.07, patch: int = 8, stride: int = 4):
+    def __init__(self, reading="B", patches: int = 256, temperature=0.07, patch: int = 8, stride: int = 4,
+                 masked: bool = True):  # fmt: skip
         super().__init__()
         if reading not in ("A", "B", "C"):
             raise HarmonyError(f"reading {reading!r} is unknown; use A, B or C")
         self.reading, self.patches, self.temperature = reading, patches, temperature
-        self.patch, self.stride = patch, stride
+        self.patch, self.stride, self.masked = patch, stride, masked
         self.mlp = nn.Sequential(nn.Linear(3 * patch * patch, 256), nn.ReLU(), nn.Linear(256, 256))
 
     def embed(self, image: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
@@ -106,6 +109,9 @@ class RegionContrastiveLoss(nn.Module):
             raise HarmonyError("reading C contrasts with the composite's foreground; pass composite=")
         with torch.autocast(output.device.type, enabled=False):
             foreground_cells, background_cells, keep = sample_cells(mask, self.stride, self.patches, generator)
+            if self.masked:
+                output, real = output * mask, real * (1 - mask)
+                composite = None if composite is None else composite * mask
             per_image = self.contrast(
                 self.embed(output, foreground_cells),
                 self.embed(real, background_cells),
@@ -168,11 +174,16 @@ class ResUNetLoss(nn.Module):
     torch's global generator: make the loss after the network.
     """
 
-    def __init__(self, weights=(0.4, 0.5, 0.1), error: str = "l1", reading: str = "B", patches: int = 256):
+    def __init__(self, weights=(0.4, 0.5, 0.1), error: str = "l1", reading: str = "B", patches: int = 256, masked=True):
         super().__init__()
         self.weights, self.error = weights, error
-        self.contrastive = RegionContrastiveLoss(reading, patches) if weights[2] else None
-        self.key = [list(weights), error, reading, patches]
+        self.contrastive = RegionContrastiveLoss(reading, patches, masked=masked) if weights[2] else None
+        self.key = [list(weights), error, reading, patches, masked]
+
+    @classmethod
+    def of(cls, section) -> "ResUNetLoss":
+        """The loss that section `resunet` of the settings describes."""
+        return cls(section.weights, section.error, section.reading, section.patches, section.masked_patches)
 
     def forward(self, network, batch, generator) -> dict[str, torch.Tensor]:
         composite, real, mask = batch["composite"], batch["real"], batch["mask"]

@@ -62,14 +62,18 @@ class RegionStyle(nn.Module):
 
     gamma and beta start at 0 ("all the hyper-parameters are initialized as 0"); read literally, s x + b would then
     erase the features, hence 1 + gamma. shared_affine: one pair for both regions, as in the paper's notation.
-    Without `normalise` the features stay as they are.
+    affine: "constant", learnt numbers; or "function", as Eq. 6 and 7 are written: affine functions of x itself, at each
+    pixel, of which the constants are the offsets. Its 2 C^2 further weights a region and block give 28.54 M parameters
+    (shared) where the paper prints 28.37, hence the constants. Without `normalise` the features stay as they are.
     """
 
-    def __init__(self, normalise, channels: int, shared_affine: bool = False):
+    def __init__(self, normalise, channels: int, shared_affine: bool = False, affine: str = "constant"):
         super().__init__()
-        self.normalise = normalise
+        self.normalise, self.slope, regions = normalise, None, 1 if shared_affine else 2
         if normalise:
-            self.gamma, self.beta = (nn.Parameter(torch.zeros(1 if shared_affine else 2, channels)) for _ in range(2))
+            self.gamma, self.beta = (nn.Parameter(torch.zeros(regions, channels)) for _ in range(2))
+        if normalise and affine == "function":
+            self.slope = nn.Parameter(torch.zeros(regions, 2 * channels, channels))
 
     def forward(self, decoder: torch.Tensor, encoder: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """decoder and encoder BxCxHxW, mask Bx1xHxW in {0, 1} -> BxCxHxW in decoder's dtype; computed in float32."""
@@ -77,10 +81,15 @@ class RegionStyle(nn.Module):
             return decoder
         with torch.autocast(decoder.device.type, enabled=False):
             foreground, background = self.normalise(decoder.float(), encoder.float(), mask)
-            gamma, beta = self.gamma.float()[:, :, None, None], self.beta.float()[:, :, None, None]
-            foreground = (1 + gamma[0]) * foreground + beta[0]
-            background = (1 + gamma[-1]) * background + beta[-1]
+            foreground, background = self._fused(foreground, 0), self._fused(background, -1)
             return torch.where(mask > 0.5, foreground, background).to(decoder.dtype)
+
+    def _fused(self, x, region: int):
+        gamma, beta = (numbers[region].float()[:, None, None] for numbers in (self.gamma, self.beta))
+        if self.slope is not None:
+            more = torch.einsum("oc,bchw->bohw", self.slope[region].float(), x).chunk(2, dim=1)
+            gamma, beta = gamma + more[0], beta + more[1]
+        return (1 + gamma) * x + beta
 
 
 NORMALISATIONS = {"style-fusion": style_fusion, "adain": adain, "rain": rain, "none": None}
@@ -157,12 +166,12 @@ class ConvBlock(nn.Module):
 class UpBlock(nn.Module):
     """2x2 transposed convolution, skip, S2AM on the 2C channels, ConvBlock 2C -> C, style module."""
 
-    def __init__(self, below: int, channels: int, residual_convs: int, style: str, shared_affine: bool):
+    def __init__(self, below: int, channels: int, residual_convs: int, style: str, *affine):
         super().__init__()
         self.up = nn.Sequential(nn.ConvTranspose2d(below, channels, 2, stride=2), nn.BatchNorm2d(channels))
         self.attention = SpatialSeparatedAttention(2 * channels)
         self.block = ConvBlock(2 * channels, channels, residual_convs)
-        self.style = STYLES[style](channels, shared_affine)
+        self.style = STYLES[style](channels, *affine)
 
     def forward(self, x, encoder, mask):
         x = torch.cat([encoder, F.relu(self.up(x))], dim=1)
@@ -173,7 +182,8 @@ class ContrastiveResUNet(FolderModel):
     """The harmonization network of the region-wise contrastive paper; 28.37 M parameters at the defaults.
 
     base_channels double at each of `depth` levels; `residual_convs` follow the first convolution of every block;
-    style ("style-fusion", "adain", "rain", "none") ends every decoder block; sample_size: of training, pixels.
+    style ("style-fusion", "adain", "rain", "none") ends every decoder block, with shared_affine and affine as of
+    `RegionStyle`; sample_size: of training, pixels.
 
     head "residual": the paper does not say what the head predicts; here it is the change, zero at first.
     head "colour" (ours): the network sees a `view` of that many pixels and decodes only to a quarter of it; region
@@ -198,9 +208,11 @@ class ContrastiveResUNet(FolderModel):
         head_width: int = 96,
         head_layers: int = 2,
         strips: int = 128,
+        affine: str = "constant",
     ):
         super().__init__(locals())
-        for what, name, known in (("style", style, STYLES), ("head", head, ("residual", "colour"))):
+        for what, name, known in (("style", style, STYLES), ("head", head, ("residual", "colour")),
+                                  ("affine", affine, ("constant", "function"))):  # fmt: skip
             if name not in known:
                 raise HarmonyError(f"{what} {name!r} is unknown; use one of {', '.join(known)}")
         least = COARSE_LEVEL + 1 if head == "colour" and view and not encoder else 2
@@ -219,7 +231,7 @@ class ContrastiveResUNet(FolderModel):
             self.down = nn.ModuleList(ConvBlock(i, o, residual_convs) for i, o in zip(inputs, widths, strict=True))
             widths = widths[COARSE_LEVEL:] if head == "colour" else widths
         levels = reversed(list(zip(widths[1:], widths[:-1], strict=True)))
-        self.up = nn.ModuleList(UpBlock(below, w, residual_convs, style, shared_affine) for below, w in levels)
+        self.up = nn.ModuleList(UpBlock(below, w, residual_convs, style, shared_affine, affine) for below, w in levels)
         if head == "colour":
             self.colour_head = ColourHead([4 * width for width in reversed(widths)], head_width, head_layers, strips)
         else:

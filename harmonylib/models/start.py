@@ -37,7 +37,7 @@ def initial_resunet(section, folder: Path | None, seed: int) -> ContrastiveResUN
     HarmonyError where the folder holds no ResUNet, or one of another architecture than the section says.
     """
     torch.manual_seed(seed)
-    names = ["style", "head", "encoder", "view"]
+    names = ["style", "affine", "head", "encoder", "view"]
     new = {name: getattr(section, name) for name in (*SHAPE, *names)}
     if folder is None:
         return build(section.size, **new)

@@ -64,7 +64,7 @@ def diffharmony(run, task):
 def resunet(run, task):
     section, data = run.resunet, TripleSet(read_triples("data/benchmark", "train"), run.resunet.size)
     model = initial_resunet(section, start_folder(section.start, "resunet"), run.seed)
-    loss = ResUNetLoss(section.weights, section.error, section.reading, section.patches)
+    loss = ResUNetLoss.of(section)
     batches = resunet_batches(data, section, run.seed, recipes(run))
     folder, settings = "artifacts/contrastive_resunet", TrainSettings.of(run, "resunet")
     train(model, loss, batches, settings, name="contrastive resunet", **loop(run, folder))

@@ -20,3 +20,13 @@ def load(paper: str | None = None) -> pd.DataFrame:
     options = {"dtype": {"table": str, "value": float}, "keep_default_na": False, "na_values": {"value": [""]}}
     tables = [pd.read_csv(files(__package__) / f"{name}.csv", **options) for name in PAPERS if paper in (None, name)]
     return pd.concat(tables, ignore_index=True)
+
+
+# What a table's published cells were scored by, as far as it is known: DiffHarmony++'s by its own code; the contrastive
+# paper quotes the fSSIM of IIH, whose code its Tables III and VI are taken to follow. All else: ours.
+PROTOCOLS = dict.fromkeys("12345", "diffharmony") | dict.fromkeys(("III", "VI"), "iih")
+
+
+def protocols(*tables: str) -> tuple[str, ...]:
+    """The protocols to score the outputs of these tables' rows by: "standard", and the published cells' own."""
+    return tuple(dict.fromkeys(["standard", *(PROTOCOLS.get(table, "standard") for table in tables)]))
