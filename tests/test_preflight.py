@@ -62,7 +62,7 @@ def test_half_downloaded_weights_and_their_folder(paper, tmp_path):
 
 def test_a_bound_that_is_too_small_and_a_disk_that_would_fill(paper, monkeypatch):
     assert "cache: " not in missing(paper)
-    assert "for the largest entry (ResUNet: composites, 288 px)" in missing(paper.model_copy(update={"cache_gb": 3.0}))
+    assert "for the largest entry (DiffHarmony: masks, 512 px)" in missing(paper.model_copy(update={"cache_gb": 3.0}))
     usage = type("Usage", (), {"free": 20e9})
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
     assert "are needed, 20 are free; make room" in missing(paper)

@@ -302,21 +302,15 @@ def page(run) -> str:
     """The tables of docs/scaling.md."""
     peaks, parts = largest_calls(run), work(run)
     spent = {gpus: hours(run, gpus) for gpus in (1, 8, 64)}
-    rows = [
-        [
-            name,
-            kind,
-            f"{flops / 1e18:.2f}",
-            "all" if most >= 10**6 else most,
-            *(f"{h[name]:.1f}" for h in spent.values()),
-        ]
+    lines = [
+        [name, kind, f"{flops / 1e18:.2f}", "all" if most == ALL else most, *(f"{h[name]:.1f}" for h in spent.values())]
         for name, (flops, most, kind) in parts.items()
     ]
-    rows.append(["all", "", f"{sum(part[0] for part in parts.values()) / 1e18:.1f}", "",
-                 *(f"{sum(h.values()):.1f}" for h in spent.values())])  # fmt: skip
+    exa = sum(flops for flops, _, _ in parts.values()) / 1e18
+    lines.append(["all", "", f"{exa:.1f}", "", *(f"{sum(h.values()):.1f}" for h in spent.values())])
     cards = []
     for name, (step, batch) in steps(run).items():
-        rows, held = [batch >> k for k in range(batch.bit_length())], {}
+        rows, held = [batch >> k for k in range(batch.bit_length())], {}  # images at a time
         for checkpointing in (False, True) if name in ("harmony_vae", "diffharmony") else (False,):
             one, whole = (step(n, checkpointing)[1] for n in (1, batch))
             slope = (whole - one) / (batch - 1)  # memory grows in proportion to the images
@@ -331,7 +325,7 @@ def page(run) -> str:
     return "\n".join([
         _table(["largest call of", "GB"], [[name, f"{peak / 1e9:.1f}"] for name, peak in sorted(peaks.items())]),
         _table(["training of", "batch", "GB for all at once", *(f"{card} GB card" for card in CARDS)], cards),
-        _table(["part", "precision", "EFLOP", "GPUs that can share it", *(f"{n} GPU, h" for n in spent)], rows),
+        _table(["part", "precision", "EFLOP", "GPUs that can share it", *(f"{n} GPU, h" for n in spent)], lines),
         _table(["on disk", "GB"], [[name, f"{size / 1e9:.0f}"] for name, size in stored.items()]
                + [["all", f"{sum(stored.values()) / 1e9:.0f}"]]),
     ])  # fmt: skip

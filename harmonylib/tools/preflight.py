@@ -13,6 +13,7 @@ from ..augmentation.candidates import has_latent_foreground
 from ..core.devices import pick_device
 from ..core.errors import HarmonyError
 from ..core.images import open_image, read_mask, resize_mask
+from ..core.json_files import read_json
 from ..core.parallel import parallel_map
 from ..data.layout import read_triples
 from ..data.readers import detect
@@ -132,6 +133,12 @@ def _models(run, found: Findings) -> None:
                 found.missing.append(f"{stage}: {error}")
 
 
+def _widths(path: str) -> list[int]:
+    """The channels of the UNet's levels; Stable Diffusion's where the folder does not say."""
+    file = Path(path, "unet/config.json")
+    return (read_json(file) if file.is_file() else {}).get("block_out_channels", [320])
+
+
 def _package(name: str, stage: str, mend: str, found: Findings) -> None:
     if importlib.util.find_spec(name) is None:
         found.missing.append(f"{stage}: the package {name} is not installed; {mend}")
@@ -190,7 +197,7 @@ def _network() -> bool:
 
 
 def _machine(run, found: Findings, composites: int, reals: int, gpus: int) -> None:
-    big = run.base.source == "stable-diffusion"
+    big = run.base.source == "stable-diffusion" and _widths(run.base.path)[0] >= 320  # else a stand-in
     free, memory = shutil.disk_usage(".").free, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         device = pick_device(run.device)
