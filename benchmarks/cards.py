@@ -1,8 +1,8 @@
 """`python -m benchmarks.cards`: writes the figures of pretrained/scores.json into the model cards and README, those of
 the last run and its ablations (reports/metrics/*.json) into README, and notebook 0's picture to docs/results.jpg.
 
-What stands between `<!-- figures -->` and `<!-- end of figures -->` is replaced (likewise `run` and `ablations`); the text
-around it is by hand and has no figures.
+What stands between `<!-- figures -->` and `<!-- end of figures -->` is replaced (likewise `run` and `ablations`); the
+text around it is by hand and has no figures.
 """
 
 import json

@@ -17,10 +17,13 @@ FOLDERS = {"resunet": "contrastive-resunet", "harmonize": "diffharmony++", "inve
 def start_folder(start: str | None, model: str) -> Path | None:
     """The folder that the setting `start` names for a model: "resunet", or a task of the diffusion models.
 
-    None for null and where this release ships none: training then starts from the base or from nothing. Raises
+    None for null and where this release ships none: training then starts from the base or from nothing. Of another
+    folder its part of the model's name is taken, where there is one: FOLDER/harmonize, FOLDER/inverse. Raises
     HarmonyError where the folder is missing.
     """
     folder = SHIPPED / FOLDERS.get(model, model) if start == "shipped" else Path(start or "")
+    if start != "shipped" and (folder / model).is_dir():
+        folder = folder / model
     if start and folder.is_dir():
         return folder
     if start in (None, "shipped"):

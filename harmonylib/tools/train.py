@@ -18,7 +18,7 @@ from ..data.batches import TASKS, TripleSet, load_pairs
 from ..data.layout import read_triples
 from ..data.recipes import RecipeSettings
 from ..models.base import open_base, train_base
-from ..models.contrastive import ResUNetLoss, resunet_batches
+from ..models.contrastive import resunet_batches, resunet_loss
 from ..models.diffusion import diffharmony_batches, diffharmony_loss
 from ..models.pipeline import DiffHarmonyPipeline
 from ..models.start import initial_harmony_vae, initial_resunet, initial_unet, start_folder
@@ -63,7 +63,7 @@ def diffharmony(run, task):
 def resunet(run, task):
     section, data = run.resunet, TripleSet(read_triples("data/benchmark", "train"), run.resunet.size)
     model = initial_resunet(section, start_folder(section.start, "resunet"), run.seed)
-    loss = ResUNetLoss.of(section)
+    loss = resunet_loss(section)
     batches = resunet_batches(data, section, run.seed, recipes(run))
     history = train(model, loss, batches, TrainSettings.of(run, "resunet"), name="contrastive resunet", **loop(run))
     return model, "artifacts/contrastive_resunet", history
