@@ -7,6 +7,7 @@ it (columns subset, name, photo and metrics; others are ignored): it trains and 
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -14,16 +15,20 @@ import numpy as np
 import pandas as pd
 
 from harmonylib.core.checkpoints import RESUME_POINTS
+from harmonylib.core.devices import pick_device
 from harmonylib.core.distributed import SHARE, share_of
 from harmonylib.core.errors import HarmonyError
+from harmonylib.core.json_files import read_json
 from harmonylib.data.batches import TripleSet
 from harmonylib.evaluation.metrics import METRICS, summarise
 from harmonylib.evaluation.published import PROTOCOLS, load, protocols
 from harmonylib.evaluation.statistics import paired_difference, verdict
-from harmonylib.models.contrastive import ResUNetLoss, resunet_batches
+from harmonylib.models.contrastive import resunet_batches, resunet_loss
+from harmonylib.models.resunet import ContrastiveResUNet
 from harmonylib.models.start import initial_resunet
 from harmonylib.training import TrainingDiverged, TrainSettings, train
 
+MAIN_MODEL = Path("artifacts/contrastive_resunet")
 PAPERS = {"head": "residual", "encoder": None, "error": "l1", "weights": (0.4, 0.5, 0.1), "jitter": 0.0}
 HIGHER_IS_BETTER = ("psnr", "ssim", "fssim")
 IMAGE = ["subset", "name", "photo"]
@@ -131,14 +136,24 @@ def changed(section, **changes) -> SimpleNamespace:
     return SimpleNamespace(**vars(section) | changes)
 
 
+def is_main_model(run, section, seed: int) -> bool:
+    """Whether notebook 8 has trained just this: section's settings, from nothing, with this seed, as long."""
+    own = {"steps": run.ablations.resunet_steps, "start": None, "weights": list(section.weights)}
+    return seed == run.seed and vars(section) | own == vars(run.resunet)
+
+
 def train_resunet(run, data: TripleSet, seed: int, observe=None, **changes):
     """(model, history) of the paper's ResUNet, trained from nothing for the ablations' steps, some settings changed.
 
     run: the settings of params.yaml; changes: of its section `resunet`, whose head, encoder and losses are the paper's.
+    Where that is the model of notebook 8, as under `paper`, it is read and not trained again, unless to `observe` it.
     """
     section = changed(run.resunet, size=data.size, **PAPERS | changes)
+    if is_main_model(run, section, seed) and observe is None:
+        model = ContrastiveResUNet.from_pretrained(MAIN_MODEL).eval().to(pick_device(run.device))
+        return model, read_json(MAIN_MODEL / "training.json")
     model = initial_resunet(section, None, seed)
-    loss = ResUNetLoss.of(section)
+    loss = resunet_loss(section)
     settings = replace(TrainSettings.of(run, "resunet"), steps=run.ablations.resunet_steps)
     options = {"seed": seed, "device": run.device, "observe": observe, "checkpoints": RESUME_POINTS}
     history = train(model, loss, resunet_batches(data, section, seed), settings, name="contrastive resunet", **options)

@@ -243,7 +243,12 @@ def train(model, loss, batches, settings: TrainSettings, *, name: str, seed: int
     when another process trains the same.
     """
     run = _Run(model, loss, settings, pick_device(device))
-    store = Checkpoints(checkpoints, _key(run.modules, loss, batches, settings, name, seed)) if checkpoints else None
+    key = (
+        _key(run.modules, loss, batches, settings, name, seed) | {"observed": observe is not None}
+        if checkpoints
+        else {}
+    )
+    store = Checkpoints(checkpoints, key) if checkpoints else None
     with only_one(store.folder) if store and run.rank == 0 else contextlib.nullcontext():
         show = functools.partial(_write_curve, curve) if curve and run.rank == 0 else lambda history: None
         history = _loop(run, batches, name, seed, observe, store, show)

@@ -79,7 +79,7 @@ def rows_of(models: dict, wanted) -> list[dict]:
 
 def _our_rows(table: Table, data: dict, wanted: list[str]) -> list[dict]:
     """Our long rows for one published table."""
-    models = data.get("models", {})
+    models, others = data.get("models", {}), data.get("external", ())
     if table.number == "I":
         splits = {"Training": data.get("counts", {}).get("train"), "Testing": data.get("counts", {}).get("test")}
         splits = {name: counts | {"all": sum(counts.values())} for name, counts in splits.items() if counts}
@@ -88,13 +88,14 @@ def _our_rows(table: Table, data: dict, wanted: list[str]) -> list[dict]:
         rows = []
         for key, label in (("benchmark", "test set"), ("human_harmony", "our Human Harmony")):
             found = data.get("buckets", {}).get(key, {})
-            found = {model: found[model] for model in AGAINST.split(" vs ") if model in found}
+            found = {model: found[model] for model in (*AGAINST.split(" vs "), *others) if model in found}
             new = rows_of({"N_samples": parts for parts in list(found.values())[:1]}, ["n"])  # noqa: B035
             new += rows_of(found, [metric for metric in wanted if metric != "n"])
             rows += [row | {"subset": f"{label} {row['subset']}"} for row in new if row["subset"] != "all"]
         return rows
     elif table.number in ("1", "II", "III"):
-        shown = ("composite", *(("diffharmony", "diffharmony++") if table.number == "1" else ()), "contrastive-resunet")
+        shown = ("composite", *(("diffharmony", "diffharmony++") if table.number == "1" else ()), "contrastive-resunet",
+                 *others)  # fmt: skip
         models, size = {name: models[name] for name in shown if name in models}, "params_millions"
         costs = {name: cost["parameters"] / 1e6 for name, cost in data.get("cost", {}).items() if name in models}
         sizes = rows_of({name: {"all": {size: millions}} for name, millions in costs.items()}, {size} & set(wanted))

@@ -10,6 +10,7 @@ from harmonylib import HarmonyError
 from harmonylib.core import cache
 from harmonylib.core.images import write_image
 from harmonylib.core.json_files import read_json, write_json
+from harmonylib.core.settings import read_profile
 from harmonylib.data.batches import TripleSet
 from harmonylib.data.layout import Triple
 from harmonylib.training import TrainingDiverged
@@ -154,3 +155,28 @@ def test_the_resunet_trains_with_the_runs_settings_and_the_rows_changes(tmp_path
     assert torch.equal(trained(style="rain")[2], weights)
     assert "contrastive" not in trained(weights=(0.4, 0.5, 0.0))[1][0]
     assert not torch.equal(trained(style="adain")[2], weights)  # starts with the same weights, and must not resume
+    common.train_resunet(run, data, 0, style="none")
+    assert "psnr" in trained(style="none")[1][0]  # a finished run that nobody looked at has no such history
+
+    run.resunet = SimpleNamespace(
+        **vars(section) | common.PAPERS | {"steps": 3, "start": None, "size": 16, "style": "rain"}
+    )
+    run.resunet.weights, run.seed = list(run.resunet.weights), 0
+    model.save_pretrained(common.MAIN_MODEL)
+    write_json(common.MAIN_MODEL / "training.json", [{"step": 3, "loss": 7.0}])
+    same, history = common.train_resunet(run, data, 0)
+    assert history == [{"step": 3, "loss": 7.0}] and torch.equal(same.up[0].up[0].weight, model.up[0].up[0].weight)
+    for seed, changes in ((1, {}), (0, {"style": "adain"}), (0, {"patches": 5})):
+        assert common.train_resunet(run, data, seed, **changes)[1][-1].get("loss") != 7.0
+
+
+def test_under_paper_the_rows_that_are_the_main_model_are_not_trained_again():
+    """Table IV's Ours, row 4 of VI and K = 256 of VII; one seed, as long as the model they ablate."""
+    run = read_profile("paper")
+    assert (run.ablations.seeds, run.ablations.resunet_size, run.evaluation.size) == (1, run.resunet.size, 256)
+    assert run.ablations.sizes == [256, 512, 1024] and run.diffharmony.size == 512
+    main = [{"style": run.resunet.style}, {"patches": 256}, {"style": "style-fusion", "weights": (0.4, 0.5, 0.1)}]
+    for changes in (*main, {"patches": 128}, {"weights": (0.4, 0.5, 0.0)}):
+        section = common.changed(run.resunet, size=run.ablations.resunet_size, **common.PAPERS | changes)
+        assert common.is_main_model(run, section, run.seed) == (changes in main)
+    assert not common.is_main_model(read_profile("mini"), read_profile("mini").resunet, 0)

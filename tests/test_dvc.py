@@ -6,7 +6,7 @@ import pytest
 from imports import MODULES, ROOT, imported, notebook_code, reached
 from ruamel.yaml import YAML
 
-FOLDERS = {"data": "data.path", "human_harmony": "human_harmony.path", "evaluation": "evaluation.composites"}
+FOLDERS = {"data": "data.path", "human_harmony": "human_harmony.path", "evaluation": "evaluation.composites[0]"}
 MADE = ("data/", "artifacts/", "reports/", "${")  # by other stages, or named by the settings
 SECTIONS = set(YAML(typ="safe").load(ROOT / "params.yaml"))
 

@@ -7,6 +7,7 @@ import torch
 
 from harmonylib.core import cache
 from harmonylib.core.errors import HarmonyError
+from harmonylib.core.images import write_image
 from harmonylib.data import layout
 from harmonylib.data.batches import TripleSet
 from harmonylib.evaluation import methods as evaluate
@@ -118,6 +119,25 @@ def test_models_may_run_at_another_size(data, tiny_pipeline, resunet):
     ):
         output = method.call(batch["composite"], batch["mask"], ["x", "y"])
         assert output.shape == batch["composite"].shape and output.abs().max() <= 1
+
+
+def test_predictions_of_other_methods_are_rows_like_ours(data, tmp_path):
+    for number, triple in enumerate(data.triples):
+        real = triple.load()[2]
+        real = real if number else real.repeat(2, 0).repeat(2, 1)  # of any size
+        path = tmp_path / triple.subset / triple.name
+        path.parent.mkdir(exist_ok=True)
+        np.save(path.with_suffix(".npy"), real.astype(np.float32)) if number else write_image(f"{path}.png", real)
+    method = evaluate.external_method("HDNet", tmp_path, data.triples)
+    table = evaluate.evaluate([method], data, batch_size=4)
+    assert (
+        set(table["model"]) == {"HDNet"}
+        and len(table) == len(data)
+        and table["fmse"][1:].max() < 1e-6 < table["fmse"][0]
+    )
+    path.with_suffix(".npy").unlink()
+    with pytest.raises(HarmonyError, match="1 of 6 predictions are missing"):
+        evaluate.external_method("HDNet", tmp_path, data.triples)
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x * float("nan"), lambda x: x[..., :16, :16], lambda x: x[:1]])

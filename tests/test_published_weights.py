@@ -1,6 +1,7 @@
 """docs/published-weights.md, step by step, on tiny folders of the published layout."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from harmonylib.data.layout import read_triples
 from harmonylib.inference import load_model
 from harmonylib.models.base import build_autoencoder
 from harmonylib.models.refinement import decode_latents, refine, sample_latents
+from harmonylib.models.start import initial_unet, start_folder
 from harmonylib.tools import cli
+from harmonylib.training import TrainSettings, train
 
 
 @pytest.fixture
@@ -92,6 +95,19 @@ def test_the_inverse_model(archive):
     words = ["generate", str(archive / "data"), str(archive / "out"), "--model", str(inverse), "-k", "2"]
     assert cli.run(cli.app, "harmonylib", [*words, "--steps", "2", "--device", "cpu"]) == 0
     assert len(list((archive / "out").rglob("f0_1_g*.png"))) == 2
+
+
+def test_harmony_vae_around_a_published_unet(archive):
+    """`start: FOLDER` without steps keeps the UNet; each task takes its own part of the folder where there is one."""
+    folder, both = archive / "weights/base", archive / "both"
+    base, section = load_model(folder, "cpu"), SimpleNamespace(mask_start="zero")
+    published = torch.load(folder / "unet/diffusion_pytorch_model.bin")
+    unet = initial_unet(section, start_folder(str(folder), "harmonize"), base)
+    assert train(unet, lambda *_: {}, lambda step: {}, TrainSettings(0, 4), name="nothing", seed=0, device="cpu") == []
+    assert all(torch.equal(value, published[name]) for name, value in unet.state_dict().items())
+    both.mkdir()
+    (both / "inverse").symlink_to(folder)
+    assert start_folder(str(both), "inverse") == both / "inverse" and start_folder(str(both), "harmonize") == both
 
 
 def test_the_refiner(archive, monkeypatch):

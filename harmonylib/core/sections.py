@@ -173,7 +173,7 @@ class Evaluation(Section):
     diffusion_size: Pixels
     strict: bool
     batch_size: Positive
-    composites: Text
+    composites: Annotated[list[Text], Field(min_length=1)]
 
 
 class Ablations(Section):

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 
 from ..core.devices import autocast
 from ..core.errors import HarmonyError
-from ..core.images import paste, resize, to_tensor, to_uint8
+from ..core.images import paste, resize, resize_image, to_tensor, to_uint8
 from ..core.progress import progress
 from ..core.seeds import generator
 from ..data.batches import TripleSet
 from ..data.transfers import harmonize_classically
 from ..training import TrainingDiverged
+from .folder import find_predictions, read_prediction
 from .metrics import score
 
 CLASSICAL = ("mean-std", "reinhard", "histogram")
@@ -80,6 +81,20 @@ def diffusion_method(pipeline, name: str, seed: int, size: int | None = None, st
                 made = pipeline(image[seen], region[seen], steps, **options).images
             output[seen] = made.float().to(output.device) * 2 - 1
         return resize(output, composite.shape[-1])
+
+    return Method(name, call)
+
+
+def external_method(name: str, folder, triples) -> Method:
+    """Predictions of a method that runs elsewhere: FOLDER/[SUBSET/]NAME.* of every triple, of any size.
+
+    Raises HarmonyError as `folder.find_predictions` and `folder.read_prediction`.
+    """
+    files = dict(zip(map(_key, triples), find_predictions(folder, triples), strict=True))
+
+    def call(composite, mask, names):
+        images = (np.clip(np.rint(read_prediction(files[name])), 0, 255).astype(np.uint8) for name in names)
+        return torch.stack([to_tensor(resize_image(image, composite.shape[2:])) for image in images])
 
     return Method(name, call)
 

@@ -180,12 +180,12 @@ class ResUNetLoss(nn.Module):
         self.contrastive = RegionContrastiveLoss(reading, patches, masked=masked) if weights[2] else None
         self.key = [list(weights), error, reading, patches, masked]
 
-    @classmethod
-    def of(cls, section) -> "ResUNetLoss":
-        """The loss that section `resunet` of the settings describes."""
-        return cls(section.weights, section.error, section.reading, section.patches, section.masked_patches)
-
     def forward(self, network, batch, generator) -> dict[str, torch.Tensor]:
         composite, real, mask = batch["composite"], batch["real"], batch["mask"]
         output = network(composite, mask, generator)
         return harmonization_loss(output, real, mask, self.contrastive, composite, self.weights, generator, self.error)
+
+
+def resunet_loss(section) -> ResUNetLoss:
+    """The loss that the settings' section `resunet` describes."""
+    return ResUNetLoss(section.weights, section.error, section.reading, section.patches, section.masked_patches)

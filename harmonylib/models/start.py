@@ -6,6 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ..core.errors import HarmonyError
+from ..core.json_files import read_json
 from .edge_prompt import EdgePrompt
 from .pipeline import load_prompt
 from .resunet import ContrastiveResUNet, build
@@ -19,10 +20,13 @@ FOLDERS = {"resunet": "contrastive-resunet", "harmonize": "diffharmony++", "inve
 def start_folder(start: str | None, model: str) -> Path | None:
     """The folder that the setting `start` names for a model: "resunet", or a task of the diffusion models.
 
-    None for null and where this release ships none: training then starts from the base or from nothing. Raises
+    None for null and where this release ships none: training then starts from the base or from nothing. Of another
+    folder its part of the model's name is taken, where there is one: FOLDER/harmonize, FOLDER/inverse. Raises
     HarmonyError where the folder is missing.
     """
     folder = shipped_folder(FOLDERS.get(model, model)) if start == "shipped" else Path(start or "")
+    if start != "shipped" and (folder / model).is_dir():
+        folder = folder / model
     if start and folder.is_dir():
         return folder
     if start in (None, "shipped"):
@@ -97,22 +101,21 @@ def initial_unet(section, folder: Path | None, base) -> UNet2DConditionModel:
 
 
 def initial_prompt(section, folder: Path | None, base, task: str):
-    """The prompt of the UNet that section `diffharmony` trains: that of a pipeline's `folder`, or a new one.
+    """The prompt of the UNet that section `diffharmony` trains: the base's, or with `edge` an `EdgePrompt`.
 
-    edge (ours, of the harmonizer): an `EdgePrompt` with the head of the shipped ResUNet; else the base's. Raises
-    HarmonyError where the folder's is of the other kind.
+    edge (ours, of the harmonizer): that of a pipeline's `folder`, or a new one with the head of the shipped ResUNet.
+    Raises HarmonyError where the folder's is of the other kind.
     """
-    edge = section.edge and task == "harmonize"
-    if folder is None and not edge:
-        return base.prompt
-    if folder is None:
-        prompt = EdgePrompt(base.unet.config.cross_attention_dim)
-        resunet = ContrastiveResUNet.from_pretrained(shipped_folder(FOLDERS["resunet"]))
-        prompt.head.load_state_dict(resunet.colour_head.state_dict(), strict=False)  # without what the encoder says
-        return prompt.to(base.device)
-    prompt = load_prompt(folder)
-    if isinstance(prompt, EdgePrompt) != edge:
+    edge, config = section.edge and task == "harmonize", folder and folder / "prompt/config.json"
+    if folder and edge != (config.is_file() and read_json(config).get("_class_name") == "EdgePrompt"):
         raise HarmonyError(f"params.yaml: diffharmony.edge is {section.edge}, but not in {folder}; change that")
+    if not edge:
+        return base.prompt
+    if folder:
+        return load_prompt(folder).to(base.device)
+    prompt = EdgePrompt(base.unet.config.cross_attention_dim)
+    resunet = ContrastiveResUNet.from_pretrained(shipped_folder(FOLDERS["resunet"]))
+    prompt.head.load_state_dict(resunet.colour_head.state_dict(), strict=False)  # without what the encoder says
     return prompt.to(base.device)
 
 

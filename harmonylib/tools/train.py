@@ -17,7 +17,7 @@ from ..data.batches import TASKS, TripleSet, load_pairs
 from ..data.layout import read_triples
 from ..data.recipes import RecipeSettings
 from ..models.base import open_base, train_base
-from ..models.contrastive import ResUNetLoss, resunet_batches
+from ..models.contrastive import resunet_batches, resunet_loss
 from ..models.diffusion import DiffHarmonyLoss, diffharmony_batches
 from ..models.pipeline import DiffHarmonyPipeline
 from ..models.start import initial_harmony_vae, initial_prompt, initial_resunet, initial_unet, start_folder
@@ -64,7 +64,7 @@ def diffharmony(run, task):
 def resunet(run, task):
     section, data = run.resunet, TripleSet(read_triples("data/benchmark", "train"), run.resunet.size)
     model = initial_resunet(section, start_folder(section.start, "resunet"), run.seed)
-    loss = ResUNetLoss.of(section)
+    loss = resunet_loss(section)
     batches = resunet_batches(data, section, run.seed, recipes(run))
     folder, settings = "artifacts/contrastive_resunet", TrainSettings.of(run, "resunet")
     train(model, loss, batches, settings, name="contrastive resunet", **loop(run, folder))
