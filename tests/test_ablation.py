@@ -139,8 +139,8 @@ def test_the_resunet_trains_with_the_runs_settings_and_the_rows_changes(tmp_path
     section = SimpleNamespace(steps=9, batch_size=2, size=64, base_channels=2, depth=2, residual_convs=0, style="none",
                               patches=4, reading="B", masked_patches=True, affine="constant", view=0,
                               crop=0, flip=True, recolor=0.0, restyle=0.0)  # fmt: skip
-    run = SimpleNamespace(seed=0, resunet=section, ablations=SimpleNamespace(resunet_steps=3), device="cpu", precision="fp32",
-                          compile=False)  # fmt: skip
+    run = SimpleNamespace(seed=0, resunet=section, ablations=SimpleNamespace(resunet_steps=3), device="cpu",
+                          precision="fp32", compile=False)  # fmt: skip
     data, seen = TripleSet([Triple("a", "x", *paths)], 16), []
 
     def trained(**changes):
