@@ -138,6 +138,9 @@ def build_site(notebooks, site="reports/site", metrics="reports/metrics", figure
     written = {path.stem: read_json(path) for path in sorted(Path(metrics).glob("*.json")) if path.stem != "report"}
     files = {name: from_ablation(file) for name, file in written.items()}
     data = files.get("evaluation_details") or read_json(Path(metrics, "evaluation_details.json"))
+    own = data.get("as_published", {}).get("3", {}).get("buckets", {})
+    for name, models in files.get("table_3", {}).get("as_published", {}).get("3", {}).get("buckets", {}).items():
+        own[name] = own.get(name, {}) | models
     timed = read_json(complexity) if Path(complexity).is_file() else {}
     written |= {"complexity": timed} if timed else {}
     executed = {name: notebook_html(Path(executed, f"{name}.ipynb")) for name in notebooks}

@@ -139,8 +139,8 @@ def test_the_resunet_trains_with_the_runs_settings_and_the_rows_changes(tmp_path
     section = SimpleNamespace(steps=9, batch_size=2, size=64, base_channels=2, depth=2, residual_convs=0, style="none",
                               patches=4, reading="B", masked_patches=True, affine="constant", view=0,
                               crop=0, flip=True, recolor=0.0, restyle=0.0)  # fmt: skip
-    run = SimpleNamespace(resunet=section, ablations=SimpleNamespace(resunet_steps=3), device="cpu", precision="fp32",
-                          compile=False, accumulation=1, checkpointing=False)  # fmt: skip
+    run = SimpleNamespace(seed=0, resunet=section, ablations=SimpleNamespace(resunet_steps=3), device="cpu",
+                          precision="fp32", compile=False, accumulation=1, checkpointing=False)  # fmt: skip
     data, seen = TripleSet([Triple("a", "x", *paths)], 16), []
 
     def trained(**changes):
@@ -161,7 +161,7 @@ def test_the_resunet_trains_with_the_runs_settings_and_the_rows_changes(tmp_path
     run.resunet = SimpleNamespace(
         **vars(section) | common.PAPERS | {"steps": 3, "start": None, "size": 16, "style": "rain"}
     )
-    run.resunet.weights, run.seed = list(run.resunet.weights), 0
+    run.resunet.weights = list(run.resunet.weights)
     model.save_pretrained(common.MAIN_MODEL)
     write_json(common.MAIN_MODEL / "training.json", [{"step": 3, "loss": 7.0}])
     same, history = common.train_resunet(run, data, 0)

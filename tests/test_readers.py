@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -172,8 +174,8 @@ def fashion(tmp_path):
 def test_imaterialist_unites_segments(fashion):
     assert detect(fashion) == "imaterialist" and [e.name for e in read_examples(fashion)] == ["shop", "street"]
     (fashion / "ids.txt").write_text("street\r\n")
-    assert imaterialist_pairs(fashion, fashion / "masks", workers=1) == [
-        (fashion / "train/street.jpg", fashion / "masks/street.png")]  # fmt: skip
+    assert imaterialist_pairs(fashion, fashion / "masks", workers=1) == (
+        [(fashion / "train/street.jpg", fashion / "masks/street.png")], [])  # fmt: skip
     expected = np.zeros((12, 16), bool)
     expected[[0, 1, 2, 4], 0] = True  # runs go down the columns
     np.testing.assert_array_equal(read_mask(fashion / "masks/street.png"), expected)
@@ -194,13 +196,20 @@ def turned(file):
          r"street\.jpg: is 16x9, .*train\.csv, street says 16x12"),
         ("train/street.jpg", lambda file: file.unlink(), r"street\.jpg: no such photo"),
         ("ids.txt", lambda file: file.write_text("street\nhat\n"), r"ids\.txt: hat is not in .*train\.csv"),
-        ("ids.txt", lambda file: file.write_text("../../victim\n"), "no file inside it"),
-        ("train.csv", lambda file: file.write_text("ImageId,Height\n"), r"train\.csv: .*give the data set's train"),
+        ("ids.txt", lambda file: file.write_text("shop\n../../victim\n"), "no file inside it"),
+        ("train.csv", lambda file: file.write_text(file.read_text().replace("2 2,12", "2 x,12")), "run lengths do not"),
     ],
 )  # fmt: skip
-def test_imaterialist_damage_is_named(fashion, name, damage, message):
+def test_imaterialist_damage_is_left_out_and_told(fashion, name, damage, message):
     damage(fashion / name)
-    with pytest.raises(HarmonyError, match=message):
+    pairs, left_out = imaterialist_pairs(fashion, fashion / "masks", workers=1)
+    assert len(pairs) == 1 and len(left_out) == 1 and re.search(message, left_out[0])
+    for photo in (fashion / "train").glob("*.jpg"):
+        photo.unlink()
+    with pytest.raises(HarmonyError, match="no such photo"):
+        imaterialist_pairs(fashion, fashion / "masks", workers=1)
+    (fashion / "train.csv").write_text("ImageId,Height\n")
+    with pytest.raises(HarmonyError, match=r"train\.csv: .*give the data set's train"):
         imaterialist_pairs(fashion, fashion / "masks", workers=1)
 
 

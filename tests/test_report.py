@@ -1,5 +1,6 @@
 """The report's pages: complete, offline and true to the metrics files; claims and verdicts."""
 
+import json
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -282,6 +283,24 @@ def test_all_printed_numbers_stand_in_the_tables(run):
     assert (
         "ours, fake" in section and '<span class="own">0</span>' in section and '<span class="own">6</span>' in section
     )
+
+
+def test_published_columns_get_what_their_own_protocol_scored(run):
+    path = run / "metrics/evaluation_details.json"
+    data = json.loads(path.read_text())
+    part = {"n": 5, "photos": 3, "psnr": 43.21, "fmse": 7.65, "interval": {}}
+    scored = {"protocol": "diffharmony", "models": {name: {"all": part} for name in (*MODELS, "HDNet")}}
+    sizes = {model: {"15-100%": part} for model in ("diffharmony++", "HDNet")}
+    published = {"1": scored, "3": {"protocol": "diffharmony", "buckets": {"benchmark": sizes}}}
+    write_json(path, data | {"scored_at": 256, "external": ["HDNet"], "as_published": published})
+    with_human = {"diffharmony++ + Human Harmony": {"15-100%": part | {"psnr": 44.44}}}
+    write_json(run / "metrics/table_3.json", {"as_published": {"3": {"buckets": {"benchmark": with_human}}}})
+    build(run)
+    page = read(run, "tables.html")
+    first, third = (page.split(f'id="table-{n}"')[1].split("</section>")[0] for n in "13")
+    assert "Protocol: diffharmony, at 256 px" in first and "43.21" in first and "HDNet" in first
+    assert "43.21" in third and "HDNet" in third and "44.44" in third and "+ Human Harmony" in third
+    assert "43.21" not in page.split('id="table-II"')[1].split("</section>")[0]  # the standard protocol's
 
 
 def test_our_cells_stand_beside_the_printed_ones():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from skimage import data
 
 from harmonylib.augmentation import sets
 from harmonylib.augmentation.candidates import Pair, pairs_of
@@ -237,20 +238,20 @@ def test_the_split_of_human_harmony(tmp_path, monkeypatch):
 
 def test_embedded_portraits(tmp_path):
     settings = SimpleNamespace(source="embedded", path=None, pairs=5)
-    pairs, sources, test = human_photos(settings, tmp_path, 0)
+    pairs, sources, test, _ = human_photos(settings, tmp_path, 0)
     assert [p.name for p in pairs] == [f"{n}_1" for n in ("astronaut-000", "gracehopper-000", "astronaut-001",
                                                           "gracehopper-001", "astronaut-002")]  # fmt: skip
     assert {p.photo for p in pairs} == set(sources) == {"astronaut", "gracehopper"} and test == {"gracehopper"}
     windows = [pair.load() for pair in pairs]
     assert len({real.tobytes() for real, _ in windows}) == 5
     assert all(0.02 <= mask.mean() <= 0.8 for _, mask in windows)
-    again, _, _ = human_photos(settings, tmp_path / "again", 0)
+    again, *_ = human_photos(settings, tmp_path / "again", 0)
     assert all(np.array_equal(a.load()[0], b[0]) for a, b in zip(again, windows, strict=True))
 
 
 def test_photos_of_a_folder_and_their_names(tmp_path):
     human(tmp_path, ["a-1", "b"])
-    pairs, sources, test = human_photos(SimpleNamespace(source="photos", path=str(tmp_path)), tmp_path / "work", 0)
+    pairs, sources, test, _ = human_photos(SimpleNamespace(source="photos", path=str(tmp_path)), tmp_path / "work", 0)
     assert [p.photo for p in pairs] == ["a_1", "b"] == list(sources) and test is None
     twins = photo_pairs_of([(Path(f"{where}/images/1.jpg"), Path("m")) for where in ("ccp", "coco")])
     assert [pair.photo for pair in twins] == ["ccp_1", "coco_1"]
@@ -265,19 +266,21 @@ def test_clean_photos(tmp_path):
         return Pair("HumanHarmony", f"{name}_1", name, tmp_path / f"{name}.png", tmp_path / f"{name}_mask.png")
 
     real, mask = photo("good", 80, 80)
-    white = np.full_like(real, 250)
     tiny = np.zeros_like(mask)
     tiny[1:7, 1:7] = True
     pairs = [pair("good", real, mask), pair("tiny", real, tiny), pair("full", real, mask | True),
-             pair("studio", np.where(mask[..., None], real, white), mask),
              pair("small", real[:40], mask[:40])]  # fmt: skip
     kept, dropped = clean_photos(pairs, foreground=(0.001, 0.95))
     assert [p.photo for p in kept] == ["good"]
-    assert dropped == {"small": ["small_1"], "foreground": ["tiny_1", "full_1"], "plain": ["studio_1"]}
+    assert dropped == {"small": ["small_1"], "foreground": ["tiny_1", "full_1"], "no face": []}
     kept, _ = clean_photos(pairs[:2], factor=4, foreground=(0.001, 0.95))  # a finer grid sees the tiny one
     assert [p.photo for p in kept] == ["good", "tiny"]
-    with pytest.raises(HarmonyError, match="no photo is left after cleaning .0 small, 1 foreground, 0 plain"):
+    with pytest.raises(HarmonyError, match="no photo is left after cleaning .0 small, 1 foreground, 0 no face"):
         clean_photos(pairs[2:3])
+    person, thing = data.astronaut()[:256, 80:336], data.coffee()[:256, :256]
+    pairs = [pair(name, picture, np.eye(256) > 0) for name, picture in (("person", person), ("thing", thing))]
+    kept, dropped = clean_photos(pairs, foreground=(0, 1), factor=1, faces=True)
+    assert [p.photo for p in kept] == ["person"] and dropped["no face"] == ["thing_1"]
 
 
 def test_imaterialist_photos(tmp_path):
@@ -285,10 +288,14 @@ def test_imaterialist_photos(tmp_path):
         write_image(tmp_path / "train" / f"{name}.jpg", photo(name, 80, 70)[0])
     write_image(tmp_path / "train" / "plain.jpg", np.full((80, 70, 3), 250, np.uint8))
     rows = "".join(f"{name},801 2000,80,70,0\n{name},3001 800,80,70,31\n" for name in ("abc", "plain"))
+    write_image(tmp_path / "train" / "bad.jpg", photo("bad", 80, 70)[0])
+    rows += "bad,9000 2,80,70,0\n"
     (tmp_path / "train.csv").write_text("ImageId,EncodedPixels,Height,Width,ClassId\n" + rows)
     settings = SimpleNamespace(source="imaterialist", path=str(tmp_path), pairs=0)
-    pairs, sources, test = human_photos(settings, tmp_path / "work", 0)
+    pairs, sources, test, left_out = human_photos(settings, tmp_path / "work", 0)
     assert [p.photo for p in pairs] == ["abc", "plain"] == list(sources) and test is None
     assert "iMaterialist" in sources["abc"][0] and pairs[0].load()[1].sum() == 2800  # the union of two segments
-    kept, dropped = clean_photos(pairs)
-    assert [p.photo for p in kept] == ["abc"] and dropped["plain"] == ["plain_1"]
+    assert len(left_out) == 1 and "bad: run lengths" in left_out[0]
+    assert clean_photos(pairs)[0] == pairs
+    with pytest.raises(HarmonyError, match="0 small, 0 foreground, 2 no face"):
+        clean_photos(pairs, faces=True)

@@ -10,15 +10,20 @@ import shutil
 import tempfile
 from collections import Counter
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from jinja2 import Template
 from PIL import Image
+from skimage.data import lbp_frontal_face_cascade_filename
+from skimage.feature import Cascade
 
 from ..core.errors import HarmonyError
-from ..core.images import paste, read_image, resize_image, write_image
+from ..core.images import paste, read_image, resize_image, shrink_pair, write_image
 from ..core.json_files import write_json
+from ..core.parallel import parallel_map
 from ..core.progress import progress
 from ..core.seeds import rng
 from ..data.embedded_photos import Photo, load_photos, random_crop
@@ -30,7 +35,7 @@ SUMMARY = "made_by_harmonylib.json"  # only folders that hold it are ever replac
 TEST_SHARE = Fraction(7404, 73146)  # iHarmony4's
 HUMAN = "HumanHarmony"
 CARD = Path(__file__).with_name("data_card.md")
-BORDER = 0.05  # share of the shorter side that counts as a photo's border
+FACE_SIDE = 256  # pixels of the long side at which faces are looked for
 
 
 def mix_count(gamma: float, n_composites: int, n_pairs: int) -> int:
@@ -150,26 +155,17 @@ def photo_pairs_of(paths: list[tuple[Path, Path]], subset: str = HUMAN) -> list[
 
 
 def clean_photos(pairs: list[Pair], size: int | None = None, factor: int = 8, foreground=(0.01, 0.95), min_side=64,
-                 min_border_std=6.0) -> tuple[list[Pair], dict[str, list[str]]]:  # fmt: skip
+                 faces=False) -> tuple[list[Pair], dict[str, list[str]]]:  # fmt: skip
     """Leave out photos that cannot teach harmonization; returns (kept, {reason: names}).
 
     Reasons: "small" (a side under min_side pixels), "foreground" (share outside the bounds, or nothing left on the
-    latent grid at `size`, `factor` pixels a cell) and "plain" (the border outside the foreground varies by less than
-    min_border_std grey levels: product shots, which the paper removed by means it does not tell, and studio backdrops).
+    latent grid at `size`, `factor` pixels a cell) and, with `faces`, "no face" (scikit-image's detector of frontal ones
+    finds none: product shots, which the paper removed by means it does not tell, and people who turn away).
     Raises HarmonyError when no photo is left.
     """
-    groups = {"kept": [], "small": [], "foreground": [], "plain": []}
-    for pair in progress(pairs, desc="cleaning", unit="photo"):
-        real, mask = pair.load()
-        width = max(1, round(BORDER * min(mask.shape)))
-        border = ~mask
-        border[width:-width, width:-width] = False
-        if min(mask.shape) < min_side:
-            reason = "small"
-        elif not (foreground[0] <= mask.mean() <= foreground[1] and has_latent_foreground(mask, factor, size)):
-            reason = "foreground"
-        else:
-            reason = "kept" if border.any() and real[border].std(0).mean() >= min_border_std else "plain"
+    reason_of = partial(_reason, size=size, factor=factor, foreground=foreground, min_side=min_side, faces=faces)
+    groups = {"kept": [], "small": [], "foreground": [], "no face": []}
+    for pair, reason in zip(pairs, parallel_map(reason_of, pairs, "cleaning", "photo"), strict=True):
         groups[reason].append(pair)
     kept = groups.pop("kept")
     dropped = {reason: [pair.name for pair in group] for reason, group in groups.items()}
@@ -179,8 +175,26 @@ def clean_photos(pairs: list[Pair], size: int | None = None, factor: int = 8, fo
     return kept, dropped
 
 
-def human_photos(settings, folder, seed: int) -> tuple[list[Pair], dict[str, tuple[str, str]], set[str] | None]:
-    """What the settings section `human_harmony` asks for: (pairs, photo -> (source, licence), test photos or None).
+def _reason(pair: Pair, size, factor, foreground, min_side, faces) -> str:
+    real, mask = pair.load()
+    if min(mask.shape) < min_side:
+        return "small"
+    if not (foreground[0] <= mask.mean() <= foreground[1] and has_latent_foreground(mask, factor, size)):
+        return "foreground"
+    return "kept" if not faces or has_face(real) else "no face"
+
+
+def has_face(image) -> bool:
+    """Whether a frontal face is found in HxWx3 uint8 (skimage.feature.Cascade, its own training file; 0.5 s)."""
+    small, _ = shrink_pair(image, np.zeros(image.shape[:2], bool), FACE_SIDE)
+    sizes = {"min_size": (24, 24), "max_size": (FACE_SIDE, FACE_SIDE)}
+    detector = Cascade(lbp_frontal_face_cascade_filename())
+    return bool(detector.detect_multi_scale(np.ascontiguousarray(small), scale_factor=1.2, step_ratio=1, **sizes))
+
+
+def human_photos(settings, folder, seed: int):
+    """What the settings section `human_harmony` asks for: (pairs, photo -> (source, licence), test photos or None, a
+    line on each photo that cannot be used).
 
     source "embedded": settings.pairs crops of the packages' portraits (`portrait_pairs`), tested on those that the
     benchmark tests on; "photos" or "imaterialist": the folder settings.path, as `readers` reads it. What has to be
@@ -190,14 +204,14 @@ def human_photos(settings, folder, seed: int) -> tuple[list[Pair], dict[str, tup
         portraits = [photo for photo in load_photos() if photo.portrait]
         pairs = portrait_pairs(portraits, folder, settings.pairs, seed)
         sources = {plain_name(photo.name): (photo.credit, photo.licence) for photo in portraits}
-        return pairs, sources, {plain_name(photo.name) for photo in portraits if photo.split == "test"}
+        return pairs, sources, {plain_name(photo.name) for photo in portraits if photo.split == "test"}, []
     if settings.source == "photos":
-        found, origin = photo_pairs(settings.path), ("own photos", "not stated")
+        found, left_out, origin = photo_pairs(settings.path), [], ("own photos", "not stated")
     else:
-        found = imaterialist_pairs(settings.path, Path(folder, MASKS))
+        found, left_out = imaterialist_pairs(settings.path, Path(folder, MASKS))
         origin = ("iMaterialist-fashion-2020 (FGVC7)", "see the competition's rules; research use")
     pairs = photo_pairs_of(found)
-    return pairs, dict.fromkeys((pair.photo for pair in pairs), origin), None
+    return pairs, dict.fromkeys((pair.photo for pair in pairs), origin), None, left_out
 
 
 def portrait_pairs(portraits: list[Photo], folder, crops: int, seed: int) -> list[Pair]:

@@ -155,7 +155,7 @@ class HumanHarmony(Section):
     strength: Bounds
     foreground: Annotated[list[Share], Field(min_length=2, max_length=2), AfterValidator(_ordered)]
     min_side: Count
-    min_border_std: NotNegative
+    faces: bool
     size: Pixels
     temperature: Above0
     steps: Positive

@@ -223,22 +223,32 @@ READERS = {
 }
 
 
-def imaterialist_pairs(root, out, workers: int | None = None) -> list[tuple[Path, Path]]:
-    """iMaterialist-fashion-2020 as (image, mask) paths: the union masks (Sec. 5.1.2) are written to `out`.
+def imaterialist_pairs(root, out, workers: int | None = None) -> tuple[list[tuple[Path, Path]], list[str]]:
+    """iMaterialist-fashion-2020 as (image, mask) paths, and a line on each photo that is left out for its bad rows,
+    another size than they say or an EXIF turn that its mask does not share.
 
-    `sets.clean_photos` leaves the product-only photos out. Raises HarmonyError for a broken train.csv or a photo of
-    another size than it says.
+    The union masks (Sec. 5.1.2) are written to `out`; `sets.clean_photos` leaves the product-only photos out. Raises
+    HarmonyError for a train.csv that cannot be read, or where no photo is left.
     """
-    triples = read_examples(root, "imaterialist")
-    return list(parallel_map(partial(_write_union, Path(out)), triples, "union masks", "photo", workers))
+    found = scan(root, "imaterialist")
+    results = list(parallel_map(partial(_write_union, Path(out)), found, "union masks", "photo", workers))
+    pairs, left_out = ([result for result in results if isinstance(result, kind)] for kind in (tuple, str))
+    if not pairs:
+        raise HarmonyError(left_out[0] if left_out else f"{root}: no photos here; see data/README.md")
+    return pairs, left_out
 
 
-def _write_union(out: Path, triple: Triple) -> tuple[Path, Path]:
-    mask, photo = triple.read_mask(), open_image(triple.real)
-    if orientation(photo) > 1:
-        raise HarmonyError(f"{triple.real}: turned by its EXIF orientation, its mask is not; save it upright")
-    if photo.size != mask.shape[::-1]:
-        found, said = "x".join(map(str, photo.size)), "x".join(map(str, mask.shape[::-1]))
-        raise HarmonyError(f"{triple.real}: is {found}, {triple.mask} says {said}")
+def _write_union(out: Path, triple: Triple | HarmonyError) -> tuple[Path, Path] | str:
+    try:
+        if isinstance(triple, HarmonyError):
+            raise triple
+        mask, photo = triple.read_mask(), open_image(triple.real)
+        if orientation(photo) > 1:
+            return f"{triple.real}: turned by its EXIF orientation, its mask is not; save it upright"
+        if photo.size != mask.shape[::-1]:
+            found, said = "x".join(map(str, photo.size)), "x".join(map(str, mask.shape[::-1]))
+            return f"{triple.real}: is {found}, {triple.mask} says {said}"
+    except HarmonyError as error:
+        return str(error)
     write_image(out / f"{triple.name}.png", mask)
     return triple.real, out / f"{triple.name}.png"
