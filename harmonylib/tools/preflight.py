@@ -72,7 +72,7 @@ def _data(run, found: Findings) -> tuple[int, int]:
     kinds = {"photos": "photos", "imaterialist": "imaterialist"}
     for stage, path, kind in (
         ("human_harmony", run.human_harmony.path, kinds.get(run.human_harmony.source)),
-        ("evaluation", run.evaluation.composites, None),
+        *(("evaluation", folder, None) for folder in run.evaluation.composites),
     ):
         if not Path(path).exists():
             found.missing.append(f"{stage}: {path} is not there; see data/README.md, or set its path")
