@@ -65,8 +65,8 @@ def overview(found: dict) -> str:
     for model in next(iter(found["sets"].values()))["real_photos"]:
         cells = []
         for result in found["sets"].values():
-            part = result["against_composite"][model]["all"]
-            cells.append(f"{part['psnr'][0]:+.1f} dB, fMSE {-part['reduction'][0]:+.0%}")
+            part = result["against_composite"].get(model, {}).get("all")
+            cells.append(f"{part['psnr'][0]:+.1f} dB, fMSE {-part['reduction'][0]:+.0%}" if part else "not run")
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
