@@ -93,19 +93,30 @@ def test_wheel(clone, tmp_path):
     call(harmonylib.with_name("python"), "-c", check, folder=tmp_path)
     call(harmonylib, "--help", folder=tmp_path)
     home = {"HOME": tmp_path / "home", "HF_HOME": tmp_path / "home"}  # nothing cached
-    before, region = Image.open(clone / "composite.jpg"), np.asarray(Image.open(clone / "mask.png")) > 127
+    before, region = (
+        Image.open(clone / "examples/composite.jpg"),
+        np.asarray(Image.open(clone / "examples/mask.png")) > 127,
+    )
     for model in MODELS:
-        words = ["harmonize", clone / "composite.jpg", clone / "mask.png", "-o", f"{model}.png", "--model", model]
+        words = [
+            "harmonize",
+            clone / "examples/composite.jpg",
+            clone / "examples/mask.png",
+            "-o",
+            f"{model}.png",
+            "--model",
+            model,
+        ]
         call(harmonylib, *words, folder=tmp_path, **home)
         changed = (np.asarray(Image.open(tmp_path / f"{model}.png")) != np.asarray(before)).any(-1)
         assert changed[region].mean() > 0.5 and not changed[~region].any()
     cut = before.convert("RGB")
-    cut.putalpha(Image.open(clone / "mask.png"))
+    cut.putalpha(Image.open(clone / "examples/mask.png"))
     cut.save(tmp_path / "cut.png")
     call(
         harmonylib,
         "compose",
-        clone / "composite.jpg",
+        clone / "examples/composite.jpg",
         "cut.png",
         "-o",
         "laid.png",
