@@ -193,12 +193,12 @@ def augmentation(section) -> dict:
 class PixelBatches:
     """For image-to-image models: "composite", "real" and "mask", each triple with a crop and a flip of its own.
 
-    crop: side of the random windows (0: the whole square), whose corners lie on a grid of `grid` pixels. flip: mirror
-    half of the triples. recolor: share
-    of the composites that are made anew from their real image by their subset's recipe, so that a network never sees
-    one twice; restyle: share of these whose real image is restyled as a whole first, for sets of few photos; jitter:
-    share of these whose mask is dilated or eroded first, as masks drawn by hand are, and whose edge is softened. A
-    transfer takes its colours from another image of the batch. Raises HarmonyError for a crop that does not fit.
+    crop: side of the random windows (0: the whole square), whose corners lie on a grid of `grid` pixels; flip: mirror
+    half of the triples. recolor: share of the composites that are made anew from their real image by their subset's
+    recipe, so that a network never sees one twice; restyle: share of these whose real image is restyled as a whole
+    first, for sets of few photos; jitter: share of these whose mask is dilated or eroded first, as masks drawn by hand
+    are, and whose edge is softened. A transfer takes its colours from another image of the batch. Raises HarmonyError
+    for a crop that does not fit.
     """
 
     def __init__(self, data: TripleSet, batch_size: int, seed, crop=0, recolor=0.0, restyle=0.0, jitter=0.0, flip=True,

@@ -62,12 +62,6 @@ class ConditionalEncoder(Encoder):
 
     def forward(self, image: torch.Tensor, mask: torch.Tensor):
         """image Bx3xHxW, mask Bx1xHxW -> (skips, mid skip, posterior moments before quant_conv)."""
-        skips, convs = [], iter(self.down_block_skip_convs)
-
-        def seen(hidden):  # a feature is freed as soon as the next is there
-            skips.append(next(convs)(hidden))
-            return hidden
-
         hidden = self.conv_in(image)
         hidden = hidden if self.add_conv_in is None else hidden + self.add_conv_in(mask)
         convs = iter(self.down_block_skip_convs)
