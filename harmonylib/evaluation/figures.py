@@ -33,24 +33,35 @@ def save(figure, name: str):
     return figure
 
 
-def image_grid(rows, titles, row_labels=None, masks=None, size: float = 1.9):
-    """A grid of HxWx3 images, a list per row, `titles` over the columns, or a list per row: over each image; masks (HxW
-    bool, one per row) are outlined."""
-    over_each = not isinstance(titles[0], str)
+def show(figure, name: str) -> None:
+    """`save` a figure and display it in the notebook, where the cell goes on."""
+    from IPython.display import display  # here: only notebooks have it
+
+    display(save(figure, name))
+
+
+def image_grid(rows, titles=(), row_labels=(), masks=None, size: float = 1.9):
+    """A grid of HxWx3 images, a list per row; an (image, masks) pair is shown with its HxW bool masks outlined.
+
+    titles: over the columns, or a list per row: over each image. masks: one per row, outlined in its first image.
+    """
+    over_each = bool(titles) and not isinstance(titles[0], str)
     shape = len(rows), max(map(len, rows))
     figure, axes = plt.subplots(*shape, squeeze=False, figsize=(size * shape[1], size * shape[0]))
     for r, row in enumerate(rows):
-        for c, image in enumerate(row):
+        for c, cell in enumerate(row):
+            own = masks[r : r + 1] if masks is not None and c == 0 else ()
+            image, outlines = cell if isinstance(cell, tuple) else (cell, own)
             axes[r, c].imshow(image, interpolation="nearest")
-            if masks is not None and c == 0:
-                axes[r, c].contour(masks[r], levels=[0.5], colors="yellow", linewidths=1)
-            if over_each or r == 0:
+            for mask, colour in zip(outlines, ("yellow", "cyan", "magenta", "lime"), strict=False):
+                axes[r, c].contour(mask, levels=[0.5], colors=colour, linewidths=1)
+            if over_each or titles and r == 0:
                 axes[r, c].set_title(titles[r][c] if over_each else titles[c], fontsize=9 if over_each else None)
-        if row_labels:
-            axes[r, 0].set_ylabel(row_labels[r], fontsize=9)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.grid(False)
+    for axis, label in zip(axes[:, 0], row_labels or (), strict=False):
+        axis.set_ylabel(label, fontsize=9)
     return _finished(figure)
 
 
@@ -142,30 +153,4 @@ def beside_genuine(measured):
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
     axes[1].legend(title="made (lines), genuine (dots)", loc="center left", bbox_to_anchor=(1, 0.5))
-    return _finished(figure)
-
-
-def show(figure, name: str) -> None:
-    """Save a figure (see `save`) and display it in the notebook."""
-    from IPython.display import display  # here: only notebooks have it
-
-    if not figure.legends:  # a grid of seaborn's leaves room for its legend itself
-        figure.tight_layout()
-    save(figure, name)
-    display(figure)
-
-
-def outlined(rows, titles=None, row_labels=(), size: float = 2.0):
-    """A grid of (HxWx3 image, HxW bool masks), a list per row, with every mask outlined; titles: a list per row."""
-    shape = len(rows), len(rows[0])
-    figure, axes = plt.subplots(*shape, squeeze=False, figsize=(size * shape[1], size * shape[0]))
-    for (r, c), axis in np.ndenumerate(axes):
-        image, masks = rows[r][c]
-        axis.imshow(image)
-        for mask, colour in zip(masks, ("yellow", "cyan", "magenta", "lime"), strict=False):
-            axis.contour(mask, levels=[0.5], colors=colour, linewidths=1.2)
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(titles[r][c] if titles else "", fontsize=8)
-    for axis, label in zip(axes[:, 0], row_labels, strict=False):
-        axis.set_ylabel(label)
     return _finished(figure)
