@@ -7,7 +7,7 @@ images are random, which costs the same.
 import torch
 
 from harmonylib.core.devices import autocast, has_bf16, pick_device
-from harmonylib.models.contrastive import RegionContrastiveLoss, harmonization_loss, sample_cells
+from harmonylib.models.contrastive import RegionContrastiveLoss, ResUNetLoss, sample_cells
 from harmonylib.models.resunet import ContrastiveResUNet
 
 from .paired import can_compile, paired, paired_memory
@@ -64,17 +64,17 @@ def loss_row(device, batch: int = 8, size: int = 256) -> dict:
 
 def step_rows(device) -> list[dict]:
     """A training step as we make it, against fp32 in contiguous memory, one without the term, and compiled."""
-    batch, size = (8, 256) if device.type == "cuda" else (8, 64)
-    composite, real, mask = images(device, batch, size)
+    count, size = (8, 256) if device.type == "cuda" else (8, 64)
+    batch = dict(zip(("composite", "real", "mask"), images(device, count, size), strict=True))
     last = network(device).to(memory_format=torch.channels_last)
 
     def stepping(model, term, precision):
-        parameters = [*model.parameters(), *(term.parameters() if term else ())]
+        parameters = [*model.parameters(), *term.parameters()]
         optimiser = torch.optim.AdamW(parameters, lr=1e-6, fused=precision == "auto")
 
         def step():
             with autocast(device, precision):
-                terms = harmonization_loss(model(composite, mask), real, mask, term)
+                terms = term(model, batch)
             terms["loss"].backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
@@ -82,11 +82,11 @@ def step_rows(device) -> list[dict]:
 
         return step
 
-    ours, plain = (RegionContrastiveLoss().to(device) for _ in range(2))
-    step, name = stepping(last, ours, "auto"), f"ResUNet ({weight(last)}) training step, {batch} x {size} px"
+    ours, plain, without = (ResUNetLoss((0.4, 0.5, weight)).to(device) for weight in (0.1, 0.1, 0.0))
+    step, name = stepping(last, ours, "auto"), f"ResUNet ({weight(last)}) training step, {count} x {size} px"
     others = {
         "channels-last, mixed precision, fused / none of them": stepping(network(device), plain, "fp32"),
-        "with / without the contrastive term": stepping(last, None, "auto"),
+        "with / without the contrastive term": stepping(last, without, "auto"),
     }
     rows = [{"name": f"{name}: {what}", **paired(step, other)} for what, other in others.items()]
     if can_compile(device):

@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from harmonylib import HarmonyError, RegionContrastiveLoss
 from harmonylib.models.contrastive import (
+    ResUNetLoss,
     crop_patches,
     foreground_error,
-    harmonization_loss,
     sample_cells,
 )
 
@@ -183,19 +183,18 @@ def test_kinds_of_foreground_error_by_hand():
         assert same.grad.isfinite().all() and foreground_error(output, real, mask * 0, kind) == 0
 
 
-def test_harmonization_loss_is_the_weighted_sum():
+def test_the_resunets_loss_is_the_weighted_sum():
     output, real, mask, composite = batch()
-    contrastive = loss_of("C")
-    terms = harmonization_loss(output, real, mask, contrastive, composite, generator=seeded())
+    loss, images = ResUNetLoss(reading="C", patches=8), {"composite": composite, "real": real, "mask": mask}
+    terms = loss(lambda *arguments: output, images, seeded())
     assert list(terms) == ["l1", "foreground", "contrastive", "loss"]
     torch.testing.assert_close(terms["l1"], (output - real).abs().mean())
-    torch.testing.assert_close(terms["contrastive"], contrastive(output, real, mask, composite, seeded()))
+    torch.testing.assert_close(terms["contrastive"], loss.contrastive(output, real, mask, composite, seeded()))
     expected = 0.4 * terms["l1"] + 0.5 * terms["foreground"] + 0.1 * terms["contrastive"]
     torch.testing.assert_close(terms["loss"], expected)
-    other = harmonization_loss(output, real, mask, kind="log")["foreground"]
-    assert torch.equal(terms["foreground"], foreground_error(output, real, mask)) and other != terms["foreground"]
-    terms = harmonization_loss(output, real, mask, weights=(1.0, 0.0, 0.0))
+    terms = ResUNetLoss((1.0, 0.0, 0.0), "log")(lambda *arguments: output, images)
     assert "contrastive" not in terms and torch.equal(terms["loss"], terms["l1"])
+    assert torch.equal(terms["foreground"], foreground_error(output, real, mask, "log"))
 
 
 def test_bad_settings_are_named():

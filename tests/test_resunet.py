@@ -5,7 +5,7 @@ from conftest import COLOUR
 
 from harmonylib import ContrastiveResUNet, HarmonyError
 from harmonylib.models.colour_map import apply_map
-from harmonylib.models.contrastive import RegionContrastiveLoss, harmonization_loss
+from harmonylib.models.contrastive import ResUNetLoss
 from harmonylib.models.encoder import PACKAGED, PretrainedEncoder, create, normalised, packaged_weights
 from harmonylib.models.resunet import STYLES, SpatialSeparatedAttention, pool_mask, region_statistics, soften
 
@@ -274,12 +274,13 @@ def test_four_images_are_overfitted_beyond_40_db():
         return -10 * torch.log10(((image.clamp(-1, 1) - real) / 2).square().mean((1, 2, 3))).max()
 
     torch.manual_seed(0)
-    steps, model, contrastive = 180, ContrastiveResUNet(8, 3, 1), RegionContrastiveLoss(patches=16)
+    batch = {"composite": composite, "real": real, "mask": mask}
+    steps, model, loss = 180, ContrastiveResUNet(8, 3, 1), ResUNetLoss(patches=16)
     assert torch.equal(model(composite, mask), composite)
-    optimiser = torch.optim.AdamW([*model.parameters(), *contrastive.parameters()], weight_decay=0)
+    optimiser = torch.optim.AdamW([*model.parameters(), *loss.parameters()], weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps)
     for _ in range(steps):
-        harmonization_loss(model(composite, mask), real, mask, contrastive, generator=draw)["loss"].backward()
+        loss(model, batch, draw)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()

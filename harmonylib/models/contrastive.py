@@ -138,27 +138,6 @@ def foreground_error(output, real, mask, kind: str = "l1") -> torch.Tensor:
     return (error * (area > 0)).sum() / (area > 0).sum().clamp_min(1)
 
 
-def harmonization_loss(
-    output: torch.Tensor,
-    real: torch.Tensor,
-    mask: torch.Tensor,
-    contrastive: RegionContrastiveLoss | None = None,
-    composite: torch.Tensor | None = None,
-    weights: tuple[float, float, float] = (0.4, 0.5, 0.1),
-    generator: torch.Generator | None = None,
-    kind: str = "l1",
-) -> dict[str, torch.Tensor]:
-    """Eq. 13: w1 L1 + w2 L_pixel + w3 L_HCL, images in [-1, 1]; kind: of `foreground_error`, for L_pixel.
-
-    Returns the unweighted "l1", "foreground" and, with `contrastive`, "contrastive", and their weighted sum "loss".
-    Without `contrastive` the third weight is not used. The first term is about the whole output, background included.
-    """
-    terms = {"l1": F.l1_loss(output.float(), real.float()), "foreground": foreground_error(output, real, mask, kind)}
-    if contrastive is not None:
-        terms["contrastive"] = contrastive(output, real, mask, composite, generator)
-    return {**terms, "loss": sum(weight * term for weight, term in zip(weights, terms.values(), strict=False))}
-
-
 # ---- training ----
 
 
@@ -168,10 +147,11 @@ def resunet_batches(data, section, seed: int, recipes=DEFAULTS) -> PixelBatches:
 
 
 class ResUNetLoss(nn.Module):
-    """Loss for `training.train` of a ResUNet (Eq. 13): batch {"composite", "real", "mask"}; see `harmonization_loss`.
+    """Eq. 13 for `training.train` of a ResUNet: w1 L1 + w2 L_pixel + w3 L_HCL; batch {"composite", "real", "mask"}.
 
-    A weight of 0 for the contrastive term switches it off (Table VI); else its MLP trains along. That is drawn from
-    torch's global generator: make the loss after the network.
+    Returns the unweighted "l1" (of the whole output, background included), "foreground" (`foreground_error`, error: its
+    kind) and "contrastive", and their weighted sum "loss". A weight of 0 for the contrastive term switches it off
+    (Table VI); else its MLP trains along. That is drawn from torch's global generator: make the loss after the network.
     """
 
     def __init__(self, weights=(0.4, 0.5, 0.1), error: str = "l1", reading: str = "B", patches: int = 256, masked=True):
@@ -180,10 +160,14 @@ class ResUNetLoss(nn.Module):
         self.contrastive = RegionContrastiveLoss(reading, patches, masked=masked) if weights[2] else None
         self.key = [list(weights), error, reading, patches, masked]
 
-    def forward(self, network, batch, generator) -> dict[str, torch.Tensor]:
+    def forward(self, network, batch, generator=None) -> dict[str, torch.Tensor]:
         composite, real, mask = batch["composite"], batch["real"], batch["mask"]
         output = network(composite, mask, generator)
-        return harmonization_loss(output, real, mask, self.contrastive, composite, self.weights, generator, self.error)
+        terms = {"l1": F.l1_loss(output.float(), real.float())}
+        terms["foreground"] = foreground_error(output, real, mask, self.error)
+        if self.contrastive is not None:
+            terms["contrastive"] = self.contrastive(output, real, mask, composite, generator)
+        return {**terms, "loss": sum(w * term for w, term in zip(self.weights, terms.values(), strict=False))}
 
 
 def resunet_loss(section) -> ResUNetLoss:
