@@ -22,7 +22,7 @@ from harmonylib.core.json_files import read_json
 from harmonylib.data.batches import TripleSet
 from harmonylib.evaluation.metrics import METRICS, summarise
 from harmonylib.evaluation.published import PROTOCOLS, load, protocols
-from harmonylib.evaluation.statistics import paired_difference, verdict
+from harmonylib.evaluation.statistics import bootstrap_mean, verdict
 from harmonylib.models.contrastive import resunet_batches, resunet_loss
 from harmonylib.models.resunet import ContrastiveResUNet
 from harmonylib.models.start import initial_resunet
@@ -96,7 +96,7 @@ class Ablation:
             value = sum(sign * w * self.scores(name, seeds).set_index(IMAGE)[metric] for name, w in terms.items())
             value = value if subset == "all" else value.xs(subset, level="subset", drop_level=False)
             labels = value.index.get_level_values("photo")
-            effect, photos = paired_difference(value, np.zeros(len(value)), labels), labels.nunique()
+            effect, photos = bootstrap_mean(value, labels), labels.nunique()
         return {
             "before": before, "after": after, "metric": metric, "subset": subset, "improvement": effect[0],
             "interval": effect[1:], "verdict": verdict(*effect, photos), "photos": photos,

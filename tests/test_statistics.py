@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from harmonylib.core.errors import HarmonyError
-from harmonylib.evaluation.statistics import bootstrap_mean, paired_difference, reduction, verdict
+from harmonylib.evaluation.statistics import bootstrap_mean, reduction, verdict
 
 
 def test_mean_is_over_images_and_resampling_over_photos():
@@ -42,17 +42,6 @@ def test_undefined_infinite_and_single():
     mean, lo, hi = bootstrap_mean([1.0, 3.0], ["a", "a"])
     assert mean == 2.0 and math.isnan(lo) and math.isnan(hi)
     assert all(map(math.isnan, bootstrap_mean([math.nan, math.nan], ["a", "b"])))
-
-
-def test_paired_difference():
-    rng = np.random.default_rng(5)
-    hard = rng.normal(scale=100, size=60)  # images differ far more than models do
-    a, b, photos = hard + 2, hard + rng.normal(scale=0.1, size=60), np.arange(60)
-    mean, lo, hi = paired_difference(a, b, photos)
-    assert 1.9 < lo < mean < hi < 2.1
-    assert mean == pytest.approx((a - b).mean())
-    assert paired_difference(b, a, photos) == pytest.approx((-mean, -hi, -lo))
-    assert paired_difference([math.inf, 3, 4], [math.inf, 1, 2], ["a", "b", "c"])[0] == 2.0  # inf - inf is left out
 
 
 def test_bad_input():

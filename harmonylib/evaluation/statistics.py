@@ -52,16 +52,6 @@ def _resampled(table, photos) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.concatenate(draws) if draws else np.empty((0, table.shape[1]))
 
 
-def paired_difference(a, b, photos):
-    """Mean of a - b per image with its interval over photos: (mean, lo, hi).
-
-    a, b: N values of one metric for two models on the same images in the same order. Pairs without a defined
-    difference (NaN, or two infinite PSNRs) are left out. Raises HarmonyError as `bootstrap_mean`.
-    """
-    with np.errstate(invalid="ignore"):
-        return bootstrap_mean(np.subtract(a, b, dtype=np.float64), photos)
-
-
 def reduction(after, before, photos):
     """1 - mean(after) / mean(before) of a squared error on N images, with its interval over photos: (value, lo, hi)."""
     mean, draws = _resampled(np.stack([after, before], axis=1).astype(np.float64), photos)
