@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from ..core.cache import weights_digest
 from ..core.devices import pick_device
-from ..core.errors import HarmonyError
 from ..data.batches import PhotoBatches
 from ..training import TrainSettings, train
 from .copying import copy_colours, copy_condition
@@ -56,31 +55,19 @@ def build_unet(channels, layers: int = 1, latent_channels: int = 4, prompt_dim: 
 YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))  # ITU-R BT.601
 
 
-def autoencoder_batches(photos, section, seed: int) -> PhotoBatches:
-    """What `autoencoder_loss` takes, of (image, mask) arrays, by the settings' section `base`."""
-    size = getattr(section, "autoencoder_size", min(64, section.size))
-    return PhotoBatches(photos, size, section.batch_size, seed)
-
-
-def autoencoder_loss(kl_weight: float = 1e-5, chroma_weight: float = 4.0):
-    """L1 of pixels and of 8x8 block means in YCbCr with heavier chroma, and a small KL term.
+def autoencoder_loss(vae, batch, generator) -> dict[str, torch.Tensor]:
+    """L1 of pixels and of 8x8 block means in YCbCr with heavier chroma, and a small KL term; batch: "real" Bx3xHxW.
 
     With plain RGB L1 a small autoencoder spends its four channels on edges and reproduces a grey picture, which is of
     no use to harmonization: natural photos vary far less in chroma than in luma.
     """
-
-    def loss(vae, batch, generator):
-        posterior = vae.encode(batch["real"]).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean.device)
-        reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        difference = torch.einsum("ij,bjhw->bihw", torch.tensor(YCBCR).to(noise.device), reconstruction - batch["real"])
-        luma, cb, cr = (d.abs().mean() + F.avg_pool2d(d, 8).abs().mean() for d in difference.unbind(1))
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        value = luma + chroma_weight * (cb + cr) + kl_weight * kl
-        return {"loss": value, "luma": luma, "chroma": cb + cr, "kl": kl}
-
-    loss.key = [kl_weight, chroma_weight]
-    return loss
+    posterior = vae.encode(batch["real"]).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean.device)
+    reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+    difference = torch.einsum("ij,bjhw->bihw", torch.tensor(YCBCR).to(noise.device), reconstruction - batch["real"])
+    luma, cb, cr = (d.abs().mean() + F.avg_pool2d(d, 8).abs().mean() for d in difference.unbind(1))
+    kl = posterior.kl().mean() / posterior.mean[0].numel()
+    return {"loss": luma + 4.0 * (cb + cr) + 1e-5 * kl, "luma": luma, "chroma": cb + cr, "kl": kl}
 
 
 @torch.no_grad()
@@ -90,11 +77,6 @@ def set_latent_statistics(vae, photos, size: int, seed: int) -> None:
     latents = torch.cat([vae.encode(batches(step)["real"].to(vae.device)).latent_dist.mean for step in range(8)])
     mean, std = latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()
     vae.register_to_config(latents_mean=mean, latents_std=std)
-
-
-def inpainting_batches(photos, section, seed: int) -> PhotoBatches:
-    """What `inpainting_loss` takes, of (image, mask) arrays, by the settings' section `base`."""
-    return PhotoBatches(photos, section.size, section.batch_size, seed, scale=(0.4, 1.0), inpainting=True)
 
 
 def inpainting_loss(pipeline: DiffHarmonyPipeline):
@@ -125,8 +107,7 @@ def open_base(settings, seed: int) -> DiffHarmonyPipeline:
     if settings.source == "stable-diffusion":
         vae = open_autoencoder(settings.vae, torch_dtype=torch.float32) if settings.vae else None
         return DiffHarmonyPipeline.from_pretrained(settings.path, vae, device="cpu")
-    if settings.source != "small":
-        raise HarmonyError(f"base.source {settings.source!r} is unknown; use small, pipeline or stable-diffusion")
+    assert settings.source == "small", settings.source
     torch.manual_seed(seed)
     vae = copy_colours(build_autoencoder(settings.autoencoder_channels, size=settings.size))
     torch.manual_seed(seed)
@@ -146,15 +127,14 @@ def train_base(pipeline, photos, run, checkpoints=None, folder=None) -> dict[str
     curve = {part: folder and f"{folder}/{part}/training.json" for part in ("vae", "unet")}
     if section.autoencoder_steps:
         settings = replace(TrainSettings.of(run, "base", "autoencoder"), schedule="cosine", ema_decay=0.995)
-        loss = autoencoder_loss(chroma_weight=getattr(section, "chroma_weight", 4.0))
-        batches = autoencoder_batches(photos, section, run.seed)
+        size = getattr(section, "autoencoder_size", min(64, section.size))
+        batches = PhotoBatches(photos, size, section.batch_size, run.seed)
         options = {"name": "base autoencoder", "curve": curve["vae"], **loop}
-        histories["autoencoder"] = train(pipeline.vae, loss, batches, settings, **options)
+        histories["autoencoder"] = train(pipeline.vae, autoencoder_loss, batches, settings, **options)
         set_latent_statistics(pipeline.vae, photos, section.size, run.seed)
     if section.unet_steps:
         settings = replace(TrainSettings.of(run, "base", "unet"), schedule="cosine", ema_decay=0.998)
-        batches = inpainting_batches(photos, section, run.seed)
-        loss = inpainting_loss(pipeline)
+        batches = PhotoBatches(photos, section.size, section.batch_size, run.seed, scale=(0.4, 1.0), inpainting=True)
         options = {"name": "base UNet", "curve": curve["unet"], **loop}
-        histories["unet"] = train(pipeline.unet, loss, batches, settings, **options)
+        histories["unet"] = train(pipeline.unet, inpainting_loss(pipeline), batches, settings, **options)
     return histories

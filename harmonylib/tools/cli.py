@@ -207,13 +207,8 @@ def pretrain(
     out: str = typer.Argument(metavar="OUT", help="the folder to write"),
     index: str = typer.Option(None, help="CSV with columns image, mask and split; rows with split=train are used"),
     autoencoder_steps: int = typer.Option(6500, min=0),
-    autoencoder_learning_rate: float = typer.Option(2e-3),
-    autoencoder_size: int = typer.Option(128, help="training crop in pixels"),
     unet_steps: int = typer.Option(1900, min=0),
-    unet_learning_rate: float = typer.Option(1e-3),
-    unet_size: int = typer.Option(192, help="training crop in pixels"),
     batch_size: int = typer.Option(16, min=1),
-    chroma_weight: float = typer.Option(4.0, help="weight of chroma beside luma in the autoencoder's loss"),
     start: str = typer.Option(None, metavar="DIR", help="train this base further (a part with 0 steps is kept)"),
     seed: int = typer.Option(0),
     device: str = typer.Option("auto", help="auto, cuda, mps or cpu"),
@@ -228,12 +223,10 @@ def pretrain(
     from ..data.readers import photo_pairs
     from ..models.base import open_base, train_base
 
-    # The section `base` of params.yaml, with what only this command can change.
-    names = ("autoencoder_steps", "autoencoder_learning_rate", "autoencoder_size", "unet_steps", "unet_learning_rate")
-    given, points = locals(), f"{out}/.checkpoints"
-    section = {name: given[name] for name in (*names, "batch_size", "chroma_weight")}
-    section |= {"source": "pipeline" if start else "small", "path": start, "size": unet_size}
-    section |= {"autoencoder_channels": [16, 32, 64, 128], "unet_channels": [64, 128]}
+    points, section = f"{out}/.checkpoints", {"source": "pipeline" if start else "small", "path": start}
+    section |= {"autoencoder_channels": [16, 32, 64, 128], "autoencoder_steps": autoencoder_steps}
+    section |= {"autoencoder_learning_rate": 2e-3, "autoencoder_size": 128, "batch_size": batch_size}
+    section |= {"unet_channels": [64, 128], "unet_steps": unet_steps, "unet_learning_rate": 1e-3, "size": 192}
     machine = {"compile": False, "accumulation": 1, "checkpointing": False}
     run = SimpleNamespace(seed=seed, device=device, **machine, precision="auto", base=SimpleNamespace(**section))
 
