@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from harmonylib import HarmonyError, RegionContrastiveLoss
+from harmonylib import RegionContrastiveLoss
 from harmonylib.models.contrastive import (
     ResUNetLoss,
     crop_patches,
@@ -195,13 +195,3 @@ def test_the_resunets_loss_is_the_weighted_sum():
     terms = ResUNetLoss((1.0, 0.0, 0.0), "log")(lambda *arguments: output, images)
     assert "contrastive" not in terms and torch.equal(terms["loss"], terms["l1"])
     assert torch.equal(terms["foreground"], foreground_error(output, real, mask, "log"))
-
-
-def test_bad_settings_are_named():
-    output, real, mask, _ = batch()
-    with pytest.raises(HarmonyError, match="reading 'D' is unknown"):
-        RegionContrastiveLoss("D")
-    with pytest.raises(HarmonyError, match="pass composite="):
-        loss_of("C")(output, real, mask)
-    with pytest.raises(HarmonyError, match="foreground error 'l3'"):
-        foreground_error(output, real, mask, "l3")

@@ -202,17 +202,7 @@ def test_save_and_load(tmp_path, settings):
         torch.testing.assert_close(loaded.eval()(image, mask), model(image, mask), atol=1e-6, rtol=0)
 
 
-def test_bad_settings_are_named():
-    with pytest.raises(HarmonyError, match="style 'wct' is unknown.*style-fusion"):
-        ContrastiveResUNet(style="wct")
-    for depth, settings in ((1, {}), (2, COLOUR | {"view": 8})):
-        with pytest.raises(HarmonyError, match=f"depth {depth} .*use at least {depth + 1}"):
-            ContrastiveResUNet(**settings | {"depth": depth})
-    with pytest.raises(HarmonyError, match="head 'picture' is unknown.*residual, colour"):
-        ContrastiveResUNet(head="picture")
-    for settings in ({}, COLOUR | {"view": 0}):
-        with pytest.raises(HarmonyError, match=f"encoder '{PACKAGED}' goes with head: colour"):
-            ContrastiveResUNet(**settings, encoder=PACKAGED)
+def test_an_encoder_that_timm_does_not_have():
     with pytest.raises(HarmonyError, match="resnet9000"):
         ContrastiveResUNet(**COLOUR, encoder="resnet9000")
 

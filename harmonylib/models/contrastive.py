@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.errors import HarmonyError
 from ..data.batches import PixelBatches, augmentation
 from ..data.recipes import DEFAULTS
 
@@ -69,14 +68,12 @@ class RegionContrastiveLoss(nn.Module):
 
     Computed in float32 whatever the autocast. An image without a foreground or background cell drops out of the mean
     over images (Eq. 12); if all do, the loss is 0 and still has a gradient (of zeros).
-    Raises HarmonyError for an unknown reading, and for reading C without a composite.
     """
 
     def __init__(self, reading="B", patches: int = 256, temperature=0.07, patch: int = 8, stride: int = 4,
                  masked: bool = True):  # fmt: skip
         super().__init__()
-        if reading not in ("A", "B", "C"):
-            raise HarmonyError(f"reading {reading!r} is unknown; use A, B or C")
+        assert reading in ("A", "B", "C")
         self.reading, self.patches, self.temperature = reading, patches, temperature
         self.patch, self.stride, self.masked = patch, stride, masked
         self.mlp = nn.Sequential(nn.Linear(3 * patch * patch, 256), nn.ReLU(), nn.Linear(256, 256))
@@ -105,8 +102,7 @@ class RegionContrastiveLoss(nn.Module):
     def forward(self, output, real, mask, composite=None, generator=None) -> torch.Tensor:
         """Scalar. output, real and composite Bx3xHxW in [-1, 1], mask Bx1xHxW in {0, 1}; generator draws the cells."""
         assert output.shape == real.shape and mask.shape == (len(output), 1, *output.shape[2:])
-        if self.reading == "C" and composite is None:
-            raise HarmonyError("reading C contrasts with the composite's foreground; pass composite=")
+        assert self.reading != "C" or composite is not None
         with torch.autocast(output.device.type, enabled=False):
             foreground_cells, background_cells, keep = sample_cells(mask, self.stride, self.patches, generator)
             if self.masked:
@@ -126,10 +122,9 @@ def foreground_error(output, real, mask, kind: str = "l1") -> torch.Tensor:
     "l1" is the paper's L_pixel: sum |output - real| M over pixels and channels / sum M, three times the foreground's
     mean absolute error. "rmse" (the root of the mean square, three times for the same scale) and "log" (the logarithm
     of the mean square, so that a weak change counts as much as a strong one) are ours. Images with an empty mask drop
-    out; if all are empty the error is 0. Raises HarmonyError for another kind.
+    out; if all are empty the error is 0.
     """
-    if kind not in ("l1", "rmse", "log"):
-        raise HarmonyError(f"foreground error {kind!r} is unknown; use l1, rmse or log")
+    assert kind in ("l1", "rmse", "log")
     assert output.shape == real.shape and mask.shape == (len(output), 1, *output.shape[2:])
     area, change = mask.float().sum((1, 2, 3)), output.float() - real.float()
     error = ((change.abs() if kind == "l1" else change.square()) * mask.float()).sum((1, 2, 3)) / area.clamp_min(1)

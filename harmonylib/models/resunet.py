@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.errors import HarmonyError
 from .colour_head import ColourHead
 from .colour_map import apply_inside
 from .encoder import PretrainedEncoder
@@ -191,7 +190,7 @@ class ContrastiveResUNet(FolderModel):
     (`colour_head`), which `colour_map` returns for use at any size. head_width, head_layers and strips are its sizes;
     with view 0 it is alone and the rest of the network is left out.
     encoder: None, the paper's own, or a timm name (`encoder.PretrainedEncoder`; only with the head "colour").
-    Raises HarmonyError for settings that are unknown or do not go together.
+    Raises HarmonyError for an encoder that timm does not have.
     """
 
     def __init__(
@@ -211,15 +210,9 @@ class ContrastiveResUNet(FolderModel):
         affine: str = "constant",
     ):
         super().__init__(locals())
-        for what, name, known in (("style", style, STYLES), ("head", head, ("residual", "colour")),
-                                  ("affine", affine, ("constant", "function"))):  # fmt: skip
-            if name not in known:
-                raise HarmonyError(f"{what} {name!r} is unknown; use one of {', '.join(known)}")
-        least = COARSE_LEVEL + 1 if head == "colour" and view and not encoder else 2
-        if depth < least:
-            raise HarmonyError(f"depth {depth} leaves nothing to decode; use at least {least}")
-        if encoder and (head != "colour" or not view):
-            raise HarmonyError(f"encoder {encoder!r} goes with head: colour and a view; set these, or encoder: null")
+        assert style in STYLES and head in ("residual", "colour") and affine in ("constant", "function")
+        assert depth > (COARSE_LEVEL if head == "colour" and view and not encoder else 1)
+        assert not encoder or (head == "colour" and view)
         if head == "colour" and view == 0:
             widths = []
         elif encoder:
