@@ -57,7 +57,9 @@ class Base(Section):
     size: Pixels
     batch_size: Positive
     learning_rate: Rate
-    autoencoder_channels: Annotated[list[Annotated[int, Field(ge=16)]], Field(min_length=2)]  # `copying` needs so many
+    autoencoder_channels: Annotated[
+        list[Annotated[int, Field(ge=16)]], Field(min_length=2)
+    ]  # `identity_init` needs so many
     unet_channels: Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=2)]
 
 

@@ -13,8 +13,8 @@ from ..core.cache import weights_digest
 from ..core.devices import pick_device
 from ..data.batches import PhotoBatches
 from ..training import TrainSettings, train
-from .copying import copy_colours, copy_condition
 from .diffusion import base_scheduler, denoising_loss, latent_mask, scale_latents, training_scheduler
+from .identity_init import copy_colours, copy_condition
 from .pipeline import DiffHarmonyPipeline, PromptEmbedding, open_autoencoder
 
 
@@ -30,7 +30,7 @@ def build_autoencoder(channels, layers: int = 1, latent_channels: int = 4, size:
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=layers,
         latent_channels=latent_channels,
-        norm_num_groups=2,  # wide enough for channels that carry colours (`copying`)
+        norm_num_groups=2,  # wide enough for channels that carry colours (`identity_init`)
         mid_block_add_attention=False,
         sample_size=size,
     )

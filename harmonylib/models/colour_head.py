@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .colour_map import TERMS, apply_map, fit_map
-from .edges import DEPTHS, INSIDE, STATISTICS, STRIP_FEATURES, edge_strips, region_colours
+from .edge_features import DEPTHS, INSIDE, STATISTICS, STRIP_FEATURES, edge_strips, region_colours
 
 
 class Layer(nn.Module):

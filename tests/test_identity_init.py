@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from skimage import data
 
 from harmonylib.models.base import build_autoencoder, build_unet
-from harmonylib.models.copying import copy_colours, copy_condition
+from harmonylib.models.identity_init import copy_colours, copy_condition
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from harmonylib.models.edges import (
+from harmonylib.models.edge_features import (
     DEPTHS,
     INSIDE,
     QUANTILES,
