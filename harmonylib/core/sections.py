@@ -57,9 +57,7 @@ class Base(Section):
     size: Pixels
     batch_size: Positive
     learning_rate: Rate
-    autoencoder_channels: Annotated[
-        list[Annotated[int, Field(ge=16)]], Field(min_length=2)
-    ]  # `identity_init` needs so many
+    autoencoder_channels: Annotated[list[Annotated[int, Field(ge=16)]], Field(min_length=2)]  # see identity_init
     unet_channels: Annotated[list[Annotated[int, Field(ge=64)]], Field(min_length=2)]
 
 
