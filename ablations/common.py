@@ -20,6 +20,7 @@ from harmonylib.core.distributed import SHARE, share_of
 from harmonylib.core.errors import HarmonyError
 from harmonylib.core.json_files import read_json
 from harmonylib.data.batches import TripleSet
+from harmonylib.evaluation.figures import intervals
 from harmonylib.evaluation.metrics import METRICS, summarise
 from harmonylib.evaluation.published import PROTOCOLS, load, protocols
 from harmonylib.evaluation.statistics import bootstrap_mean, verdict
@@ -69,9 +70,11 @@ class Ablation:
         """
         done = {name: seeds for name in self.variants if (seeds := self.finished(name))}
         scores = [self.scores(name, seeds).assign(model=name) for name, seeds in done.items()]
-        means, metrics, rows = summarise(pd.concat(scores)) if scores else {}, list(metrics), {}
+        metrics, rows = list(metrics), {}
+        means = summarise(pd.concat(scores)[[*IMAGE, "model", *metrics]]) if scores else {}
         for name in self.variants:
-            parts = {subset: _part(means.get(name, {}).get(subset), metrics) for subset in subsets}
+            nothing = dict.fromkeys(metrics) | {"interval": dict.fromkeys(metrics)}
+            parts = {subset: means.get(name, {}).get(subset, nothing) for subset in subsets}
             row = parts["all"] if tuple(subsets) == ("all",) else parts
             status = f"{len(done.get(name, ()))} of {len(self.seeds)} seeds finished"
             sizes = [int(self.runs[name, seed]["scored_at"].iloc[0]) for seed in done.get(name, ())]
@@ -102,13 +105,6 @@ class Ablation:
             "interval": effect[1:], "verdict": verdict(*effect, photos), "photos": photos,
             "status": f"{len(seeds)} of {len(self.seeds)} seeds",
         }  # fmt: skip
-
-
-def _part(summary: dict | None, metrics: list[str]) -> dict:
-    if summary is None:
-        return dict.fromkeys(metrics) | {"interval": dict.fromkeys(metrics)}
-    part = {key: summary[key] for key in (*metrics, "n", "photos", "status") if key in summary}
-    return part | {"interval": {metric: summary["interval"][metric] for metric in metrics}}
 
 
 def run_variants(variants: dict[str, Callable[[int], pd.DataFrame]], seeds: Iterable[int]) -> Ablation:
@@ -255,27 +251,16 @@ def plot(data: dict, metric: str = "psnr", label: str = "PSNR, dB"):
     """Rows and differences of one metric with their intervals; single runs as dots, published gains as diamonds."""
     data = as_published(data)
     rows, gains = _flat(data["rows"]), [d for d in data["differences"] if d["metric"] == metric]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.5 * max(len(rows), len(gains)) + 1.4))
+    _, (left, right) = plt.subplots(1, 2, figsize=(12, 0.5 * max(len(rows), len(gains)) + 1.4))
     for place, row in enumerate(rows.values()):
         runs = np.array([run[metric] for run in row.get("runs", ())], float)
         left.plot(runs, [place] * len(runs), "o", color="grey", markersize=4)
-    _bars(left, list(rows), [(row[metric], row["interval"][metric]) for row in rows.values()], label)
     if "composite" in data:
         left.axvline(data["composite"][metric], color="black", linestyle=":")
+    nothing = (None, None)
+    means = {name: (row[metric], *(row["interval"][metric] or nothing)) for name, row in rows.items()}
+    intervals(means, label, axis=left)
     names = [f"{g['after']}\nover {g['before']}" + (f", {g['subset']}" if g["subset"] != "all" else "") for g in gains]
-    effects = [(gain["improvement"], gain["interval"]) for gain in gains]
-    _bars(right, names, effects, f"gain in {label} (◆ published)")
+    effects = {name: (g["improvement"], *(g["interval"] or nothing)) for name, g in zip(names, gains, strict=True)}
     right.plot([gain["published"] for gain in gains], range(len(gains)), "D", color="C1")
-    right.axvline(0, color="black", linewidth=1)
-    figure.tight_layout()
-    plt.close(figure)
-    return figure
-
-
-def _bars(axis, names: list[str], found: list[tuple], label: str) -> None:
-    """found: (value, interval) a name; what is None is left out."""
-    places = range(len(names))
-    axis.hlines(places, *np.array([interval or (None, None) for _, interval in found], float).T, linewidth=2)
-    axis.plot(np.array([value for value, _ in found], float), places, "s", color="C0")
-    axis.set(yticks=places, yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=label)
-    axis.tick_params(axis="y", labelsize=8)
+    return intervals(effects, f"gain in {label} (◆ published)", zero=True, axis=right)

@@ -111,18 +111,16 @@ def cumulative_foreground(ratios: dict[str, np.ndarray]):
     return _finished(figure)
 
 
-def intervals(estimates: dict, label: str, zero: bool = False):
-    """A dot and its interval per name: {name: (mean, lo, hi)}, lo and hi None or NaN where there is none."""
-    figure, axis = plt.subplots(figsize=(7, 0.42 * len(estimates) + 1))
-    for place, (mean, low, high) in enumerate(estimates.values()):
-        if low is not None:
-            axis.plot([low, high], [place, place], color="black", linewidth=1.2)
-        axis.plot(mean, place, "o", color="C0", markersize=7)
+def intervals(estimates: dict, label: str, zero: bool = False, axis=None):
+    """A dot and its interval per name: {name: (mean, lo, hi)}, each None or NaN where there is none; axis: where to."""
+    axis = axis or plt.subplots(figsize=(7, 0.42 * len(estimates) + 1))[1]
+    means, *ends = np.array(list(estimates.values()), float).T
+    axis.hlines(range(len(means)), *ends, color="black", linewidth=1.2)
+    axis.plot(means, range(len(means)), "o", color="C0", markersize=7)
     if zero:
         axis.axvline(0, color="grey", linewidth=1)
-    axis.set(yticks=range(len(estimates)), yticklabels=estimates, xlabel=label)
-    axis.invert_yaxis()
-    return _finished(figure)
+    axis.set(yticks=range(len(estimates)), yticklabels=estimates, ylim=(len(estimates) - 0.5, -0.5), xlabel=label)
+    return _finished(axis.figure)
 
 
 def scatter(table, x: str, y: str, hue: str, labels: tuple[str, str], zero: bool = False):
