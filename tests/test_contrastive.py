@@ -75,15 +75,6 @@ def test_vectorised_equals_a_loop_over_patches(reading, size):
     assert masked != found
 
 
-def test_masked_patches_do_not_see_the_other_region():
-    output, real, mask, composite = batch()
-    elsewhere = [torch.where(mask > 0, output, 0.3), torch.where(mask > 0, -0.7, real)]
-    for masked in (True, False):
-        loss = loss_of(masked=masked)
-        same = torch.equal(loss(output, real, mask, None, seeded()), loss(*elsewhere, mask, None, seeded()))
-        assert same == masked
-
-
 @pytest.mark.parametrize("size", [(32, 40), (30, 37), (8, 8), (5, 3), (1, 1)])
 def test_cells_lie_in_their_region_and_patches_inside_the_image(size):
     mask = (torch.rand(3, 1, *size, generator=seeded(1)) > 0.5).float()

@@ -14,7 +14,7 @@ from harmonylib.core import decoding, images
 from harmonylib.core.errors import HarmonyError
 from harmonylib.data import layout
 from harmonylib.evaluation import folder
-from harmonylib.evaluation.folder import read_mask_as, score_folder
+from harmonylib.evaluation.folder import score_folder
 from harmonylib.evaluation.metrics import PROTOCOLS
 from harmonylib.tools import cli
 
@@ -175,16 +175,6 @@ def test_flat_folders_need_names_that_differ(folders):
     layout.write_list(folders / "set", "test", [*lines, lines[0].replace("HCOCO", "HFlickr")])
     with pytest.raises(HarmonyError, match="several subsets have a composite of this name"):
         score_folder(folders / "ours", folders / "set")
-
-
-def test_masks_are_opened_as_the_protocol_opens_them(tmp_path):
-    ramp = np.tile(np.arange(256, dtype=np.uint8), (64, 1))
-    Image.fromarray(ramp).save(tmp_path / "m.png")
-    assert np.array_equal(read_mask_as(tmp_path / "m.png", "hard"), ramp > 127)
-    assert np.array_equal(read_mask_as(tmp_path / "m.png", "soft"), ramp.astype(np.float32) / 255)
-    dithered = read_mask_as(tmp_path / "m.png", "dithered")
-    assert dithered.dtype == bool and dithered.mean() == pytest.approx(0.5, abs=0.01)
-    assert 0.1 < dithered[:, 32:64].mean() < 0.3  # greys near 48 of 255: neither black nor white
 
 
 def test_a_foreground_that_vanishes_is_left_out_and_said(folders):
