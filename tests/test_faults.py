@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,29 +24,20 @@ import trainers
 import typer
 from nbformat import v4
 from safetensors.torch import load_file
-from torch import nn
+from test_training import SETTINGS, problem, run
 
 from harmonylib.augmentation import candidates
 from harmonylib.core.errors import HarmonyError
 from harmonylib.data.layout import read_triples
 from harmonylib.tools import cli
-from harmonylib.training import TrainingDiverged, TrainSettings, train
+from harmonylib.training import TrainingDiverged
+
+_, toy_loss, toy_batch = problem()
 
 
-def toy_loss(net, batch, draws):
-    noise = 0.1 * torch.randn(batch["x"].shape, generator=draws)
-    return {"loss": (net(batch["x"] + noise) - batch["x"]).square().mean()}
-
-
-def toy_batch(step):
-    return {"x": torch.randn(4, 6, generator=torch.Generator().manual_seed(step % 7))}
-
-
-def toy_train(folder, loss=toy_loss, batch=toy_batch, steps=60) -> dict[str, torch.Tensor]:
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
-    settings = TrainSettings(steps, 4, 0.01, ema_decay=0.9, checkpoint_seconds=0)
-    train(model, loss, batch, settings, name="toy", seed=0, device="cpu", checkpoints=folder)
+def toy_train(folder, loss=toy_loss, batch=toy_batch) -> dict[str, torch.Tensor]:
+    model = problem()[0]
+    run(model, loss, batch, replace(SETTINGS, steps=60), checkpoints=folder)
     return model.state_dict()
 
 
