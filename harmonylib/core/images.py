@@ -15,9 +15,10 @@ from PIL import Image
 if TYPE_CHECKING:
     import torch
 
-from .decoding import KINDS, MASK_THRESHOLD, mask_levels, open_image, orientation, to_rgb, turn_along
+from .decoding import KINDS, MASK_THRESHOLD, open_image, orientation, to_rgb, turn_along
 from .errors import HarmonyError
 from .files import atomic_path
+from .picture_metadata import read_levels
 
 
 def read_image(path) -> np.ndarray:
@@ -25,17 +26,17 @@ def read_image(path) -> np.ndarray:
     return np.asarray(to_rgb(open_image(path), path))
 
 
-def read_mask(path, source: str = "auto") -> np.ndarray:
-    """HxW bool, True where the level is above 127; source as in `decoding.mask_levels`."""
-    return mask_levels(open_image(path), path, source) > MASK_THRESHOLD
+def read_mask(source, mask_from: str = "auto") -> np.ndarray:
+    """HxW bool, True where the level is above 127; arguments as `read_levels`."""
+    return read_levels(source, mask_from=mask_from) > MASK_THRESHOLD
 
 
-def read_pair(path, mask_path, source: str = "auto") -> tuple[np.ndarray, np.ndarray]:
+def read_pair(path, mask_path, mask_from: str = "auto") -> tuple[np.ndarray, np.ndarray]:
     """(HxWx3 uint8, HxW bool) of a photo and its mask, which is turned with the photo where it was drawn on its raw
     pixels. Raises HarmonyError where the sizes differ."""
     photo = open_image(path)
     image = np.asarray(to_rgb(photo, path))
-    mask = turn_along(read_mask(mask_path, source), image.shape, orientation(photo))
+    mask = turn_along(read_mask(mask_path, mask_from), image.shape, orientation(photo))
     if image.shape[:2] != mask.shape:
         raise HarmonyError(f"{mask_path}: mask is {mask.shape[::-1]} but its photo is {image.shape[1::-1]}; resize it")
     return image, mask
