@@ -74,6 +74,17 @@ def test_a_clean_set(tmp_path, suffix):
     assert row["foreground_ratio"] == pytest.approx(disc().mean()) and Path(row["real"]).is_file()
 
 
+def test_the_manifest_measures_the_change(tmp_path):
+    real, mask = np.full((64, 64, 3), 100, np.uint8), np.zeros((64, 64), bool)
+    mask[:, :16] = True
+    pair = write_pair(tmp_path, "HCOCO", "c1", 1, real, mask, ".png")
+    changed = np.where(mask[..., None], np.uint8(110), real)
+    write_list(tmp_path, "train", [write_composite(tmp_path, "HCOCO", pair, 1, changed, ".png")])
+    (row,) = audit(tmp_path, workers=1).manifest.to_dict("records")
+    assert row["fmse"] == pytest.approx(100) and row["delta_e"] == pytest.approx(4, abs=0.3)  # L* 42.4 -> 46.4
+    assert row["psnr"] == pytest.approx(10 * np.log10(255**2 / (100 / 4)), abs=0.1)  # the edge is blurred
+
+
 @pytest.mark.skipif("HARMONYLIB_SAMPLE" not in os.environ, reason="HARMONYLIB_SAMPLE names no folder")
 def test_genuine_triples_are_clean():
     report = audit(os.environ["HARMONYLIB_SAMPLE"], workers=1)
