@@ -105,6 +105,8 @@ def make_data(photos, out, index=None, pairs: int | None = None, variants: int =
     if out.exists() and not (force and (out / "IHD_train.txt").is_file()):
         mend = "is no data set; choose another folder" if force else "exists; choose another folder or add --force"
         raise HarmonyError(f"{out}: {mend}")
+    if not recipes.transfers:
+        raise HarmonyError(f"all colour transfers are left out; keep some of {', '.join(DEFAULTS.transfers)}")
     files = folder_photos(photos, seed, index, mask_from)
     shares = list(parallel_map(partial(_shares_at, size), files, "reading photos", "photo", workers))
     left_out = [why for why in shares if isinstance(why, str)]
