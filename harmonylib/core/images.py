@@ -68,10 +68,9 @@ def to_square(array: np.ndarray, size: int, geometry: str) -> np.ndarray:
 
     geometry "squash": whatever the aspect (the latent models, the contrastive paper and the published evaluation);
     "centre-crop": the centred square, which equals resizing the shorter side and cropping the centre (Harmony-VAE's
-    training). Raises HarmonyError for another geometry.
+    training).
     """
-    if geometry not in ("squash", "centre-crop"):
-        raise HarmonyError(f"geometry {geometry!r} is unknown; use squash or centre-crop")
+    assert geometry in ("squash", "centre-crop"), geometry
     if geometry == "centre-crop":
         side = min(array.shape[:2])
         top, left = ((length - side) // 2 for length in array.shape[:2])

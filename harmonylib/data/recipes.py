@@ -13,7 +13,6 @@ import cv2
 import numpy as np
 from skimage.color import rgb2lab
 
-from ..core.errors import HarmonyError
 from ..core.seeds import rng as seeded_rng
 from .genuine import GENUINE, draw
 from .transfers import TRANSFERS
@@ -159,11 +158,9 @@ def recolor(recipe, real, mask, rng, reference=None, settings: RecipeSettings = 
 
     real HxWx3 uint8; mask HxW bool, not empty; reference (image, mask) for all but EDITS; fmse on the 0-255 scale,
     None: drawn from the genuine ones of this recipe. A transfer is never overdone: it stays weaker where the reference
-    is too much like the foreground. Returns HxWx3 uint8, rounded, with the background untouched. Raises HarmonyError
-    for an unknown recipe.
+    is too much like the foreground. Returns HxWx3 uint8, rounded, with the background untouched.
     """
-    if recipe not in RECIPES:
-        raise HarmonyError(f"recipe {recipe!r} is unknown; use {', '.join(RECIPES)}")
+    assert recipe in RECIPES, recipe
     assert mask.any() and (reference or recipe in EDITS), "a composite needs a foreground, a transfer a reference"
     fmse = draw(GENUINE[recipe].fmse, rng) if fmse is None else fmse
     pixels = np.float32(real[mask]) / 255
@@ -234,7 +231,7 @@ def make_composite(
     Returns HxWx3 uint8 and {"recipe", "tries", "fmse", "share", "delta_e", "plausible", "reason"}. The strength is
     drawn once, so that the filter does not prefer weak changes.
     """
-    fmse = draw(GENUINE[recipe].fmse, seeded_rng(*seed_words, recipe, "fmse")) if recipe in GENUINE else None
+    fmse = draw(GENUINE[recipe].fmse, seeded_rng(*seed_words, recipe, "fmse"))
     for attempt in range(tries):
         colours = reference(attempt) if callable(reference) else reference
         composite = recolor(recipe, real, mask, seeded_rng(*seed_words, recipe, attempt), colours, settings, fmse)
