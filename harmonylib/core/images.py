@@ -6,7 +6,6 @@ What deals with arrays alone does without torch, whose import takes longer than 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,10 +14,9 @@ from PIL import Image
 if TYPE_CHECKING:
     import torch
 
-from .decoding import KINDS, MASK_THRESHOLD, open_image, orientation, to_rgb, turn_along
+from .decoding import MASK_THRESHOLD, open_image, orientation, to_rgb, turn_along
 from .errors import HarmonyError
-from .files import atomic_path
-from .picture_metadata import read_levels
+from .picture_metadata import read_levels, save_picture
 
 
 def read_image(path) -> np.ndarray:
@@ -44,10 +42,7 @@ def read_pair(path, mask_path, mask_from: str = "auto") -> tuple[np.ndarray, np.
 
 def write_image(path, array: np.ndarray) -> None:
     """Write HxWx3 uint8 or an HxW bool mask, atomically. JPEG is written at quality 95 without chroma subsampling."""
-    array = array.astype(np.uint8) * 255 if array.dtype == bool else array
-    options = {"quality": 95, "subsampling": 0} if KINDS.get(Path(path).suffix.lower()) == "JPEG" else {}
-    with atomic_path(path) as temporary:
-        Image.fromarray(array).save(temporary, **options)
+    save_picture(Image.fromarray(array.astype(np.uint8) * 255 if array.dtype == bool else array), path)
 
 
 def resize_image(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
