@@ -8,7 +8,7 @@ from harmonylib.core import cache
 from harmonylib.core.errors import HarmonyError
 from harmonylib.core.images import read_image, write_image
 from harmonylib.data import batches
-from harmonylib.data.batches import LatentBatches, PhotoBatches, PixelBatches, TripleSet, load_pairs, to_tensors
+from harmonylib.data.batches import LatentBatches, PhotoBatches, PixelBatches, TripleSet, load_pairs
 from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
 from harmonylib.data.readers import photo_pairs
 from harmonylib.data.recipes import RecipeSettings
@@ -100,18 +100,9 @@ def test_latent_batches_keep_pixels_and_moments_together(data, tiny_vae, task, r
     assert set(bare) == {"mask", "moments", "condition_moments"} and torch.equal(bare["moments"], batch["moments"])
 
 
-def test_latent_crops_are_aligned_and_tasks_known(data, tiny_vae):
+def test_latent_crops_are_aligned(data, tiny_vae):
     batch = LatentBatches(TripleSet(data, 32), tiny_vae, "harmonize", 4, "test", crop=16)(0)
     assert batch["target"].shape[-2:] == (16, 16) and batch["moments"].shape[-2:] == (2, 2)
-    with pytest.raises(HarmonyError, match="task"):
-        LatentBatches(TripleSet(data, 32), tiny_vae, "harmonise", 4, "test")
-
-
-def test_arrays_become_tensors():
-    image = np.array([0, 255, 51], np.uint8).reshape(1, 1, 1, 3).repeat(2, 2)
-    tensors = to_tensors({"real": image, "mask": np.array([[[True, False]]])})
-    assert tensors["mask"].tolist() == [[[[1, 0]]]]
-    torch.testing.assert_close(tensors["real"], torch.tensor([-1, 1, -0.6]).view(1, 3, 1, 1).expand(1, 3, 1, 2))
 
 
 def test_composites_are_decoded_only_where_they_are_used(data):
@@ -145,7 +136,7 @@ def test_a_share_is_recoloured_by_the_subsets_recipe_and_the_settings(data, monk
     batches = PixelBatches(TripleSet(data, 32), 8, "test", recolor=0.5, recipes=settings)
     for step in range(8):
         batch = batches(step)
-    assert set(calls) == {("HFlickr", settings)} and 16 < len(calls) < 48
+    assert all(call == ("HFlickr", settings) for call in calls) and 16 < len(calls) < 48
     assert batch["composite"].shape == batch["real"].shape
 
 

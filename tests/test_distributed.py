@@ -8,7 +8,6 @@ from pathlib import Path
 
 import forks
 import nbformat
-import numpy as np
 import pytest
 import torch
 import trainers
@@ -17,11 +16,9 @@ from ruamel.yaml import YAML
 
 import harmonylib as hl
 from harmonylib import training
-from harmonylib.core import cache
 from harmonylib.core.distributed import ShareOfDraws
 from harmonylib.core.json_files import read_json
 from harmonylib.core.seeds import generator
-from harmonylib.models.base import build_autoencoder
 from harmonylib.tools import train
 
 REPOSITORY = Path(__file__).parents[1]
@@ -66,32 +63,8 @@ def test_processes_share_out_what_is_encoded_into_the_cache(root):
     group = forks.start_group(trainers.encode_cache, root, "shared", world=2)
     assert forks.codes([single, *group]) == [0, 0, 0]
     assert [int((root / f"{name}.txt").read_text()) for name in ("alone-0", "shared-0", "shared-1")] == [28, 16, 12]
-    (one,), (two,) = ([*(root / name).glob("*.npy")] for name in ("alone", "shared"))
-    assert one.name == two.name and one.read_bytes() == two.read_bytes()
-
-
-def test_a_share_is_encoded_once_though_another_process_joins_and_removes_it(tmp_path, monkeypatch):
-    """The second process writes its share; before it goes on, the first does all the rest."""
-    vae, images = build_autoencoder((8, 16), size=16), trainers.noise_pictures(tmp_path)
-    encode, make, encoded = vae.encode, cache._make, []
-    vae.encode = lambda batch: encoded.append(len(batch)) or encode(batch)
-
-    def moments(rank):
-        monkeypatch.setenv("RANK", rank)
-        return cache.moments(vae, images, "cpu", batch_size=4)
-
-    def make_and_wait(*entry, **options):
-        make(*entry, **options)
-        if os.environ["RANK"] == "1":
-            moments("0")
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(cache, "ROOT", tmp_path)
-    monkeypatch.setattr(cache, "_make", make_and_wait)
-    assert np.array_equal(moments("1"), moments("0")) and sum(encoded) == 28
-    monkeypatch.setattr(cache, "_make", make)
-    assert moments("1").shape[1] == 14 and sum(encoded) == 28  # one that comes late
-    assert len(list(tmp_path.glob("*.npy"))) == 1
+    (one,) = (root / "alone").glob("*.npy")
+    assert (root / "shared" / one.name).read_bytes() == one.read_bytes()
 
 
 def test_a_step_draws_the_same_whatever_the_number_of_processes():

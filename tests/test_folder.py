@@ -68,8 +68,9 @@ def test_each_file_is_decoded_once(folders, monkeypatch):
     shutil.copy(folders / "ours/HCOCO/b_1_1.png", folders / "ours/HCOCO/b_1_9.png")
     listed, opened = folders / "set/IHD_test.txt", []
     listed.write_text("HCOCO/composite_images/b_1_9.png\n" + listed.read_text())
-    for module in (folder, images):
-        monkeypatch.setattr(module, "open_image", lambda path: opened.append(path) or decoding.open_image(path))
+    opens = decoding.open_image
+    for module in (folder, images, decoding):
+        monkeypatch.setattr(module, "open_image", lambda path, *more: opened.append(path) or opens(path, *more))
     assert list(score_folder(folders / "ours", folders / "set", workers=1, paste=True)["name"])[:2] == [
         "b_1_9",
         "b_1_1",

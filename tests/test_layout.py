@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from harmonylib.core.errors import HarmonyError
-from harmonylib.data.layout import read_lines, read_triples, triple_of, write_composite, write_list, write_pair
+from harmonylib.data.layout import read_lines, read_triples, write_composite, write_list, write_pair
 
 
 def arrays(seed=0, height=20):
@@ -49,17 +49,12 @@ def test_jpeg_is_close_its_mask_exact_and_names_may_be_of_any_alphabet(tmp_path)
     assert np.abs(composite.astype(int) - arrays()[0]).mean() < 4 > np.abs(real.astype(int) - arrays()[2]).mean()
 
 
-def test_captures_of_one_scene_are_one_photo(tmp_path):
-    lines = [write(tmp_path, "Hday2night", f"d90000008-{capture}")[0] for capture in (3, 7)]
-    write_list(tmp_path, "train", lines)
-    triples = read_triples(tmp_path, "train")
+def test_subsets_keep_list_order_and_captures_of_one_scene_are_one_photo(tmp_path):
+    lines = [write(tmp_path, "Hday2night", f"d90000008-{capture}")[0] for capture in (7, 3)]
+    write_list(tmp_path, "train", [lines[0], *write(tmp_path, "HCOCO"), lines[1]])
+    triples = read_triples(tmp_path, "train", ["Hday2night"])
+    assert [t.name for t in triples] == ["d90000008-7_1_1", "d90000008-3_1_1"]
     assert {t.photo for t in triples} == {"d90000008"} and len({t.pair for t in triples}) == 2
-
-
-def test_subsets_keep_list_order(tmp_path):
-    lines = write(tmp_path, "HFlickr") + write(tmp_path, "HCOCO") + write(tmp_path, "HFlickr", "f56")
-    write_list(tmp_path, "train", lines)
-    assert [t.name for t in read_triples(tmp_path, "train", ["HFlickr"])] == ["f55_1_1", "f56_1_1"]
     with pytest.raises(HarmonyError, match="no composites of HAdobe5k"):
         read_triples(tmp_path, "train", ["HAdobe5k"])
 
@@ -88,6 +83,15 @@ def test_a_root_file_says_where_the_pictures_are(data, tmp_path):
 def test_a_root_file_that_names_no_folder(data, content):
     (data / "ROOT").write_bytes(content)
     with pytest.raises(HarmonyError, match="ROOT: ('(nowhere)?' is no folder|not a UTF-8 text file)"):
+        read_triples(data, "train")
+
+
+def test_partners_may_be_of_another_type_but_there_is_one(data):
+    real = data / "HFlickr/real_images/f55.png"
+    other = real.rename(real.with_suffix(".JPEG"))
+    assert read_triples(data, "train")[0].real == other
+    real.write_bytes(other.read_bytes())
+    with pytest.raises(HarmonyError, match=r"f55\.png: a second file beside f55\.JPEG"):
         read_triples(data, "train")
 
 
@@ -123,16 +127,6 @@ def test_a_line_that_is_no_composite_is_shown(data, line):
     (data / "IHD_train.txt").write_text(line)
     with pytest.raises(HarmonyError, match=f"'{line}' is not SUBSET/composite_images"):
         read_triples(data, "train")
-
-
-def test_partners_may_be_of_another_type_but_there_is_one(tmp_path):
-    (line,) = write(tmp_path, suffix=".jpg")
-    real = tmp_path / "HFlickr/real_images/f55.jpg"
-    other = real.rename(real.with_suffix(".JPEG"))
-    assert triple_of(tmp_path, line).real == other
-    real.write_bytes(other.read_bytes())
-    with pytest.raises(HarmonyError, match=r"f55\.jpg: a second file beside f55\.JPEG"):
-        triple_of(tmp_path, line)
 
 
 def test_sizes_that_differ_are_refused(data):

@@ -11,7 +11,7 @@ from PIL import Image
 from harmonylib.core.decoding import turn_along
 from harmonylib.core.errors import HarmonyError
 from harmonylib.core.images import read_image, read_mask, read_pair
-from harmonylib.core.picture_metadata import open_picture, read_region
+from harmonylib.core.picture_metadata import open_picture
 from harmonylib.inference import harmonize
 from harmonylib.models.pipeline import read_inputs
 
@@ -104,10 +104,10 @@ def test_masks_that_could_mean_two_things_are_named(tmp_path, image, words):
 def test_mask_from_decides(tmp_path):
     image = odd.layers(np.dstack([WHITE] * 3), OTHER)
     for source, region in (("alpha", OTHER), ("luminance", TRUE)):
-        np.testing.assert_array_equal(read_region(image, mask_from=source), region)
+        np.testing.assert_array_equal(read_mask(image, mask_from=source), region)
     for source, words in (("alpha", "no transparency"), ("white", "'white' is unknown")):
         with pytest.raises(HarmonyError, match=words):
-            read_region(grey(), mask_from=source)
+            read_mask(grey(), mask_from=source)
 
 
 def test_deep_pixels(tmp_path):

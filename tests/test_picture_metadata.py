@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from harmonylib.core.errors import HarmonyError, HarmonyWarning
-from harmonylib.core.images import read_image
-from harmonylib.core.picture_metadata import check_output, open_picture, read_region, save_picture, write_picture
+from harmonylib.core.images import read_mask
+from harmonylib.core.picture_metadata import check_output, open_picture, save_picture, write_picture
 from harmonylib.inference import harmonize
 
 PHOTO = np.asarray(odd.photo())
@@ -97,20 +97,18 @@ def test_what_is_refused(tmp_path):
             open_picture(tmp_path / name)
     for mask, words in ((tmp_path / "moving.gif", "frames"), (np.zeros((2, 2, 3), np.uint8), "HxW")):
         with pytest.raises(HarmonyError, match=words):
-            read_region(mask)
+            read_mask(mask)
     for path, words in (("whole.png", "--force"), ("a.gif", "kind of file"), (".", "kind of file")):
         with pytest.raises(HarmonyError, match=words):
             check_output(tmp_path / path)
     check_output(tmp_path / "whole.png", force=True)
 
 
-RAW_TEXT = odd.chunk(b"tEXt", b"Raw profile type exif\0\nexif\n      10\nzzzz")
 MANY = [odd.chunk(b"zTXt", b"w%d\0\0" % n + zlib.compress(bytes(1_000_000))) for n in range(70)]
 GREY_PROFILE = odd.SRGB[:16] + b"GRAY" + odd.SRGB[20:]
 ODD = {
-    "no EXIF in a JPEG": (odd.jpeg_with(odd.segment(1, b"Exif\0\0no tiff header")), "exif"),
-    "no EXIF in a PNG": (odd.png_with(odd.chunk(b"eXIf", b"\0\x08\0\2garbage")), "exif"),
-    "no EXIF in a text": (odd.png_with(RAW_TEXT), "exif"),
+    "no EXIF in a JPEG": (odd.jpeg_with(odd.segment(1, b"Exif\0\0no tiff header")), None),
+    "no EXIF in a text": (odd.png_with(odd.chunk(b"tEXt", b"Raw profile type exif\0\nexif\n  10\nzzzz")), "exif"),
     "a profile twice": (odd.jpeg_with(*[odd.segment(2, b"ICC_PROFILE\0\1\1" + odd.SRGB)] * 2), None),
     "a profile of three bytes": (odd.jpeg_with(odd.segment(2, b"ICC_PROFILE\0\1\1abc")), "colour profile"),
     "half a profile": (odd.jpeg_with(odd.segment(2, b"ICC_PROFILE\0\1\2" + odd.SRGB)), "colour profile"),
@@ -120,8 +118,6 @@ ODD = {
     "a damaged chunk": (odd.png_with(odd.chunk(b"tIME", b"abc", damage=1)), "details"),
     "resolution 0/0": (odd.tiff_with((282, 5, 1, bytes(4)), (283, 5, 1, bytes(4))), None),
     "a mistyped orientation": (odd.tiff_with((274, 2, 4, b"abc\0")), None),
-    "a mistyped tag of a TIFF": (odd.tiff_with((0x2BC, 4, 1, b"abcd")), "details"),
-    "a short JFIF": (odd.jpeg_with(odd.segment(0, b"JFIF\0\1")), "details"),
 }
 
 
@@ -138,14 +134,14 @@ def test_odd_metadata_never_costs_a_picture(recwarn, name):
 
 
 @pytest.mark.parametrize(
-    "entries",
+    ("entries", "lost"),
     [
-        [(0x11A, 2, 4, b"abcd"), (0x11B, 9, 1, struct.pack("<i", -5))],
-        [(0x103, 2, 4, b"abc\0"), (0x101, 5, 1, struct.pack("<I", 9999))],
-        [(0x8769, 4, 1, struct.pack("<I", 99999)), (0x8825, 3, 2, b"\1\0\2\0")],
+        ([(0x10F, 2, 4, b"abc\0")], False),
+        ([(0x11A, 2, 4, b"abcd"), (0x11B, 9, 1, struct.pack("<i", -5))], True),
+        ([(0x8769, 4, 1, struct.pack("<I", 99999)), (0x8825, 3, 2, b"\1\0\2\0")], False),
     ],
 )
-def test_a_turn_is_seen_beside_broken_entries(tmp_path, entries):
+def test_a_turn_is_seen_beside_broken_entries(tmp_path, recwarn, entries, lost):
     block = odd.exif(odd.TURN, *entries)
     for data in (
         odd.png_with(odd.chunk(b"eXIf", block[6:])),
@@ -154,29 +150,21 @@ def test_a_turn_is_seen_beside_broken_entries(tmp_path, entries):
         image = open_picture(io.BytesIO(data), "a")
         np.testing.assert_array_equal(np.asarray(image), np.rot90(PHOTO, -1))
         save_picture(image, tmp_path / "b.png")
-        again = Image.open(tmp_path / "b.png")
-        assert again.getexif()[0x112] == 1 and len(again.info["exif"]) == len(block)  # nothing else is touched
+        again = Image.open(tmp_path / "b.png").getexif()
+        assert again.get(0x112, 1) == 1 and (again.get(0x10F) == "abc") == (len(entries) == 1)
+        assert lost == any("exif" in str(w.message) for w in recwarn if w.category is HarmonyWarning)
 
 
 def test_what_a_format_cannot_hold_is_said(tmp_path):
     tags = Image.Exif()
     tags[0x10E] = "workflow " * 10_000
     large = open_picture(io.BytesIO(odd.encoded(odd.photo(), exif=tags)), "a")
-    bright = open_picture(io.BytesIO(odd.png_with(odd.chunk(b"gAMA", struct.pack(">I", 100_000)))), "a")
-    for image, name, words in ((large, "b.jpg", "exif"), (large, "b.bmp", "exif"), (bright, "c.jpg", "gamma")):
-        with pytest.warns(HarmonyWarning, match=f"{name}: {words} cannot be kept"):
-            save_picture(image, tmp_path / name)
-    for image, name, key in ((large, "b.png", "exif"), (bright, "c.png", "gamma")):
-        save_picture(image, tmp_path / name)
-        assert Image.open(tmp_path / name).info[key] == image.info[key]
+    for name in ("b.jpg", "b.bmp", "b.tif"):
+        with pytest.warns(HarmonyWarning, match=f"{name}: exif cannot be kept"):
+            save_picture(large, tmp_path / name)
+    save_picture(large, tmp_path / "b.png")
+    assert Image.open(tmp_path / "b.png").info["exif"] == large.info["exif"]
     for kind, side in (("webp", 16_384), ("jpg", 65_501)):
         with pytest.raises(HarmonyError, match=f"wide.{kind}: {side} pixels, .* holds {side - 1} a side"):
             save_picture(Image.new("RGB", (side, 1)), tmp_path / f"wide.{kind}")
     assert not list(tmp_path.glob("*wide*"))
-
-
-def test_exif_never_becomes_the_layout_of_a_tiff(tmp_path):
-    block = odd.exif((0x100, 4, 1, struct.pack("<I", 7)), (0x103, 3, 1, b"\5\0\0\0"), (0x111, 4, 1, b"\x08\0\0\0"))
-    image = open_picture(io.BytesIO(odd.png_with(odd.chunk(b"eXIf", block[6:]))), "a")
-    save_picture(image, tmp_path / "a.tif")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), PHOTO)

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from harmonylib.core.errors import HarmonyError
 from harmonylib.data.recipes import (
     EDITS,
     RECIPES,
@@ -124,17 +123,6 @@ def test_redraws_until_plausible_or_says_so():
     tried = []
     _, info = make_composite("HCOCO", real, mask, (0,), lambda n: tried.append(n) or (real, mask), tries=3)
     assert tried == [0, 1, 2] and info["tries"] == 3 and not info["plausible"] and "too weak" in info["reason"]
-
-
-def test_errors():
-    real, mask = scene(0)
-    with pytest.raises(HarmonyError, match="Hnope"):
-        make_composite("Hnope", real, mask, (0,), scene(1))
-    for transfers in ([], ["reinhard", "magic"]):
-        with pytest.raises(HarmonyError, match="transfers must be some of"):
-            RecipeSettings(transfers)
-    with pytest.raises(HarmonyError, match="clipped must not be negative"):
-        RecipeSettings(clipped=-0.1)
 
 
 def test_restyle_changes_the_whole_photo():

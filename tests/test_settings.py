@@ -61,9 +61,9 @@ def test_values_are_typed_as_dvc_types_them(root):
         ("crop: 64", "crop: 129", "harmony_vae.crop is 129; it must not be above size, 128"),
         ("pairs: 24", "pairs: 0", "human_harmony.pairs is 0; source: embedded needs at least 1"),
         ("device: auto", "device: gpu", "device is 'gpu'; it must match"),
-        (MINI[MINI.index("\nevaluation:") :], "\nevaluation: 3", "evaluation must be a mapping of settings"),
+        (MINI[MINI.index("\nevaluation:") :], "\nevaluation: 3", "evaluation is 3; it must be a valid dictionary"),
         ("seed: 0", "seed: [0", "line 5: not valid YAML"),
-        (MINI, "", "^params.yaml: must be a mapping of settings; `harmonylib profile NAME` writes a full file"),
+        (MINI, "", "^params.yaml: the file is None; it must be a valid dictionary"),
     ],
 )
 def test_mistakes_are_named_in_one_line(root, old, new, message):

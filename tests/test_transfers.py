@@ -45,6 +45,9 @@ def test_flat_and_single_pixels_are_finite(transfer):
     for source, reference in ((flat, cloud(1)), (flat[:1], cloud(1)), (np.zeros((9, 3)), flat)):
         assert np.isfinite(transfer(source, reference)).all()
     np.testing.assert_allclose(transfer(cloud(1), flat).mean(0), 0.3, atol=0.01)
+    outlier = np.full((20000, 3), 0.3)
+    outlier[0] = 1
+    assert np.isfinite(transfer(outlier, cloud(1, 100))).all()
 
 
 def test_mean_std_by_hand():
@@ -52,16 +55,6 @@ def test_mean_std_by_hand():
     reference = np.array([[0.3, 0.6, 0.1], [0.7, 0.6, 0.3]])
     # red: mean 0.3, std 0.1 -> mean 0.5, std 0.2; flat channels only move to the reference's mean
     np.testing.assert_allclose(mean_std(source, reference), [[0.3, 0.6, 0.2], [0.7, 0.6, 0.2]], atol=1e-12)
-
-
-def test_reinhard_scales_light_by_hand():
-    """A reference of half the light (with the one-level offset) has equal spread in log LMS: all pixels are halved."""
-    source = cloud(3)
-    reference = (source + 1 / 255) / 2 - 1 / 255  # rows of the LMS matrix sum to about 1
-    np.testing.assert_allclose(reinhard(source, reference), reference, atol=2e-3)
-    outlier = np.full((20000, 3), 0.3)
-    outlier[0] = 1
-    assert np.isfinite(reinhard(outlier, np.random.default_rng(0).random((100, 3)))).all()
 
 
 def test_reinhard_matches_moments_in_log_opponent_space():

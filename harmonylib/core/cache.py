@@ -1,8 +1,8 @@
 """Memory-mapped caches of what never changes: resized pixels and posterior moments of the frozen autoencoder.
 
-An entry is one .npy file named after the hash of what went into it, with its checksum at the end. Killed runs leave
-nothing half-made, a damaged entry is made anew. Of several processes one makes it and the others wait. All stay below
-`cache_gb` of params.yaml (it changes no result): those not used for longest make room.
+An entry is one .npy file named after the hash of what went into it. Killed runs leave nothing half-made. Of several
+processes one makes it and the others wait. All stay below `cache_gb` of params.yaml (it changes no result): those not
+used for longest make room.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import pairwise
@@ -28,8 +27,6 @@ from .progress import progress
 from .settings import find_root, read_yaml
 
 ROOT = Path("artifacts/cache")
-SOUND = 0x2144DF1C  # the CRC-32 of any bytes followed by their own CRC-32
-_checked: set[Path] = set()  # entries whose checksum this process has compared, at some GB a second
 
 
 def _digest(data) -> str:
@@ -61,53 +58,35 @@ def _path(key: dict) -> Path:
 
 
 def cached_array(key: dict, shape, dtype, fill) -> np.ndarray:
-    """The read-only array stored under `key`; on the first call `fill(array)` makes it.
+    """The read-only array stored under `key`; on the first call `fill(array)` makes it, while other processes wait.
 
     Raises HarmonyError for an entry over the cache's bound, or over what the disk has left.
     """
-    while True:
-        _make(key, shape, dtype, fill)
-        with contextlib.suppress(FileNotFoundError):  # another process has just made room
-            with contextlib.suppress(OSError):  # a read-only cache
-                os.utime(_path(key))  # used now
-            return np.load(_path(key), mmap_mode="r")
-
-
-def _make(key: dict, shape, dtype, fill) -> None:
-    """Write the entry of `key` unless it is there and whole; waits where another process writes it."""
     path = _path(key)
-    if _whole(path):
-        return
+    if (stored := _stored(path)) is not None:
+        return stored
     ROOT.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock")):
-        if _whole(path):
-            return
+        if (stored := _stored(path)) is not None:
+            return stored
         for leftover in ROOT.glob(f".{path.stem}.*"):  # of a killed process, since the lock is ours
             leftover.unlink()
         _make_room(int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
-        with atomic_path(path) as temporary:
+        with atomic_path(path, durable=True) as temporary:
             array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=tuple(shape))
             fill(array)
-            array.flush()
             del array
-            with open(temporary, "ab") as file:
-                file.write(_checksum(temporary).to_bytes(4, "little"))
-        _checked.add(path)
+        return np.load(path, mmap_mode="r")
 
 
-def _checksum(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _whole(path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        if path not in _checked and _checksum(path) == SOUND:
-            _checked.add(path)
-    return path in _checked and path.is_file()
+def _stored(path: Path) -> np.ndarray | None:
+    """An entry, marked as used now; None where there is none or it was cut off."""
+    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):
+        array = np.load(path, mmap_mode="r")
+        with contextlib.suppress(OSError):  # a read-only cache
+            os.utime(path)
+        return array
+    return None
 
 
 def cache_gb() -> float:
@@ -196,27 +175,24 @@ def moments(vae, images: Squares, device, batch_size: int = 32) -> np.ndarray:
                 values = vae.encode(tensor).latent_dist.parameters
                 array[mirrored, start - first : start - first + len(tensor)] = values.float().cpu().numpy()
 
+    def key(first, last):
+        return {"images": images.key(first, last), "weights": weights, "kind": "moments"}
+
     def entry(first, last, fill=None):
-        key = {"images": images.key(first, last), "weights": weights, "kind": "moments"}
-        key |= {"share": world} if world > 1 and fill is None else {}  # one share may be all there is
         shape = (2, last - first, 2 * vae.config.latent_channels, side, side)
-        return key, shape, np.float16, fill or partial(encode, first, last)
+        return cached_array(key(first, last), shape, np.float16, fill or partial(encode, first, last))
 
     def join(array):
-        for share, (first, last) in zip(shares, bounds, strict=True):
-            array[:, first:last] = cached_array(*share)  # waits where its process is at work
+        for first, last in pairwise(bounds):
+            array[:, first:last] = entry(first, last)  # waits where its process is at work
 
     if world == 1:
-        return cached_array(*entry(0, len(images)))
+        return entry(0, len(images))
     batches = -(-len(images) // batch_size)  # shares are of whole batches, so that their number changes no rounding
-    bounds = list(pairwise(min(len(images), batches * n // world * batch_size) for n in range(world + 1)))
-    whole, shares = entry(0, len(images), join), [entry(*bound) for bound in bounds]
-    if not _path(whole[0]).is_file():
-        _make(*shares[rank])  # not opened here: the others may have joined and removed it by now
-    joined = cached_array(*whole)
-    for share in shares:
-        _path(share[0]).unlink(missing_ok=True)
-    return joined
+    bounds = [min(len(images), batches * n // world * batch_size) for n in range(world + 1)]
+    if not _path(key(0, len(images))).is_file():
+        entry(*bounds[rank : rank + 2])
+    return entry(0, len(images), join)
 
 
 def clear() -> int:

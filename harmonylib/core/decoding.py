@@ -5,7 +5,6 @@ Metadata never costs a picture: what Pillow stumbles over is left out with a war
 
 import contextlib
 import io
-import struct
 import warnings
 import zlib
 from pathlib import Path
@@ -22,9 +21,6 @@ KINDS |= {".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF"}
 IMAGE_SUFFIXES = tuple(KINDS)
 UNLISTED = (".txt", ".csv", ".json", ".md", ".db", ".ini", "")  # suffixes of files beside pictures that nobody misses
 MASK_SOURCES = ("auto", "alpha", "luminance")
-BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}  # how TIFF and EXIF begin
-TIFF_TAGS = {*range(256, 260), 262, 266, 273, 274, *range(277, 280), 284, 317, *range(320, 326), 338, 339, 347}
-TIFF_TAGS |= {*range(529, 533)}  # those that say what the pixels are
 BLACK, WHITE = 16, 239  # levels up to and from which a mask's colours count as drawn in black and white
 LABELS = 40  # values up to which, beside 255 alone, a grey mask is a list of labels with a void border
 _T = Image.Transpose
@@ -75,43 +71,17 @@ def open_image(source, name=None, limit: int = MAX_PIXELS) -> Image.Image:
 
 
 def _bare(data: bytes) -> bytes:
-    """A PNG, JPEG or TIFF with little but what says what its pixels are, since Pillow may fail over the rest."""
-    kept = []
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        at = 8
-        while at + 12 <= len(data):
-            end = at + 12 + int.from_bytes(data[at : at + 4])
-            name, checksum = data[at + 4 : at + 8], int.from_bytes(data[end - 4 : end])
-            if name[:1].isupper() or (name in (b"tRNS", b"eXIf") and checksum == zlib.crc32(data[at + 4 : end - 4])):
-                kept.append(data[at:end])
-            at = end
-        return data[:8] + b"".join(kept)
-    if data[:2] == b"\xff\xd8":
-        at = 2
-        while 0xE0 <= data[at + 1] <= 0xEF:  # that is, before the picture's tables
-            end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
-            name = data[at + 4 : at + 8]
-            if name == b"Exif" or (name in (b"JFIF", b"Adob") and end - at >= 16):
-                kept.append(data[at:end])
-            at = end
-        return data[:2] + b"".join(kept) + data[at:]
-    if data[:4] not in BYTE_ORDERS:
+    """A PNG with little but what says what its pixels are, since Pillow may fail over the rest."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
         return data
-    order, places = directory(data)
-    for at in places:
-        tag, *form = struct.unpack_from(order + "HHI", data, at)
-        if tag in TIFF_TAGS and (tag != ExifTags.Base.Orientation or form == [3, 1]):
-            kept.append(data[at : at + 12])
-    table = struct.pack(order + "H", len(kept)) + b"".join(kept) + data[places.stop : places.stop + 4]
-    return data[:4] + struct.pack(order + "I", len(data)) + data[8:] + table
-
-
-def directory(data: bytes) -> tuple[str, range]:
-    """(struct's byte order, where each entry of 12 bytes begins) of a TIFF's or an EXIF block's first directory."""
-    order = BYTE_ORDERS[bytes(data[:4])]
-    (start,) = struct.unpack_from(order + "I", data, 4)
-    (count,) = struct.unpack_from(order + "H", data, start)
-    return order, range(start + 2, start + 2 + 12 * count, 12)
+    kept, at = data[:8], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        name, checksum = data[at + 4 : at + 8], int.from_bytes(data[end - 4 : end])
+        if name[:1].isupper() or (name in (b"tRNS", b"eXIf") and checksum == zlib.crc32(data[at + 4 : end - 4])):
+            kept += data[at:end]
+        at = end
+    return kept
 
 
 def orientation(image: Image.Image) -> int:

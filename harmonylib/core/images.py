@@ -6,7 +6,6 @@ What deals with arrays alone does without torch, whose import takes longer than 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,9 +14,9 @@ from PIL import Image
 if TYPE_CHECKING:
     import torch
 
-from .decoding import KINDS, MASK_THRESHOLD, mask_levels, open_image, orientation, to_rgb, turn_along
+from .decoding import MASK_THRESHOLD, open_image, orientation, to_rgb, turn_along
 from .errors import HarmonyError
-from .files import atomic_path
+from .picture_metadata import read_levels, save_picture
 
 
 def read_image(path) -> np.ndarray:
@@ -25,17 +24,17 @@ def read_image(path) -> np.ndarray:
     return np.asarray(to_rgb(open_image(path), path))
 
 
-def read_mask(path, source: str = "auto") -> np.ndarray:
-    """HxW bool, True where the level is above 127; source as in `decoding.mask_levels`."""
-    return mask_levels(open_image(path), path, source) > MASK_THRESHOLD
+def read_mask(source, mask_from: str = "auto") -> np.ndarray:
+    """HxW bool, True where the level is above 127; arguments as `read_levels`."""
+    return read_levels(source, mask_from=mask_from) > MASK_THRESHOLD
 
 
-def read_pair(path, mask_path, source: str = "auto") -> tuple[np.ndarray, np.ndarray]:
+def read_pair(path, mask_path, mask_from: str = "auto") -> tuple[np.ndarray, np.ndarray]:
     """(HxWx3 uint8, HxW bool) of a photo and its mask, which is turned with the photo where it was drawn on its raw
     pixels. Raises HarmonyError where the sizes differ."""
     photo = open_image(path)
     image = np.asarray(to_rgb(photo, path))
-    mask = turn_along(read_mask(mask_path, source), image.shape, orientation(photo))
+    mask = turn_along(read_mask(mask_path, mask_from), image.shape, orientation(photo))
     if image.shape[:2] != mask.shape:
         raise HarmonyError(f"{mask_path}: mask is {mask.shape[::-1]} but its photo is {image.shape[1::-1]}; resize it")
     return image, mask
@@ -43,10 +42,7 @@ def read_pair(path, mask_path, source: str = "auto") -> tuple[np.ndarray, np.nda
 
 def write_image(path, array: np.ndarray) -> None:
     """Write HxWx3 uint8 or an HxW bool mask, atomically. JPEG is written at quality 95 without chroma subsampling."""
-    array = array.astype(np.uint8) * 255 if array.dtype == bool else array
-    options = {"quality": 95, "subsampling": 0} if KINDS.get(Path(path).suffix.lower()) == "JPEG" else {}
-    with atomic_path(path) as temporary:
-        Image.fromarray(array).save(temporary, **options)
+    save_picture(Image.fromarray(array.astype(np.uint8) * 255 if array.dtype == bool else array), path)
 
 
 def resize_image(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -67,10 +63,9 @@ def to_square(array: np.ndarray, size: int, geometry: str) -> np.ndarray:
 
     geometry "squash": whatever the aspect (the latent models, the contrastive paper and the published evaluation);
     "centre-crop": the centred square, which equals resizing the shorter side and cropping the centre (Harmony-VAE's
-    training). Raises HarmonyError for another geometry.
+    training).
     """
-    if geometry not in ("squash", "centre-crop"):
-        raise HarmonyError(f"geometry {geometry!r} is unknown; use squash or centre-crop")
+    assert geometry in ("squash", "centre-crop"), geometry
     if geometry == "centre-crop":
         side = min(array.shape[:2])
         top, left = ((length - side) // 2 for length in array.shape[:2])

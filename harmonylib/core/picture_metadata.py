@@ -1,20 +1,20 @@
 """Photo files for the harmonizer: what a file carries beside its colours survives the way in and out.
 
 A picture is an upright PIL image of mode RGB or RGBA. Its `info` has what `write_picture` puts back: "exif" (of JPEG,
-PNG and WebP; less the rotation, which is applied), "icc_profile", "dpi", of a JPEG "qtables" and "subsampling", and of
-a PNG "gamma" and "srgb". "turned" is the EXIF orientation that was applied. What is damaged, or what the kind of file
-written cannot hold, is left out with a warning. Colours are never converted: the numbers are read as if they were sRGB
-and keep the profile they came with.
+PNG and WebP; less the rotation, which is applied), "icc_profile", "dpi", and of a JPEG "qtables" and "subsampling".
+"turned" is the EXIF orientation that was applied. What is damaged, or what the kind of file written cannot hold, is
+left out with a warning. Colours are never converted: the numbers are read as if they were sRGB and keep the profile
+they came with.
 """
 
+import contextlib
+import io
 import math
-import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms
 from PIL.JpegImagePlugin import get_sampling
-from PIL.PngImagePlugin import PngInfo
 
 from . import decoding
 from .decoding import KINDS, MASK_THRESHOLD, MAX_PIXELS
@@ -22,8 +22,8 @@ from .errors import HarmonyError, note
 from .files import atomic_path
 
 METADATA = ("exif", "icc_profile", "dpi")
+NOT_HELD = {"BMP": ("exif", "icc_profile"), "TIFF": ("exif",)}  # there EXIF would pass for the file's own layout
 JPEG = ("qtables", "subsampling")
-KEPT = (*JPEG, "gamma", "srgb", "turned")  # of a PNG, or of what was a picture already
 WRITTEN = tuple(suffix for suffix in KINDS if suffix != ".avif")  # lossy, and a picture was never one before
 LONGEST = {"WEBP": 16_383, "JPEG": 65_500}  # pixels of a side that the format (the library) can hold
 
@@ -42,14 +42,24 @@ def picture(image: Image.Image, name="the image") -> Image.Image:
         raise HarmonyError(f"{name}: its colours are CMYK; convert it to RGB first")
     decoding.one_frame(image, name)
     upright = decoding.plain(image, name)
-    found = {key: image.info[key] for key in METADATA if key in image.info}
-    if "Raw profile type exif" in image.info:
-        found.setdefault("exif", image.info["Raw profile type exif"])
-    sound = {key: value for key in found if (value := _sound(key, found[key])) is not None}
-    if lost := [key.replace("icc_profile", "colour profile") for key in found if key not in sound]:
+    turned, lost = decoding.orientation(image), []
+    upright.info = {key: image.info[key] for key in METADATA if key in image.info} | {"turned": turned}
+    block = image.info.get("exif", image.info.get("Raw profile type exif"))  # or a text, as old programs write PNGs
+    if isinstance(block, str) or (block and turned > 1):  # else it is kept byte for byte
+        try:
+            exif = Image.Exif()
+            exif.load(bytes.fromhex("".join(block.split("\n")[3:])) if isinstance(block, str) else block)
+            exif[ExifTags.Base.Orientation] = 1
+            upright.info["exif"] = exif.tobytes()
+        except Exception:  # Pillow raises many kinds
+            upright.info.pop("exif", None)
+            lost.append("exif")
+    if "icc_profile" in upright.info and not _describes_rgb(upright.info["icc_profile"]):
+        del upright.info["icc_profile"]
+        lost.append("colour profile")
+    if lost:
         note(f"{name}: its {' and '.join(lost)} cannot be used with the picture and is left out")
-    upright.info = sound | {"turned": decoding.orientation(image)}
-    upright.info |= {key: image.info[key] for key in KEPT if key in image.info}
+    upright.info |= {key: image.info[key] for key in (*JPEG, "turned") if key in image.info}  # a picture already
     if image.format in ("JPEG", "MPO") and image.mode == "RGB":
         tables = [image.quantization[table] for *_, table in image.layer]  # of each component
         upright.info["qtables"] = tables if tables[1] != tables[2] else tables[:2]
@@ -57,24 +67,11 @@ def picture(image: Image.Image, name="the image") -> Image.Image:
     return upright
 
 
-def _sound(key: str, value):
-    """What a file says of itself as it can be written again; None where it is damaged or does not fit the picture."""
-    try:
-        if key == "dpi":
-            return value if all(0 < number < 65_536 for number in value) else None  # not 0/0, either
-        if key == "icc_profile":  # a grey one does not fit
-            size = int.from_bytes(value[:4])
-            whole = value[16:20] == b"RGB " and value[36:40] == b"acsp" and len(value) >= size
-            return value[:size] if whole else None  # some programs write it twice
-        block = bytes.fromhex("".join(value.split("\n")[3:])) if isinstance(value, str) else value
-        data = bytearray(block.removeprefix(b"Exif\0\0"))
-        order, places = decoding.directory(data)
-        for at in places:  # the rotation, which has been applied
-            if struct.unpack_from(order + "H", data, at)[0] == ExifTags.Base.Orientation:
-                struct.pack_into(order + "HHIHH", data, at, ExifTags.Base.Orientation, 3, 1, 1, 0)
-        return b"Exif\0\0" + bytes(data)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error):
-        return None
+def _describes_rgb(profile: bytes) -> bool:
+    """Whether a colour profile is whole and not of greys."""
+    with contextlib.suppress(OSError):
+        return ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip() == "RGB"
+    return False
 
 
 def read_levels(source, name=None, mask_from: str = "auto", limit: int = MAX_PIXELS) -> np.ndarray:
@@ -89,11 +86,6 @@ def read_levels(source, name=None, mask_from: str = "auto", limit: int = MAX_PIX
     image = source if isinstance(source, Image.Image) else decoding.open_image(source, name, limit)
     levels = decoding.mask_levels(image, name or ("the mask" if image is source else source), mask_from)
     return (levels > MASK_THRESHOLD) * np.uint8(255) if image.format in ("JPEG", "MPO") else levels
-
-
-def read_region(source, name=None, mask_from: str = "auto", limit: int = MAX_PIXELS) -> np.ndarray:
-    """HxW bool: where `read_levels` is above 127."""
-    return read_levels(source, name, mask_from, limit) > MASK_THRESHOLD
 
 
 def check_output(path, force: bool = False) -> None:
@@ -124,33 +116,19 @@ def write_picture(image: Image.Image, target, kind: str, name="the picture") -> 
     Messages call the file `name`. Raises HarmonyError as `check_kind`.
     """
     check_kind(image, kind, name)
-    info, chunks = image.info, PngInfo()
+    info = image.info
     options = {key: info[key] for key in METADATA if key in info}
-    lost = [key for key in ("exif", "icc_profile") if kind == "BMP" and options.pop(key, None)]
+    lost = [key for key in NOT_HELD.get(kind, ()) if options.pop(key, None)]
     if kind == "JPEG":
         image = image.convert("RGB")
         options |= {key: info[key] for key in JPEG if key in info} or {"quality": 95, "subsampling": 0}
     elif kind == "WEBP":
         options |= {"lossless": True, "exact": True}
-    elif kind == "PNG":
-        options["pnginfo"] = chunks
-    if "gamma" in info:
-        chunks.add(b"gAMA", struct.pack(">I", round(info["gamma"] * 100_000)))
-    if "srgb" in info:
-        chunks.add(b"sRGB", bytes([info["srgb"]]))
-    elif kind != "PNG" and abs(info.get("gamma", 0.45455) - 0.45455) > 0.001:
-        lost.append("gamma")
-    for dropped in ((), ("exif",), METADATA):  # Pillow raises many kinds for entries that a format does not know
+    for dropped in ((), ("dpi",), ("exif",), METADATA):  # Pillow raises many kinds for what a format does not know
         lost += [key for key in dropped if options.pop(key, None)]
         if hasattr(target, "truncate"):
             target.truncate(target.seek(0))
         try:
-            if kind == "TIFF" and "exif" in options:
-                exif = Image.Exif()
-                exif.load(options["exif"])
-                for tag in decoding.TIFF_TAGS & exif.keys():  # they would pass for the file's own size and layout
-                    del exif[tag]
-                options["exif"] = exif
             image.save(target, kind, **options)
             break
         except OSError:

@@ -115,14 +115,12 @@ def _in_words(mistake: dict) -> str:
         return f"unknown key {key}{did_you_mean(key, [*fields, *below])}"
     if kind == "missing":
         return f"missing key {key}; profiles/{COMPLETE}.yaml shows it"
-    if kind == "model_type":
-        return f"{key} must be a mapping of settings; `harmonylib profile NAME` writes a full file".lstrip()
-    if kind == "value_error":  # of our own checks; those of several keys begin with one
-        rule = str(mistake["ctx"]["error"])
-        return ".".join(filter(None, [key, rule])) if isinstance(value, dict) else f"{key} is {value}; {rule}"
     rule = re.sub(r".* should (.*?)( after validation.*)?$", r"it must \1", mistake["msg"])
+    rule = rule.removeprefix("Value error, ")  # of our own checks; those of several keys begin with one
     hint = did_you_mean(str(value), re.findall("'(.+?)'", rule)) if kind == "literal_error" else ""
-    return f"{key} is {reprlib.repr(value)}; {rule}{hint}"
+    if kind == "value_error" and isinstance(value, dict):
+        return ".".join(filter(None, [key, rule]))
+    return f"{key or 'the file'} is {reprlib.repr(value)}; {rule}{hint}"
 
 
 def read_yaml(path, typ: str = "safe"):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import pandas as pd
+from skimage.metrics import peak_signal_noise_ratio
 
 from ..core import decoding
 from ..core.errors import HarmonyError
@@ -20,6 +21,7 @@ from ..core.images import resize_image
 from ..core.parallel import parallel_map
 from .layout import SPLITS, Triple, pictures_of, read_lines
 from .readers import Runs, detect, scan
+from .recipes import foreground_delta_e, foreground_mse
 
 # Published composites (train, test); iHarmony4's from its paper, Human Harmony's from DiffHarmony++ Sec. 5.1.2.
 PUBLISHED = {
@@ -36,6 +38,7 @@ FRAME_SHARE = 0.95  # of the outermost pixels in the foreground: a mask without 
 HASH_SIDE = 16
 HASH_BITS = 12  # of 256 that duplicates may differ in
 HASH_COLOUR = 8  # levels that the mean colours of duplicates may differ by
+PSNR_SIDE = 256  # pixels; the papers score composites at this size
 SHOWN = 20  # findings of a kind that are printed
 
 
@@ -57,28 +60,25 @@ class Audit:
     findings: list[Finding]
     notes: list[str]
 
-    def by_kind(self) -> dict[str, list[str]]:
-        """The findings' messages."""
-        return {kind: [f.message for f in self.findings if f.kind == kind] for kind, _ in self.findings}
-
     def as_json(self) -> dict:
         """A plain dict of everything but the manifest."""
         found = {"kind": self.kind, "counts": self.counts.to_dict("records"), "notes": self.notes}
-        found["by_kind"] = {kind: len(messages) for kind, messages in self.by_kind().items()}
+        found["by_kind"] = Counter(finding.kind for finding in self.findings)
         return found | {"findings": [finding._asdict() for finding in self.findings]}
 
     def as_text(self) -> str:
         """What the command prints: counts, notes, and SHOWN findings of each kind."""
         lines = [f"data set of kind {self.kind}", self.counts.to_string(index=False), *self.notes]
-        for kind, messages in self.by_kind().items():
-            lines += [f"{kind}: {len(messages)}", *(f"  {message}" for message in messages[:SHOWN])]
-            if len(messages) > SHOWN:
-                lines.append(f"  and {len(messages) - SHOWN} more (--json has them all)")
+        for kind, number in self.as_json()["by_kind"].items():
+            messages = [finding.message for finding in self.findings if finding.kind == kind]
+            lines += [f"{kind}: {number}", *(f"  {message}" for message in messages[:SHOWN])]
+            lines += [f"  and {number - SHOWN} more (--json has them all)"] * (number > SHOWN)
         text = "\n".join([*lines, f"{len(self.findings)} findings" if self.findings else "nothing wrong"])
         return text.encode(errors="backslashreplace").decode()  # names that are not UTF-8
 
 
 MANIFEST = ["subset", "split", "name", "composite", "mask", "real", "width", "height", "foreground_ratio", "digest"]
+MANIFEST += ["fmse", "delta_e", "psnr"]
 
 
 def audit(root, kind: str = "auto", workers: int | None = None, mask_from: str = "auto") -> Audit:
@@ -88,7 +88,9 @@ def audit(root, kind: str = "auto", workers: int | None = None, mask_from: str =
     partners, sizes that differ, pictures that are not plain 8-bit RGB, empty, full, inverted, soft, coloured and faint
     masks, backgrounds that differ beyond JPEG noise, composites equal to their real image, lines listed twice, and
     photos that stand in training and test.
-    digest: blake2b of the composite's (else the photo's) bytes. Raises HarmonyError where there is no data set at all.
+    In the manifest digest is blake2b of the composite's (else the photo's) bytes, fmse and delta_e are the mean squared
+    and the mean CIE76 difference of the foreground, and psnr is that of the whole composite, both pictures resized to
+    256 x 256; nan where there are not both. Raises HarmonyError where there is no data set at all.
     """
     root = Path(root)
     kind = detect(root) if kind == "auto" else kind
@@ -136,9 +138,19 @@ def _inspect(group: tuple[Path, list[Triple]], mask_from: str) -> tuple[list[tup
         look = fingerprint(arrays[photo]) if look is None else look
         names = (str(source or "") for source in (triple.composite, triple.mask, triple.real))
         digest = blake2b((triple.composite or triple.real).read_bytes(), digest_size=16).hexdigest()
-        size = mask.shape[::-1]
-        rows.append((triple.subset, triple.split, triple.name, *names, *size, float(mask.mean()), digest))
+        about = (triple.subset, triple.split, triple.name, *names, *mask.shape[::-1], float(mask.mean()), digest)
+        rows.append(about + _change(composite, mask, real))
     return rows, look, findings
+
+
+def _change(composite, mask, real) -> tuple[float, float, float]:
+    """(fMSE, mean CIE76 difference of the foreground, PSNR at the papers' size)"""
+    if composite is None or real is None or not composite.shape[:2] == mask.shape == real.shape[:2] or not mask.any():
+        return (np.nan,) * 3
+    small = [resize_image(image, (PSNR_SIDE, PSNR_SIDE)) for image in (real, composite)]
+    with np.errstate(divide="ignore"):  # equal pictures: infinity
+        psnr = float(peak_signal_noise_ratio(*small, data_range=255))
+    return foreground_mse(real, composite, mask), foreground_delta_e(real, composite, mask), psnr
 
 
 def _wrong(source, *checks: tuple[str, str, bool]) -> list[Finding]:

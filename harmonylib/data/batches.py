@@ -270,12 +270,11 @@ class LatentBatches(PixelBatches):
     task "harmonize": target real, condition composite; "inverse": the other way (Sec. 4.1). Batches hold "target",
     "condition" (Bx3xSxS), "mask", "moments" and "condition_moments" (Bx2Cxhxw). Windows lie on the latent grid. Moments
     are cached for all images and their mirror images; with `recolor` they are made in every step. augmentation: options
-    of `PixelBatches`. Raises HarmonyError for an unknown task.
+    of `PixelBatches`.
     """
 
     def __init__(self, data: TripleSet, vae, task: str, batch_size: int, seed, pixels: bool = True, **augmentation):
-        if task not in TASKS:
-            raise HarmonyError(f"task {task!r} is unknown; use {' or '.join(TASKS)}")
+        assert task in TASKS, task
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         images = pixels or augmentation.get("recolor", 0) > 0
         super().__init__(data, batch_size, seed, grid=factor, images=images, **augmentation)

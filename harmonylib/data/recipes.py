@@ -6,14 +6,13 @@ the direction of the change; how far it goes is set by the foreground, so that c
 ones of their subset (`genuine`). A filter stands in for the data set's human screening.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from skimage.color import rgb2lab
 
-from ..core.errors import HarmonyError
 from ..core.seeds import rng as seeded_rng
 from .genuine import GENUINE, draw
 from .transfers import TRANSFERS
@@ -55,16 +54,8 @@ class RecipeSettings:
     """Which transfers of `transfers.TRANSFERS` HCOCO and HFlickr draw from, and the share of foreground pixels that may
     newly reach 0 or 255 (`clipped`). How far a recipe goes follows `genuine.GENUINE`."""
 
-    transfers: tuple[str, ...] = tuple(TRANSFERS)
+    transfers: Sequence[str] = tuple(TRANSFERS)
     clipped: float = 0.1
-
-    def __post_init__(self):
-        object.__setattr__(self, "transfers", tuple(self.transfers))  # YAML has lists
-        unknown = set(self.transfers) - set(TRANSFERS)
-        if unknown or not self.transfers:
-            raise HarmonyError(f"recipes: transfers must be some of {', '.join(TRANSFERS)}, not {sorted(unknown)}")
-        if self.clipped < 0:
-            raise HarmonyError(f"recipes: clipped must not be negative, not {self.clipped}")
 
 
 DEFAULTS = RecipeSettings()
@@ -167,11 +158,9 @@ def recolor(recipe, real, mask, rng, reference=None, settings: RecipeSettings = 
 
     real HxWx3 uint8; mask HxW bool, not empty; reference (image, mask) for all but EDITS; fmse on the 0-255 scale,
     None: drawn from the genuine ones of this recipe. A transfer is never overdone: it stays weaker where the reference
-    is too much like the foreground. Returns HxWx3 uint8, rounded, with the background untouched. Raises HarmonyError
-    for an unknown recipe.
+    is too much like the foreground. Returns HxWx3 uint8, rounded, with the background untouched.
     """
-    if recipe not in RECIPES:
-        raise HarmonyError(f"recipe {recipe!r} is unknown; use {', '.join(RECIPES)}")
+    assert recipe in RECIPES, recipe
     assert mask.any() and (reference or recipe in EDITS), "a composite needs a foreground, a transfer a reference"
     fmse = draw(GENUINE[recipe].fmse, rng) if fmse is None else fmse
     pixels = np.float32(real[mask]) / 255
@@ -242,7 +231,7 @@ def make_composite(
     Returns HxWx3 uint8 and {"recipe", "tries", "fmse", "share", "delta_e", "plausible", "reason"}. The strength is
     drawn once, so that the filter does not prefer weak changes.
     """
-    fmse = draw(GENUINE[recipe].fmse, seeded_rng(*seed_words, recipe, "fmse")) if recipe in GENUINE else None
+    fmse = draw(GENUINE[recipe].fmse, seeded_rng(*seed_words, recipe, "fmse"))
     for attempt in range(tries):
         colours = reference(attempt) if callable(reference) else reference
         composite = recolor(recipe, real, mask, seeded_rng(*seed_words, recipe, attempt), colours, settings, fmse)

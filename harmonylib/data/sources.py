@@ -9,23 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from skimage.metrics import peak_signal_noise_ratio
 
 from ..core.decoding import IMAGE_SUFFIXES
 from ..core.errors import HarmonyError
 from ..core.files import atomic_path
-from ..core.images import read_image, read_pair, resize_image
+from ..core.images import read_image, read_pair
 from ..core.parallel import parallel_map
 from ..core.seeds import rng, seed_for
 from .build import BenchmarkSettings, make_benchmark, mask_shares, shrink
 from .embedded_photos import foreground_of_share, load_photos
-from .layout import SPLITS, Triple, plain_name, read_triples, write_list
+from .layout import SPLITS, plain_name, read_triples, write_list
 from .readers import read_examples
-from .recipes import DEFAULTS, RecipeSettings, foreground_delta_e, foreground_mse
+from .recipes import DEFAULTS, RecipeSettings
 
 TEST_SHARE = 0.1  # of a folder's photos
 FEW = 50  # pairs a subset: with fewer there is no speaking of a distribution of sizes, and masks stay whole
-PSNR_SIDE = 256  # pixels; the papers score composites at this size
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +105,8 @@ def make_data(photos, out, index=None, pairs: int | None = None, variants: int =
     if out.exists() and not (force and (out / "IHD_train.txt").is_file()):
         mend = "is no data set; choose another folder" if force else "exists; choose another folder or add --force"
         raise HarmonyError(f"{out}: {mend}")
+    if not recipes.transfers:
+        raise HarmonyError(f"all colour transfers are left out; keep some of {', '.join(DEFAULTS.transfers)}")
     files = folder_photos(photos, seed, index, mask_from)
     shares = list(parallel_map(partial(_shares_at, size), files, "reading photos", "photo", workers))
     left_out = [why for why in shares if isinstance(why, str)]
@@ -139,7 +139,7 @@ def prepare(data, root, seed: int) -> pd.DataFrame:
     the lists, with the subsets of data.subsets, a file ROOT that names data.path, and a file PICTURES that changes with
     the pictures, so that what is made of them knows; numbers and sizes are then the data set's own.
     Returns one row per composite: subset, split, name, photo, plausible, tries (0: not ours), reason.
-    Raises HarmonyError for an unknown source, a missing or unfit folder, or a broken list.
+    Raises HarmonyError for a missing or unfit folder, or a broken list.
     """
     root = Path(root)
     if data.source == "embedded":
@@ -156,10 +156,6 @@ def prepare(data, root, seed: int) -> pd.DataFrame:
 
 
 def _data_folder(data, root: Path) -> Path:
-    if data.source not in ("photos", "iharmony4"):
-        raise HarmonyError(f"params.yaml: data.source {data.source!r} is unknown; use embedded, photos or iharmony4")
-    if not data.path:
-        raise HarmonyError(f"params.yaml: data.source {data.source} needs data.path, the folder to read")
     path = Path(data.path).resolve()
     if not path.is_dir():
         raise HarmonyError(f"params.yaml: data.path {data.path}: no such folder; see data/README.md")
@@ -178,36 +174,6 @@ def _point(root: Path, path: Path, subsets) -> pd.DataFrame:
     for name, line in (("PICTURES", blake2b(looks.encode(), digest_size=16).hexdigest()), ("ROOT", path)):
         with atomic_path(root / name) as temporary:
             temporary.write_text(f"{line}\n", encoding="utf-8")
-    rows = pd.DataFrame([_about(triple) for split in SPLITS for triple in triples[split]])
+    rows = [(t.subset, t.split, t.name, t.photo) for split in SPLITS for t in triples[split]]
+    rows = pd.DataFrame(rows, columns=["subset", "split", "name", "photo"])
     return rows.assign(plausible=True, tries=0, reason="")
-
-
-def _about(triple: Triple) -> dict:
-    return {"subset": triple.subset, "split": triple.split, "name": triple.name, "photo": triple.photo}
-
-
-def measure(root, at_most: int, seed: int, workers: int | None = None) -> pd.DataFrame:
-    """What the files of a benchmark hold: subset, split, name, photo, share, fmse, delta_e and psnr of composites.
-
-    share: of the foreground in the picture; fmse and delta_e: mean squared and mean CIE76 difference of the foreground;
-    psnr: of the whole composite, both pictures resized to 256 x 256.
-    at_most: composites per subset and split, a seeded sample where there are more. Raises HarmonyError as Triple.load.
-    """
-    chosen = []
-    for split in SPLITS:
-        triples = read_triples(root, split)
-        for subset in dict.fromkeys(t.subset for t in triples):
-            own = [t for t in triples if t.subset == subset]
-            chosen += [own[i] for i in np.sort(rng(seed, "measure", subset, split).permutation(len(own))[:at_most])]
-    return pd.DataFrame(parallel_map(_measure, chosen, "measuring composites", "composite", workers))
-
-
-def _measure(triple: Triple) -> dict:
-    composite, mask, real = triple.load()
-    if not mask.any():
-        raise HarmonyError(f"{triple.mask}: the mask has no foreground; remove its composites from the list")
-    small = [resize_image(image, (PSNR_SIDE, PSNR_SIDE)) for image in (real, composite)]
-    with np.errstate(divide="ignore"):  # equal pictures: infinity
-        psnr = float(peak_signal_noise_ratio(*small, data_range=255))
-    change = {"fmse": foreground_mse(real, composite, mask), "delta_e": foreground_delta_e(real, composite, mask)}
-    return _about(triple) | {"share": float(mask.mean()), **change, "psnr": psnr}

@@ -137,7 +137,7 @@ def scatter(table, x: str, y: str, hue: str, labels: tuple[str, str], zero: bool
 def beside_genuine(measured):
     """Cumulative shares of composites by fMSE and by foreground share, with iHarmony4's own quantiles as dots.
 
-    measured: rows with "subset", "fmse" and "share" (`sources.measure`).
+    measured: rows with "subset", "fmse" and "share" (its foreground's share of the picture).
     """
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
     titles = {"fmse": "fMSE of the foreground", "share": "share of the picture that the foreground covers"}

@@ -22,8 +22,7 @@ from PIL import Image
 from ..core.decoding import to_rgb
 from ..core.devices import in_parts, pick_device
 from ..core.errors import HarmonyError
-from ..core.images import to_tensor, to_uint8
-from ..core.picture_metadata import read_region
+from ..core.images import read_mask, to_tensor, to_uint8
 from .diffusion import latent_mask, sampling_scheduler, scale_latents, set_steps, unscale_latents
 from .edge_prompt import EdgePrompt
 from .vae import HarmonyVAE, load_autoencoder
@@ -60,7 +59,7 @@ def read_inputs(image, mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Bx3xHxW in [-1, 1] and Bx1xHxW in {0, 1}. Raises HarmonyError for shapes that do not fit or an empty mask."""
     try:
         image = _batch(image, lambda i: to_rgb(i) if isinstance(i, Image.Image) else i)
-        mask = (_batch(mask, read_region) >= 0.5).float()
+        mask = (_batch(mask, read_mask) >= 0.5).float()
         fits = image.shape[1:] == (3, *mask.shape[2:]) and mask.shape == (len(image), 1, *image.shape[2:])
     except RuntimeError:  # torch's, of lists of unequal sizes and of arrays with more or fewer axes
         fits = False
