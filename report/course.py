@@ -92,15 +92,18 @@ def facts(path) -> dict:
 
 def contents(notebooks: str, pages: str) -> str:
     """The course as a table; its arguments: where the links lead, from where the table stands."""
-    lines = ["| notebook | goal | run before | time | see it executed |", "|---|---|---|---|---|"]
+    lines = ["| notebook | see it executed | goal | run before | minutes: run + read |", "|---|---|---|---|---|"]
     run = read_json(ROOT / "docs/course/run.json")["notebooks"]
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for number, path in enumerate(sorted((ROOT / "notebooks").glob("*.ipynb"))):
         about = facts(path)
         seen = {stem.removeprefix(path.stem).lstrip("-") or "page": stem for stem in run if stem.startswith(path.stem)}
         links = ", ".join(f"[{word}]({pages}{stem}.md)" for word, stem in seen.items())
-        before = re.sub(r" \(.*\)", "", about["Run before"])
-        time = re.sub(r" \(.*?\)", "", about["Time"])
-        lines.append(f"| [{about['title']}]({notebooks}{path.name}) | {about['Goal']} | {before} | {time} | {links} |")
+        before, minutes = (
+            re.findall(r"(\d+)" + end, about[key]) for key, end in (("Run before", ""), ("Time", " min"))
+        )
+        before = ["all"] if number > 1 and len(before) == number else before or ["nothing"]
+        more = f"{about['Goal']} | {', '.join(before)} | {' + '.join(minutes)}"
+        lines.append(f"| [{about['title']}]({notebooks}{path.name}) | {links} | {more} |")
     return "\n".join(lines) + "\n"
 
 
