@@ -32,6 +32,10 @@ Every notebook as one run of the profile `mini` left it, its figures made small.
 {minutes} minutes on two CPU cores. Made by `make docs`; edit the notebooks instead.
 
 """
+MOVING = {  # packages whose change may move an out
+    "albumentations", "diffusers", "matplotlib", "numpy", "opencv-python-headless", "pandas", "pillow", "scikit-image",
+    "scikit-learn", "scipy", "seaborn", "timm", "torch", "torchvision",
+}  # fmt: skip
 FACTS = re.compile(r"(?m)^- \*\*(Goal|You should know|Run before|Time)\*\*: (.+)\.$")
 
 
@@ -111,6 +115,12 @@ def renderer() -> str:
     return hashlib.md5(Path(__file__).read_bytes()).hexdigest()
 
 
+def packages() -> dict[str, str]:
+    """{name: version} of the packages in requirements.lock that decide numbers and figures; DVC does not watch them."""
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    return {name: version for name, _, version in (line.partition("==") for line in lines) if name.lower() in MOVING}
+
+
 def build(executed: Path, folder: Path, seconds: dict[str, int]) -> dict:
     """Write the pages of every executed notebook below `executed`, replacing `folder`; returns what run.json holds.
 
@@ -123,7 +133,7 @@ def build(executed: Path, folder: Path, seconds: dict[str, int]) -> dict:
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     (building / "pictures").mkdir(parents=True)
-    run = {"renderer": renderer(), "notebooks": {}}
+    run = {"renderer": renderer(), "packages": packages(), "notebooks": {}}
     for number, path in enumerate(paths):
         took = seconds.get(path.stem, before.get(path.stem, {}).get("seconds"))
         run["notebooks"][path.stem] = {"md5": hashlib.md5(path.read_bytes()).hexdigest(), "seconds": took}
