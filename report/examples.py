@@ -22,16 +22,6 @@ ROOT = Path(__file__).parents[1]
 PARTS = {"coffee": "cup", "china": "pagoda", "grace_hopper": "person"}  # the test photos, and what is recoloured
 RECIPES, DRAWS = ("HCOCO", "HAdobe5k", "HFlickr", "Hday2night"), 4
 SOFT = 1.0  # pixels over which the cut-out's edge fades
-README = """# Examples
-
-Made by `python -m report.examples` of photographs that come with scikit-image.
-
-| file | what it is | photo | licence |
-|---|---|---|---|
-| `composite.jpg`, `mask.png` | a cup whose colours were changed, and where it is | {coffee.credit} | {coffee.licence} |
-| `cutout.png` | a person, cut out with a soft edge | {astronaut.credit} | {astronaut.licence} |
-| `background.jpg` | where to paste it | {rocket.credit} | {rocket.licence} |
-"""
 
 
 def median_draw(photo, reference) -> dict:
@@ -81,8 +71,6 @@ def main() -> None:
     write(folder / "mask.png", Image.fromarray(draws[0]["mask"].astype(np.uint8) * 255))
     write(folder / "cutout.png", cutout(photos["astronaut"], "person"))
     write(folder / "background.jpg", Image.fromarray(photos["rocket"].image))
-    with atomic_path(folder / "README.md") as temporary:
-        temporary.write_text(README.format(**photos), encoding="utf-8")
     write(ROOT / "docs/before_after.jpg", before_after([photos[name] for name in PARTS], draws))
 
 
