@@ -81,7 +81,7 @@ def last_run(models: dict, details: dict) -> str:
         lines.append(f"| {name} | {part['psnr']:.2f} ({low:.2f} – {high:.2f}) | {errors} |")
     decoders = read_json(METRICS / "harmony_vae-harmonize.json")["decoders"]
     judge = read_json(METRICS / "classifier.json")
-    judges = {"the classifier": judge} | ({"with the mask": judge["with_mask"]} if "with_mask" in judge else {})
+    judges = {"the classifier": judge, "the classifier with the mask": judge["with_mask"]}
     lines += ["", *(f"- PSNR, {name}: {_effect(details['paired'][name]['all']['psnr'])} dB" for name in names)]
     lines += [f"- reconstruction of real photos: {decoders['harmony']['psnr']:.1f} dB by Harmony-VAE, "
               f"{decoders['plain']['psnr']:.1f} dB by the plain autoencoder"]  # fmt: skip

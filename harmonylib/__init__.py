@@ -36,11 +36,13 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
-def __getattr__(name):
-    """Load public names on first use, so that `import harmonylib` is quick."""
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'harmonylib' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+if not TYPE_CHECKING:  # a checker that saw this would let any name pass
+
+    def __getattr__(name):
+        """Load public names on first use, so that `import harmonylib` is quick."""
+        if name not in _PUBLIC:
+            raise AttributeError(f"module 'harmonylib' has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
 
 
 def __dir__():

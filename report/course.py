@@ -32,6 +32,10 @@ Every notebook as one run of the profile `mini` left it, its figures made small.
 {minutes} minutes on two CPU cores. Made by `make docs`; edit the notebooks instead.
 
 """
+MOVING = {  # packages whose change may move an out
+    "albumentations", "diffusers", "matplotlib", "numpy", "opencv-python-headless", "pandas", "pillow", "scikit-image",
+    "scikit-learn", "scipy", "seaborn", "timm", "torch", "torchvision",
+}  # fmt: skip
 FACTS = re.compile(r"(?m)^- \*\*(Goal|You should know|Run before|Time)\*\*: (.+)\.$")
 
 
@@ -92,20 +96,29 @@ def facts(path) -> dict:
 
 def contents(notebooks: str, pages: str) -> str:
     """The course as a table; its arguments: where the links lead, from where the table stands."""
-    lines = ["| notebook | goal | run before | time | see it executed |", "|---|---|---|---|---|"]
+    lines = ["| notebook | see it executed | goal | run before | minutes: run + read |", "|---|---|---|---|---|"]
     run = read_json(ROOT / "docs/course/run.json")["notebooks"]
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for number, path in enumerate(sorted((ROOT / "notebooks").glob("*.ipynb"))):
         about = facts(path)
         seen = {stem.removeprefix(path.stem).lstrip("-") or "page": stem for stem in run if stem.startswith(path.stem)}
         links = ", ".join(f"[{word}]({pages}{stem}.md)" for word, stem in seen.items())
-        before = re.sub(r" \(.*\)", "", about["Run before"])
-        time = re.sub(r" \(.*?\)", "", about["Time"])
-        lines.append(f"| [{about['title']}]({notebooks}{path.name}) | {about['Goal']} | {before} | {time} | {links} |")
+        before, minutes = (
+            re.findall(r"(\d+)" + end, about[key]) for key, end in (("Run before", ""), ("Time", " min"))
+        )
+        before = ["all"] if number > 1 and len(before) == number else before or ["nothing"]
+        more = f"{about['Goal']} | {', '.join(before)} | {' + '.join(minutes)}"
+        lines.append(f"| [{about['title']}]({notebooks}{path.name}) | {links} | {more} |")
     return "\n".join(lines) + "\n"
 
 
 def renderer() -> str:
     return hashlib.md5(Path(__file__).read_bytes()).hexdigest()
+
+
+def packages() -> dict[str, str]:
+    """{name: version} of the packages in requirements.lock that decide numbers and figures; DVC does not watch them."""
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    return {name: version for name, _, version in (line.partition("==") for line in lines) if name.lower() in MOVING}
 
 
 def build(executed: Path, folder: Path, seconds: dict[str, int]) -> dict:
@@ -120,7 +133,7 @@ def build(executed: Path, folder: Path, seconds: dict[str, int]) -> dict:
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     (building / "pictures").mkdir(parents=True)
-    run = {"renderer": renderer(), "notebooks": {}}
+    run = {"renderer": renderer(), "packages": packages(), "notebooks": {}}
     for number, path in enumerate(paths):
         took = seconds.get(path.stem, before.get(path.stem, {}).get("seconds"))
         run["notebooks"][path.stem] = {"md5": hashlib.md5(path.read_bytes()).hexdigest(), "seconds": took}

@@ -47,8 +47,12 @@ def before_after(photos, draws) -> Image.Image:
     rows = [[draw["composite"], draw["harmonized"], photo.image] for photo, draw in zip(photos, draws, strict=True)]
     errors = [draw["errors"] for draw in draws]
     titles = [[f"composite, fMSE {a:.0f}", f"harmonized, fMSE {b:.0f}", "real photo"] for a, b in errors]
-    file = io.BytesIO()
-    figures.image_grid(rows, titles, size=3.4).savefig(file, format="png", dpi=100, bbox_inches="tight")
+    figure, file = figures.image_grid(rows, titles, size=3.4), io.BytesIO()
+    heights = [photo.image.shape[0] / photo.image.shape[1] for photo in photos]  # else a wide row stands in empty space
+    figure.axes[0].get_gridspec().set_height_ratios(heights)
+    figure.set_figheight(3.8 * sum(heights))
+    figure.tight_layout()
+    figure.savefig(file, format="png", dpi=100, bbox_inches="tight")
     return Image.open(file).convert("RGB")
 
 

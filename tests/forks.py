@@ -5,6 +5,11 @@ import multiprocessing
 import os
 import socket
 
+import pytest
+
+if os.name == "nt":
+    pytest.skip("processes are forked and killed here", allow_module_level=True)
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["harmonylib.models.base", "harmonylib.augmentation.candidates"])
 

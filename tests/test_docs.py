@@ -59,6 +59,7 @@ def test_the_course_is_that_of_the_run_in_the_lock():
         for lock in locks()
     ]  # fmt: skip
     assert made in held and RUN["renderer"] == course.renderer(), "run: make docs LOG=what make repro printed"
+    assert RUN["packages"] == course.packages(), "packages changed: dvc repro --force, make docs, look at the figures"
     assert sum(path.stat().st_size for path in (ROOT / "docs/course").rglob("*.*")) < 8e6
 
 

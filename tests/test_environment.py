@@ -1,6 +1,7 @@
 """pyproject.toml names all that the code imports, requirements.lock its versions; environment.yml points to both."""
 
 import ast
+import inspect
 import os
 import re
 import shutil
@@ -71,6 +72,8 @@ def test_type_checkers_see_every_public_name():
     tree = ast.parse((ROOT / "harmonylib/__init__.py").read_text())
     seen = {f.names[0].asname: f.module for f in ast.walk(tree) if isinstance(f, ast.ImportFrom) and f.names[0].asname}
     assert seen == harmonylib._PUBLIC and (ROOT / "harmonylib/py.typed").is_file()
+    for function in (harmonylib.harmonize, harmonylib.compose, harmonylib.score):
+        assert {*inspect.signature(function).parameters, "return"} == set(function.__annotations__)
 
 
 STUB = """#!/bin/sh
@@ -81,6 +84,7 @@ $2";; *install*) exit 1;; esac
 """  # a Python of a certain machine that installs nothing
 
 
+@pytest.mark.skipif(os.name == "nt", reason="make and a shell")
 @pytest.mark.parametrize(
     ("git", "machine", "line"),
     [

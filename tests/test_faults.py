@@ -7,7 +7,6 @@ import functools
 import os
 import pkgutil
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -99,6 +98,8 @@ def stopped(owner, name, call, function, *arguments, rank="0", number=signal.SIG
 
 
 def on_a_full_disk(limit: int, function, *arguments):
+    import resource  # not on Windows, where this file is skipped (forks.py)
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # the kernel fails what is written beyond it
     try:
         function(*arguments)

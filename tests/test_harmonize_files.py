@@ -124,6 +124,7 @@ def test_transparent_picture_to_jpeg(folder):
         harmonize_files.run(jobs, "cpu", folder / "net")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="measured by resource")
 def test_twelve_megapixels_fit_in_four_gigabytes(folder):
     """Peak memory of a fresh process, most of the picture being foreground."""
     code = """

@@ -72,7 +72,10 @@ def find_protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def score(pred, real, mask, protocol="diffharmony", composite=None) -> dict:
+def score(
+    pred: np.ndarray, real: np.ndarray, mask: np.ndarray, protocol: str = "diffharmony",
+    composite: np.ndarray | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Metrics of one prediction against the real image, on the 0..255 scale: mse, psnr, fmse, bmse, ssim, fssim.
 
     pred: HxWx3 uint8, or float in 0..255 (how it becomes uint8 is the protocol's choice), of real's size or, where the

@@ -99,7 +99,10 @@ class RegionContrastiveLoss(nn.Module):
         logits = torch.cat([positive, negative], dim=-1) / self.temperature
         return (logits.logsumexp(-1) - logits[..., 0]).mean(1)
 
-    def forward(self, output, real, mask, composite=None, generator=None) -> torch.Tensor:
+    def forward(
+        self, output: torch.Tensor, real: torch.Tensor, mask: torch.Tensor, composite: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Scalar. output, real and composite Bx3xHxW in [-1, 1], mask Bx1xHxW in {0, 1}; generator draws the cells."""
         assert output.shape == real.shape and mask.shape == (len(output), 1, *output.shape[2:])
         assert self.reading != "C" or composite is not None

@@ -9,6 +9,7 @@ import inspect
 import os
 import sys
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors.torch import load_file, save
@@ -146,7 +147,7 @@ class FolderModel(nn.Module):
         write_json(Path(folder, "config.json"), {"_class_name": type(self).__name__, **self.config})
 
     @classmethod
-    def from_pretrained(cls, folder):
+    def from_pretrained(cls, folder) -> Self:
         """Raises HarmonyError for a folder that is not there, damaged or of another model."""
         try:
             config = read_json(Path(folder, "config.json"))
@@ -163,7 +164,7 @@ class Published:
     files have them (their old names are mapped by diffusers)."""
 
     @classmethod
-    def from_pretrained(cls, folder, **options):
+    def from_pretrained(cls, folder, **options) -> Self:
         """ModelMixin's through `load_strict`."""
         return load_strict(super().from_pretrained, folder, **options)
 

@@ -172,7 +172,7 @@ function show(comparing) {
   canvas.hidden = !ready || (comparing && !cut); // a cut-out belongs to what is compared with
   canvas.classList.toggle("placing", Boolean(cut));
   $("tools").hidden = !ready || comparing || Boolean(cut);
-  $("placing").hidden = !cut;
+  $("placing").hidden = !cut || comparing;
   if (!cut) $("cutout-file").value = $("cutout-name").textContent = "";
   for (const id of ["after", "cut", "compare", "views"]) $(id).hidden = !comparing;
   stage.classList.toggle("comparing", comparing);
@@ -292,6 +292,7 @@ async function receive(answer, line) {
 
 $("form").addEventListener("submit", guarded(async (event) => {
   event.preventDefault();
+  await ready; // pressed before the models were known
   const body = new FormData();
   const mask = cut ? cut.file : await maskBlob();
   if (mask === maskFile && !$("fit").hidden && !$("fit-mask").checked) {
@@ -331,7 +332,7 @@ $("form").addEventListener("submit", guarded(async (event) => {
     $("download").hidden = false;
     cutAt(50);
     show(true);
-    stage.scrollIntoView({ block: "nearest" });
+    $("views").scrollIntoView({ block: "nearest" });
   } catch (error) {
     if (error.name === "TypeError") throw new Error("no answer; is `harmonylib app` still running?");
     if (error.name !== "AbortError") throw error;
@@ -343,4 +344,4 @@ $("form").addEventListener("submit", guarded(async (event) => {
 }));
 $("cancel").addEventListener("click", () => running?.abort());
 
-guarded(setUp)();
+const ready = guarded(setUp)();
