@@ -33,15 +33,12 @@ CLONE, RESULTS = Path("data/evidence-run"), Path("reports/evidence")
 PAIRS, TEST_PAIRS, OTHER_PAIRS = 600, 120, 80  # of each subset
 SMALL = {"HFlickr": 480, "Hday2night": 20}  # training composites: 7,449 to 311, as published
 LEAST = {"": 300, "other": 200}  # test photos
-CORE = ("data", "base", "harmony_vae@harmonize", "diffharmony@harmonize", "resunet")
-INVERSE = ("harmony_vae@inverse", "diffharmony@inverse", "augmentation")
-# Verdicts an hour decide the order: the shipped weights, then short trainings, then what needs the inverse model.
-# {stage: what the claims read of it, and stages that have to be there before}
+# {stage: its results}. Verdicts an hour decide the order: the shipped weights, short trainings, then what needs the
+# inverse model. `dvc repro` makes what a stage needs before it.
 TABLES = {
-    "shipped_models": ("shipped", ()), "classifier": ("classifier", ()), "table_4": ("table_4", ()),
-    "table_VI": ("table_VI", ()), "more@style": ("table_style", ()), "table_5": ("table_5", ()),
-    "more@readings": ("table_readings", ()), "candidates": ("candidates", INVERSE), "table_2": ("table_2", INVERSE),
-    "more@IV": ("table_IV", ()), "more@VII": ("table_VII", ()),
+    "shipped_models": "shipped", "table_4": "table_4", "table_VI": "table_VI", "more@style": "table_style",
+    "table_5": "table_5", "more@readings": "table_readings", "classifier": "classifier", "candidates": "candidates",
+    "table_2": "table_2", "more@IV": "table_IV", "more@VII": "table_VII",
 }  # fmt: skip
 PILOT = 10  # times fewer steps, and one seed
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -183,30 +180,26 @@ def reproduce(root: Path, stage: str, logs: Path) -> float:
     """`dvc repro` of one stage; returns its hours. Raises HarmonyError where it fails, naming its log."""
     logs.mkdir(parents=True, exist_ok=True)
     log, began = logs / f"{stage.replace('@', '-')}.log", time.monotonic()
-    target = stage if stage in (*CORE, *INVERSE, "classifier") else f"ablations/dvc.yaml:{stage}"
+    target = stage if stage == "classifier" else f"ablations/dvc.yaml:{stage}"
     command = [sys.executable, "-m", "dvc", "repro", target]
-    for _ in range(60):
+    while True:
         with open(log, "a", encoding="utf-8") as file:
             start = file.tell()
             code = _call(root, *command, log=file)
         if not code:
             return (time.monotonic() - began) / 3600
         if not re.search(r"(?i)unable to acquire lock|is busy", log.read_text("utf-8", "replace")[start:]):
-            break
-        time.sleep(5)  # the other run holds DVC's lock for a moment
-    raise HarmonyError(f"{stage}: failed; {log} says why")
+            raise HarmonyError(f"{stage}: failed; {log} says why")
+        time.sleep(10)  # the other run holds DVC's lock, or makes what both need
 
 
-def collect(root: Path, names: list[str], target: Path, hours: dict) -> None:
-    """Copy results to `target`, each with profile, commit, machine, hours, photos and composites."""
+def collect(root: Path, name: str, target: Path, hours: float) -> None:
+    """Copy a table's results to `target` with commit, machine, hours (what it needed before it included) and photos."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
     made = read_json(root / "data/evidence/photos.json")
     about = {"commit": commit.stdout.strip(), "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
-    about |= {"threads": 1, "sets": {name: value for name, value in made.items() if name != "shares"}}
-    for name in names:
-        file = root / f"reports/metrics/{name}.json"
-        if file.is_file():
-            write_json(target / file.name, read_json(file) | {"evidence": about | {"hours": hours.get(name)}})
+    about |= {"threads": 1, "hours": hours, "sets": {key: value for key, value in made.items() if key != "shares"}}
+    write_json(target / f"{name}.json", read_json(root / f"reports/metrics/{name}.json") | {"evidence": about})
 
 
 def skipped(power: Path) -> set[str]:
@@ -243,18 +236,13 @@ def run(
     out_of_reach = set() if pilot else skipped(RESULTS / "power.json")
 
     def table(stage: str) -> None:
-        name, before = TABLES[stage]
-        for other in before:
-            hours[other] = hours.get(other, 0) + reproduce(CLONE, other, logs)
+        name = TABLES[stage]
         hours[name] = hours.get(name, 0) + reproduce(CLONE, stage, logs)
         write_json(book, hours)
-        collect(CLONE, [name], target, hours)
+        collect(CLONE, name, target, hours[name])
         print(f"{time.strftime('%H:%M')} {stage}: {hours[name]:.2f} h", flush=True)
 
-    for stage in CORE:
-        hours[stage] = hours.get(stage, 0) + reproduce(CLONE, stage, logs)
-        print(f"{time.strftime('%H:%M')} {stage}", flush=True)
-    chosen = [stage for stage in TABLES if stage in (only or TABLES) and TABLES[stage][0] not in out_of_reach]
+    chosen = [stage for stage, name in TABLES.items() if stage in (only or TABLES) and name not in out_of_reach]
     with ThreadPoolExecutor(jobs) as pool:
         errors = [future.exception() for future in [pool.submit(table, stage) for stage in chosen]]
     for error in filter(None, errors):
