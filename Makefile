@@ -4,7 +4,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help checkout .venv lock repro test test-long lint smoke lab pretrained ablations ablations-all docs bench fuzz \
+.PHONY: help checkout .venv lock repro test test-long lint smoke lab pretrained ablations ablations-all evidence docs bench fuzz \
 	clean
 .NOTPARALLEL:
 
@@ -72,6 +72,13 @@ ablations: .venv  ## the papers' ablation tables that fit a laptop: 2, 4, 5 and 
 
 ablations-all: .venv  ## every ablation; for the profiles gpu and paper
 	.venv/bin/dvc repro ablations/dvc.yaml
+	.venv/bin/dvc repro --single-item --force report
+
+EVIDENCE = .venv/bin/python -m ablations.evidence "$(PHOTOS)" $(addprefix --index ,$(INDEX)) --jobs $(or $(JOBS),2)
+evidence: checkout .venv  ## the claims with verdicts, 16 core-hours: make evidence PHOTOS=folder [INDEX="a.csv b.csv"]
+	@test -n "$(PHOTOS)" || { echo "error: name the photos: make evidence PHOTOS=folder [INDEX=photos.csv]" >&2; exit 1; }
+	test -f reports/evidence/power.json || { $(EVIDENCE) --pilot && .venv/bin/python -m report.power; }
+	$(EVIDENCE)
 	.venv/bin/dvc repro --single-item --force report
 
 docs: .venv  ## after make repro: docs/course, docs/results.md, README's tables: make docs [LOG=what make repro printed]

@@ -18,9 +18,9 @@ from PIL import Image
 from harmonylib.core.errors import HarmonyError
 from harmonylib.core.json_files import read_json
 from harmonylib.evaluation.published import load
-from harmonylib.evaluation.statistics import ABSENT, HOLDS, MINIMUM_PHOTOS, NOT_RUN, TOO_FEW
+from harmonylib.evaluation.statistics import ABSENT, HOLDS, LEVEL, MINIMUM_PHOTOS, NOT_RUN, OPPOSITE, TOO_FEW
 
-from .claims import CLAIMS, CONTRASTIVE, PLUS, from_ablation, measure_claim
+from .claims import CLAIMS, CONTRASTIVE, PLUS, from_ablation, measure_claim, measure_evidence, read_evidence
 from .tables import TABLES, html_table, rows_of, side_by_side
 
 HEADLINE = {"psnr": "PSNR, dB ↑", "mse": "MSE ↓", "fmse": "fMSE ↓", "ssim": "SSIM ↑", "fssim": "fSSIM ↑"}
@@ -125,12 +125,14 @@ def _shortened(value):
 
 
 def build_site(notebooks, site="reports/site", metrics="reports/metrics", figures="reports/figures",
-               executed="reports/notebooks", complexity="benchmarks/complexity.json") -> dict:  # fmt: skip
+               executed="reports/notebooks", complexity="benchmarks/complexity.json",
+               evidence="reports/evidence") -> dict:  # fmt: skip
     """Write the site, replacing what is there, and return {"profile", "pages", "claims"}.
 
-    complexity: what `python -m benchmarks.complexity` wrote, if it did (times differ from run to run: no stage's work).
-    notebooks: names of executed notebooks in `executed`, without suffix, in reading order. Equal inputs give equal
-    bytes. Raises HarmonyError for a missing notebook or evaluation_details.json.
+    evidence: what `make evidence` left, if it did. complexity: what `python -m benchmarks.complexity` wrote, if it did
+    (times differ from run to run: no stage's work). notebooks: names of executed notebooks in `executed`, without
+    suffix, in reading order. Equal inputs give equal bytes. Raises HarmonyError for a missing notebook or
+    evaluation_details.json.
     """
     from pygments.formatters import HtmlFormatter
 
@@ -143,6 +145,7 @@ def build_site(notebooks, site="reports/site", metrics="reports/metrics", figure
         own[name] = own.get(name, {}) | models
     timed = read_json(complexity) if Path(complexity).is_file() else {}
     written |= {"complexity": timed} if timed else {}
+    proof = read_evidence(evidence)
     executed = {name: notebook_html(Path(executed, f"{name}.ipynb")) for name in notebooks}
     building = site.with_name(f".{site.name}.building")
     shutil.rmtree(building, ignore_errors=True)
@@ -159,11 +162,14 @@ def build_site(notebooks, site="reports/site", metrics="reports/metrics", figure
     claims, tables = [], []
     for paper, key, published in TABLES:
         printed = load(key)
-        claims += [measure_claim(claim, files, printed) for claim in CLAIMS if claim.paper == paper]
+        claims += [measure_claim(claim, files, printed) | {"evidence": measure_evidence(claim, proof, printed)}
+                   for claim in CLAIMS if claim.paper == paper]  # fmt: skip
         for table in published:
             part = side_by_side(table, printed[printed["table"] == table.number], files.get(table.file))
             tables.append(part | {"paper": paper})
-    tally = Counter(dict.fromkeys((HOLDS, ABSENT, TOO_FEW, NOT_RUN), 0) | Counter(c["verdict"] for c in claims))
+    verdicts = (HOLDS, ABSENT, OPPOSITE)
+    tally = Counter(dict.fromkeys((*verdicts, TOO_FEW, NOT_RUN), 0) | Counter(c["verdict"] for c in claims))
+    tested = sum(claim["evidence"]["verdict"] in verdicts for claim in claims)
     key_figures = {
         "evaluation/qualitative.png": "One test image of each subset: composite (outlined foreground), methods, real",
         "evaluation/bars_psnr.png": f"Mean PSNR of each method with its 95 % interval over {data['photos']} photos",
@@ -179,7 +185,10 @@ def build_site(notebooks, site="reports/site", metrics="reports/metrics", figure
         },
         "tables": {"tables": tables},
         "figures": {"figures": list(_figures(figures, building))},
-        "claims": {"claims": claims, "badges": {HOLDS: "holds", ABSENT: "absent"}},
+        "claims": {
+            "claims": claims, "badges": {HOLDS: "holds", ABSENT: "absent", OPPOSITE: "absent"}, "holds": HOLDS,
+            "tested": tested, "chance": LEVEL * tested, "run": proof.get("shipped", {}).get("evidence"),
+        },
         "metrics": {"files": {name: json.dumps(_shortened(file), indent=1, ensure_ascii=False)
                               for name, file in written.items()}},
     }  # fmt: skip

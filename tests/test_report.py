@@ -17,7 +17,7 @@ from harmonylib.core.errors import HarmonyError
 from harmonylib.core.json_files import read_json, write_json
 from harmonylib.evaluation.metrics import buckets, summarise
 from harmonylib.evaluation.published import load
-from harmonylib.evaluation.statistics import ABSENT, HOLDS, NOT_RUN, TOO_FEW
+from harmonylib.evaluation.statistics import ABSENT, HOLDS, NOT_RUN, OPPOSITE, TOO_FEW
 from report.claims import CLAIMS, PLUS, Claim, from_ablation, measure_claim
 from report.site import build_site, notebook_html
 from report.tables import TABLES, side_by_side
@@ -157,7 +157,9 @@ def judged(part, **more):
         ([1.0, 0.5, 1.5], 19, {}, TOO_FEW),
         ([0.05, -0.1, 0.15], 40, {"margin": 0.2}, HOLDS),  # equality: the whole interval within the margin
         ([0.05, -0.1, 0.25], 40, {"margin": 0.2}, ABSENT),
-        ([-0.3, -0.4, -0.25], 40, {"margin": 0.2}, ABSENT),
+        ([-0.3, -0.4, -0.25], 40, {"margin": 0.2}, OPPOSITE),
+        ([-0.3, -0.4, -0.15], 40, {"margin": 0.2}, ABSENT),
+        ([-1.0, -1.5, -0.5], 40, {}, OPPOSITE),
         (None, 40, {}, NOT_RUN),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_profile_holds_what_differs_and_is_written_in_full(root, name):
 
 
 def test_bad_profiles_leave_params_alone(root):
-    with pytest.raises(HarmonyError, match=r"no profile mina; did you mean mini\? \(profiles/ has gpu, mini"):
+    with pytest.raises(HarmonyError, match=r"no profile mina; did you mean mini\? \(profiles/ has evidence, gpu, mini"):
         settings.write_profile("mina")
     (root / "profiles/odd.yaml").write_text("data: {colour: red}\n")
     with pytest.raises(HarmonyError, match="profiles/odd.yaml: unknown key data.colour"):

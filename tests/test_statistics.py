@@ -44,6 +44,24 @@ def test_undefined_infinite_and_single():
     assert all(map(math.isnan, bootstrap_mean([math.nan, math.nan], ["a", "b"])))
 
 
+@pytest.mark.parametrize("effect", [0.0, 0.3])
+@pytest.mark.parametrize(("photos", "skewed"), [(20, False), (60, False), (60, True), (300, False), (300, True)])
+def test_intervals_cover_and_nothing_gives_few_verdicts(photos, skewed, effect):
+    """1,000 runs: photos with 1 to 5 composites each, which share most of their difference; two models on each."""
+    rng, runs = np.random.default_rng(photos + skewed), 1000
+    labels = np.repeat(np.arange(photos), rng.integers(1, 6, size=photos))
+    shape = (len(labels), runs)
+    own = rng.exponential(size=(photos, runs)) - 1 if skewed else rng.normal(size=(photos, runs))
+    hard = rng.normal(30, 5, size=(photos, runs))[labels]  # both models meet it
+    a, b = hard + effect + own[labels] + rng.normal(scale=0.5, size=shape), hard + rng.normal(scale=0.5, size=shape)
+    mean, low, high = bootstrap_mean(a - b, labels)
+    covered = np.mean((low <= effect) & (effect <= high))
+    assert 0.93 <= covered <= 0.97
+    if not effect:
+        found = [verdict(*one, photos) for one in zip(mean, low, high, strict=True)]
+        assert 1 - found.count("does not show here") / runs <= 0.06
+
+
 def test_bad_input():
     for values, photos in (([], []), ([1, 2], ["a"])):
         with pytest.raises(HarmonyError, match="one photo label per image"):
@@ -60,11 +78,13 @@ def test_reduction():
     ("effect", "photos", "words"),
     [
         ((1.0, 0.5, 1.5), 20, "holds here"),
-        ((1.0, -0.1, 2.1), 20, "does not show at this scale"),
-        ((1.0, 0.0, 2.0), 20, "does not show at this scale"),
-        ((-1.0, -1.5, -0.5), 200, "does not show at this scale"),
+        ((1.0, -0.1, 2.1), 20, "does not show here"),
+        ((1.0, 0.0, 2.0), 20, "does not show here"),
+        ((-1.0, -1.5, -0.5), 200, "the opposite shows"),
+        ((-1.0, -1.5, 0.0), 200, "does not show here"),
         ((1.0, 0.5, 1.5), 19, "too few photos for a verdict"),
-        ((1.0, None, None), 30, "does not show at this scale"),
+        ((1.0, None, None), 30, "does not show here"),
+        ((1.0, math.nan, math.nan), 30, "does not show here"),
         ((None, None, None), 100, "not run"),
     ],
 )

@@ -91,13 +91,14 @@ def folder_photos(path, seed: int, index=None, mask_from: str = "auto") -> list[
 
 def make_data(photos, out, index=None, pairs: int | None = None, variants: int = 1, size: int = 256, seed: int = 0,
               recipes: RecipeSettings = DEFAULTS, jitter: int = 0, force: bool = False, workers: int | None = None,
-              mask_from: str = "auto"):  # fmt: skip
+              mask_from: str = "auto", test_pairs: int | None = None):  # fmt: skip
     """An iHarmony4-layout set at `out` made of whole photos with masks; rows as `build.make_benchmark`.
 
-    index and mask_from as in `folder_photos`. pairs: photos per subset and split (None: all of them); variants:
-    composites of each; size: long side in pixels; jitter as in `build.BenchmarkSettings`. Of fewer than FEW pairs the
-    masks stay whole. A photo that cannot be used is left out: rows.attrs["left_out"] has a line of why for each. Raises
-    HarmonyError where `out` exists (with force: where it is no data set) or holds the photos, or no photo can be used.
+    index and mask_from as in `folder_photos`. pairs: photos per subset and split (None: all of them), test_pairs: of
+    the test split instead; variants: composites of each; size: long side in pixels; jitter as in
+    `build.BenchmarkSettings`. Of fewer than FEW pairs the masks stay whole. A photo that cannot be used is left out:
+    rows.attrs["left_out"] has a line of why for each. Raises HarmonyError where `out` exists (with force: where it is
+    no data set) or holds the photos, or no photo can be used.
     """
     photos, out = Path(photos).resolve(), Path(out)
     if out.resolve() in (photos, *photos.parents):
@@ -115,7 +116,8 @@ def make_data(photos, out, index=None, pairs: int | None = None, variants: int =
         raise HarmonyError(left_out[0])
     files, shares = zip(*usable, strict=True)
     counts = [sum(file.split == split for file in files) for split in SPLITS]
-    counts = counts if pairs is None else [min(pairs, count) for count in counts]
+    wanted = (pairs, pairs if test_pairs is None else test_pairs)
+    counts = [count if most is None else min(most, count) for most, count in zip(wanted, counts, strict=True)]
     how = {"min_crop": 1.0, "parts": max(counts) >= FEW, "jitter": jitter}
     amounts = BenchmarkSettings(*counts, variants, variants, size, **how)
     rows = make_benchmark(out, files, amounts, recipes, seed, workers=workers, shares=shares)

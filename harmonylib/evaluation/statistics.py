@@ -3,19 +3,21 @@
 import math
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 from ..core.errors import HarmonyError
 
 HOLDS = "holds here"
-ABSENT = "does not show at this scale"
+ABSENT = "does not show here"
+OPPOSITE = "the opposite shows"
 NOT_RUN = "not run"
 TOO_FEW = "too few photos for a verdict"
 MINIMUM_PHOTOS = 20  # for a verdict
-REPEATS, ENDS = 2000, (0.025, 0.975)
+REPEATS, LEVEL = 2000, 0.05
 
 
 def bootstrap_mean(values, photos):
-    """Mean over images and its 95 % percentile bootstrap interval, resampling photos (the cluster bootstrap).
+    """Mean over images and its 95 % bootstrap interval, resampling photos (the cluster bootstrap, `_ends`).
 
     values: N, or NxM for M metrics at once. photos: N labels, equal for images made from one photo.
     Returns (mean, lo, hi), floats for N values and arrays of M for NxM. NaN values (undefined, as fmse under an empty
@@ -29,8 +31,18 @@ def bootstrap_mean(values, photos):
     mean, draws = _resampled(values.reshape(len(values), -1), photos)
     ends = np.full((2, len(mean)), np.nan)
     for column in np.flatnonzero(np.isfinite(mean)) if len(draws) else ():
-        ends[:, column] = np.nanquantile(draws[:, column], ENDS)  # NaN: a resample without a defined value
+        ends[:, column] = np.nanquantile(draws[:, column], _ends(photos))  # NaN: a resample without a defined value
     return tuple(map(float, (mean[0], *ends[:, 0]))) if values.ndim == 1 else (mean, *ends)
+
+
+def _ends(photos) -> tuple[float, float]:
+    """The quantiles of the resampled means that an interval lies between: those of the expanded percentile bootstrap.
+
+    Plain percentiles are too narrow for few photos: at 20 they cover 92 % (Hesterberg 2015, section 4.3).
+    """
+    n = len(np.unique(photos))
+    low = float(ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, LEVEL / 2)))
+    return low, 1 - low
 
 
 def _resampled(table, photos) -> tuple[np.ndarray, np.ndarray]:
@@ -55,7 +67,7 @@ def _resampled(table, photos) -> tuple[np.ndarray, np.ndarray]:
 def reduction(after, before, photos):
     """1 - mean(after) / mean(before) of a squared error on N images, with its interval over photos: (value, lo, hi)."""
     mean, draws = _resampled(np.stack([after, before], axis=1).astype(np.float64), photos)
-    ends = np.quantile(1 - draws[:, 0] / draws[:, 1], ENDS) if len(draws) else (math.nan, math.nan)
+    ends = np.quantile(1 - draws[:, 0] / draws[:, 1], _ends(photos)) if len(draws) else (math.nan, math.nan)
     return tuple(map(float, (1 - mean[0] / mean[1], *ends)))
 
 
@@ -64,11 +76,13 @@ def verdict(difference, lo, hi, n_photos) -> str:
 
     difference, lo, hi: the effect and its interval, positive where it supports the claim (turn the sign for MSE; for
     "stays the same" claims pass margin - |effect|). None or NaN as difference: "not run". Fewer than 20 photos: "too
-    few photos for a verdict". Else "holds here" when the whole interval lies above 0, otherwise "does not show at this
-    scale".
+    few photos for a verdict". Else "holds here" when the whole interval lies above 0, "the opposite shows" when it lies
+    below, otherwise "does not show here".
     """
     if difference is None or math.isnan(difference):
         return NOT_RUN
     if n_photos < MINIMUM_PHOTOS:
         return TOO_FEW
-    return HOLDS if difference > 0 and lo is not None and lo > 0 and hi >= lo else ABSENT
+    if lo is None or not lo <= hi:  # nothing to resample
+        return ABSENT
+    return HOLDS if lo > 0 else OPPOSITE if hi < 0 else ABSENT
