@@ -4,9 +4,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..data.batches import PixelBatches, augmentation
-from ..data.recipes import DEFAULTS
-
 
 def sample_cells(mask: torch.Tensor, stride: int, patches: int, generator=None) -> tuple[torch.Tensor, ...]:
     """Draw `patches` cells of the stride-`stride` sampling map inside the foreground and inside the background.
@@ -139,9 +136,11 @@ def foreground_error(output, real, mask, kind: str = "l1") -> torch.Tensor:
 # ---- training ----
 
 
-def resunet_batches(data, section, seed: int, recipes=DEFAULTS) -> PixelBatches:
-    """What `ResUNetLoss` takes, by the settings' section `resunet`."""
-    return PixelBatches(data, seed=(seed, "resunet"), recipes=recipes, **augmentation(section))
+def resunet_batches(data, section, seed: int, recipes=None):
+    """The `PixelBatches` that `ResUNetLoss` takes, by the settings' section `resunet`."""
+    from ..data.batches import DEFAULTS, PixelBatches, augmentation  # which a finished model does without
+
+    return PixelBatches(data, seed=(seed, "resunet"), recipes=recipes or DEFAULTS, **augmentation(section))
 
 
 class ResUNetLoss(nn.Module):

@@ -10,8 +10,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.cache import settings_of, weights_digest
-from ..data.batches import LatentBatches, augmentation
-from ..data.recipes import DEFAULTS
 
 NUM_TRAIN_TIMESTEPS = 1000
 SMALL_LATENTS = 24 * 24  # up to which plain attention trains faster on a CPU than PyTorch's fused one
@@ -127,9 +125,11 @@ def base_scheduler(prediction_type: str) -> DDPMScheduler:
 # ---- training ----
 
 
-def diffharmony_batches(vae, data, task: str, section, seed: int, recipes=DEFAULTS) -> LatentBatches:
-    """What `DiffHarmonyLoss` takes, for "harmonize" or "inverse", by the settings' section `diffharmony`."""
-    options = {"seed": (seed, "diffharmony", task), "recipes": recipes, **augmentation(section)}
+def diffharmony_batches(vae, data, task: str, section, seed: int, recipes=None):
+    """The `LatentBatches` that `DiffHarmonyLoss` takes, for "harmonize" or "inverse", by the section `diffharmony`."""
+    from ..data.batches import DEFAULTS, LatentBatches, augmentation  # which a finished model does without
+
+    options = {"seed": (seed, "diffharmony", task), "recipes": recipes or DEFAULTS, **augmentation(section)}
     return LatentBatches(data, vae, task, pixels=section.edge and task == "harmonize", **options)
 
 

@@ -190,6 +190,8 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         unet = _open_unet(folder, **dtype)
         scheduler = load_part(DDPMScheduler.from_pretrained, folder, subfolder="scheduler")
         steps = dict(_config(cls, folder)).get("steps", 5)
+        for network in (vae, unet):
+            network.to(memory_format=torch.channels_last)  # else convolutions copy what they read: 1.2x the peak memory
         return cls(vae, unet, scheduler, prompt, steps).to(pick_device(device))
 
 

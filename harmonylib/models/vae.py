@@ -15,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.devices import in_parts
 from ..core.errors import HarmonyError
-from ..data.batches import LatentBatches, augmentation
-from ..data.recipes import DEFAULTS
 from .diffusion import sample_posterior
 from .weights import Published
 
@@ -110,6 +108,9 @@ class HarmonyVAE(Published, AutoencoderKL):
         shape = {name: self.config[name] for name in names} | {"out_channels": latent_channels}
         self.conditional_encoder = ConditionalEncoder(additional_in_channels, **shape)
         self.latent_skip_conv = _zero_conv(latent_channels, latent_channels)
+        for module in self.modules():
+            if isinstance(module, nn.SiLU):  # its input is always a fresh tensor, which nothing else reads
+                module.inplace = True
 
     @classmethod
     def from_vae(cls, vae: AutoencoderKL, mask_init: str = "zero", skip_init: str = "zero") -> "HarmonyVAE":
@@ -231,9 +232,12 @@ def load_autoencoder(folder, **options) -> AutoencoderKL:
 # ---- training ----
 
 
-def harmony_vae_batches(vae: HarmonyVAE, data, task: str, section, seed: int, recipes=DEFAULTS) -> LatentBatches:
-    """What `harmony_vae_loss` takes, for "harmonize" or "inverse", by the settings' section `harmony_vae`."""
-    return LatentBatches(data, vae, task, seed=(seed, "harmony_vae", task), recipes=recipes, **augmentation(section))
+def harmony_vae_batches(vae: HarmonyVAE, data, task: str, section, seed: int, recipes=None):
+    """The `LatentBatches` that `harmony_vae_loss` takes, for "harmonize" or "inverse", by the section `harmony_vae`."""
+    from ..data.batches import DEFAULTS, LatentBatches, augmentation  # which a finished model does without
+
+    options = {"seed": (seed, "harmony_vae", task), "recipes": recipes or DEFAULTS, **augmentation(section)}
+    return LatentBatches(data, vae, task, **options)
 
 
 def harmony_vae_loss(kind: str = "l2"):
