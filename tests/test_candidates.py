@@ -163,6 +163,15 @@ def test_order_and_precision_change_nothing_and_seeds_all(pipeline, pairs, whole
     assert all(old[path.name] != path.read_bytes() for path in read_candidates(tmp_path)["path"])
 
 
+def test_processes_that_finish_first_write_no_manifest(pipeline, pairs, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # tests/test_faults.py and test_distributed.py: kills, real processes
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        manifest = run(pipeline, pairs, tmp_path)
+        assert (manifest is None) == (rank == 0) == (not (tmp_path / "manifest.json").exists())
+    assert contents(tmp_path) == contents(whole)
+
+
 def test_what_changed_is_made_again_and_nothing_of_others_goes(pipeline, pairs, whole, tmp_path):
     root, real = tmp_path / "copy", tmp_path / "f9.png"
     shutil.copytree(whole, root)

@@ -23,7 +23,7 @@ from skimage.color import rgb2lab
 
 from ..core.cache import file_digest, pipeline_digest
 from ..core.devices import actual_precision, autocast
-from ..core.distributed import all_here, by_first, rank_and_world
+from ..core.distributed import all_here, rank_and_world
 from ..core.errors import HarmonyError
 from ..core.files import inside, only_one
 from ..core.images import read_image, read_mask, read_pair, resize_image, resize_mask, to_tensor, to_uint8
@@ -103,14 +103,14 @@ def visible_pairs(pairs: list[Pair], size: int | None, factor: int) -> list[Pair
 
 def generate_candidates(pipeline: DiffHarmonyPipeline, pairs: list[Pair], root_out, k: int, seed: int,
                         size: int | None = None, steps: int = 5, temperature: float = 1.0,
-                        suffix: str = ".png", precision: str = "auto") -> dict:  # fmt: skip
+                        suffix: str = ".png", precision: str = "auto") -> dict | None:  # fmt: skip
     """K candidate composites of every pair, the real's background pasted back; returns the manifest.
 
     size: longest side the pair is resized to (None: its own). suffix: ".png" is exact, ".jpg" lossy. A pair is
     conditioned once and its candidates are one batch. Finished pairs of the same weights, files and settings are kept,
     so a killed run continues; candidates of other settings are removed. Under torchrun each process takes its share and
-    returns when all have. Files are equal byte for byte whatever the number of processes if each has the same number of
-    threads.
+    returns when all have; with a RANK and WORLD_SIZE alone, those that finish before the others return None. Files are
+    equal byte for byte whatever the number of processes if each has the same number of threads.
     The manifest holds "settings" (with the weights' hash) and "candidates", each with its status: "ok", "nan" or
     "equal" (to the real); only "ok" ones have a file and count. Raises HarmonyError for k, steps, temperature or suffix
     out of bounds, no pairs, a mask that is empty on the latent grid, or another run that writes to the same root.
@@ -142,18 +142,14 @@ def generate_candidates(pipeline: DiffHarmonyPipeline, pairs: list[Pair], root_o
         for job in saving:
             job.result()
         all_here(pipeline.device)
-        by_first(lambda: _write_manifest(root, folder, settings, pairs), pipeline.device)
-    return read_json(root / MANIFEST)
-
-
-def _write_manifest(root: Path, folder: Path, settings: dict, pairs: list[Pair]) -> None:
-    finished = [_finished(folder, pair) for pair in pairs]
-    if None in finished:
-        name = pairs[finished.index(None)].name
-        raise HarmonyError(f"{folder}: the candidates of {name} went while others were drawn; run it again")
-    for half_written in folder.rglob(".*"):  # by a run that was killed
-        half_written.unlink(missing_ok=True)
-    write_json(root / MANIFEST, {"settings": settings, "candidates": [row for rows in finished for row in rows]})
+        finished = [_finished(folder, pair) for pair in pairs]
+        if None in finished:
+            return None  # other processes are at work
+        for half_written in folder.rglob(".*"):  # by a run that was killed
+            half_written.unlink(missing_ok=True)
+        manifest = {"settings": settings, "candidates": [row for rows in finished for row in rows]}
+        write_json(root / MANIFEST, manifest)
+    return manifest
 
 
 def _draw(pipeline, pair: Pair, settings: dict):

@@ -31,8 +31,8 @@ def share_of(jobs: list) -> list:
 
 
 def all_here(device="auto") -> None:
-    """Return when every process has come here."""
-    if rank_and_world()[1] > 1:
+    """Return when every process has come here; at once where no address is given to meet at."""
+    if rank_and_world()[1] > 1 and "MASTER_ADDR" in os.environ:
         join_group(pick_device(device)).wait_for_everyone()
 
 

@@ -1,5 +1,6 @@
 """What a run needs against what there is (`harmonylib preflight`): everything that is missing, before anything runs."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -148,15 +149,18 @@ def _weights(stage: str, source: str, files: dict, found: Findings) -> None:
     """Whether a folder or hub id has `files`: {folder/: (all of these, one of these weights)}."""
     name, revision = at_revision(source)
     folder = Path(name) if Path(name).is_dir() else None
-    lost, whole = [], 0
+    lost, whole = [], []
     for part, (needed, weights) in files.items():
         ends = [f"{weight}{end}" for weight in weights for end in (".safetensors", ".bin")]
         for options in [[file] for file in needed] + ([ends] if ends else []):
-            there = any(_is_there(folder, name, part + file, revision) for file in options)
-            whole += there
+            there = list(filter(None, (_place(folder, name, part + file, revision) for file in options)))
+            whole += there[:1]
             lost += [] if there else [part + options[0]]
+    if not folder and not revision:
+        found.notes.append(f"{stage}: {source} is what the hub has today; write {source}@COMMIT to pin it")
     if not lost:
-        found.lines.append(f"{stage}: {source} is on disk")
+        commit = "" if folder or revision else f" (commit {whole[0].split('/snapshots/')[-1].partition('/')[0]})"
+        found.lines.append(f"{stage}: {source} is on disk{commit}")
     elif folder:
         found.missing.append(f"{stage}: {source} lacks {', '.join(lost)}; restore the folder")
     else:
@@ -168,15 +172,16 @@ def _weights(stage: str, source: str, files: dict, found: Findings) -> None:
             found.missing.append(f"{stage}: {source} {state} and there is no network; {mend}")
 
 
-def _is_there(folder: Path | None, name: str, file: str, revision: dict) -> bool:
+def _place(folder: Path | None, name: str, file: str, revision: dict) -> str | None:
+    """Where a file of a folder or hub id lies, if it does."""
     if folder:
-        return (folder / file).is_file()
+        return str(folder / file) if (folder / file).is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return isinstance(try_to_load_from_cache(name, file, **revision), str)
-    except ValueError:  # no hub id
-        return False
+    with contextlib.suppress(ValueError):  # no hub id
+        if isinstance(place := try_to_load_from_cache(name, file, **revision), str):
+            return Path(place).as_posix()
+    return None
 
 
 def _network() -> bool:
