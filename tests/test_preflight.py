@@ -87,7 +87,7 @@ def test_a_bound_that_is_too_small_and_a_disk_that_would_fill(paper, monkeypatch
     assert "for the largest entry (DiffHarmony: masks, 512 px)" in missing(paper.model_copy(update={"cache_gb": 3.0}))
     usage = type("Usage", (), {"free": 20e9})
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
-    assert "are needed, 20 are free; make room" in missing(paper)
+    assert "are needed, 20 are there; make room" in missing(paper)
 
 
 def test_a_resized_copy_and_masks_that_vanish_are_told_of(paper, tmp_path):

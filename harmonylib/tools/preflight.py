@@ -217,7 +217,7 @@ def _machine(run, found: Findings, composites: int, reals: int, gpus: int) -> No
         needed, least = sum(stored.values()), 16 * UNET + 2e9  # a resume point is read as a whole
         found.lines += [f"disk: {name}: {size / 1e9:.0f} GB" for name, size in stored.items()]
         card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-        spent = sum(costs.hours(run, gpus).values())
+        spent = costs.hours(run, gpus)
         for stage, peak in costs.largest_calls(run).items():
             there = f"{card / 1e9:.0f} GB there" if card else "no GPU here"
             found.lines.append(f"{stage}: {peak / 1e9:.1f} GB of GPU memory at once; {there}")
@@ -228,21 +228,23 @@ def _machine(run, found: Findings, composites: int, reals: int, gpus: int) -> No
                     f"{stage}: {peak / 1e9:.1f} GB of GPU memory needed, {card / 1e9:.0f} there; {mend}"
                 )
         rate = costs.RATES["bf16"] / 1e12
-        found.lines.append(f"time: {spent:.0f} hours with {gpus} GPU at {rate:.0f} TFLOP/s in bf16 (assumed)")
+        found.lines += [f"time: {name}: {count:.1f} hours" for name, count in spent.items()]
+        total = sum(spent.values())
+        found.lines.append(f"time: {total:.0f} hours with {gpus} GPU at {rate:.0f} TFLOP/s in bf16 (assumed)")
         if not card:
             found.missing.append(
                 "device: no CUDA GPU here, and networks of this size are out of reach of a CPU; use one"
             )
         _bound(run, found, cache_entries(run, composites, reals))
-    if needed > free:
-        mend = "make room, or link data/ and artifacts/ to another disk"
-        found.missing.append(f"disk: {needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} are free; {mend}")
-    else:
-        found.lines.append(f"disk: {needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} are free")
-    if least > memory:
-        found.missing.append(
-            f"memory: {least / 1e9:.0f} GB are needed, there are {memory / 1e9:.0f}; use a larger machine"
-        )
+    for name, want, there, mend in (
+        ("disk", needed, free, "make room, or link data/ and artifacts/ to another disk"),
+        ("memory", least, memory, "use a larger machine"),
+    ):
+        line = f"{name}: {want / 1e9:.0f} GB are needed, {there / 1e9:.0f} are there"
+        if want > there:
+            found.missing.append(f"{line}; {mend}")
+        else:
+            found.lines.append(line)
 
 
 def _bound(run, found: Findings, entries: dict[str, int]) -> None:
