@@ -21,8 +21,8 @@ CHANGES = {
     "diffharmony.learning_rate": 0.0001, "diffharmony.inverse_learning_rate": 0.0001,
 }  # fmt: skip
 NOT_EQUAL = "contrastive_resunet"  # BatchNorm takes its statistics of each process's share
-# Its numbers in the metrics; and what a figure's choice of the likelier of two candidates decides, where untrained models'
-# are 0.0001 apart in probability
+# Its numbers in the metrics; and what a figure's choice of the likelier candidate decides, where those of untrained
+# models are 0.0001 apart in probability
 OF_IT = re.compile(r"contrastive-resunet(?! \(shipped)|paired_large|kept_minus_rejected")
 
 
