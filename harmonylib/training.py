@@ -323,6 +323,8 @@ def _loop(run: _Run, batches, name: str, seed: int, observe, store, show) -> lis
 
     if run.ema:
         run.ema.copy_to(run.model.parameters())
+    for buffer in run.model.buffers() if run.world > 1 else ():  # BatchNorm's are each process's own until now
+        torch.distributed.broadcast(buffer, 0)
     if writes:
         store.finish(state | run.state(finished=True))
     if caught:

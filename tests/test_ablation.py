@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from imports import ROOT, notebook_code
 
 from ablations import common
 from harmonylib import HarmonyError
@@ -13,6 +14,7 @@ from harmonylib.core.json_files import read_json, write_json
 from harmonylib.core.settings import read_profile
 from harmonylib.data.batches import TripleSet
 from harmonylib.data.layout import Triple
+from harmonylib.evaluation.published import PROTOCOLS
 from harmonylib.training import TrainingDiverged
 from report.claims import from_ablation
 
@@ -180,3 +182,19 @@ def test_under_paper_the_rows_that_are_the_main_model_are_not_trained_again():
         section = common.changed(run.resunet, size=run.ablations.resunet_size, **common.PAPERS | changes)
         assert common.is_main_model(run, section, run.seed) == (changes in main)
     assert not common.is_main_model(read_profile("mini"), read_profile("mini").resunet, 0)
+
+
+def test_under_paper_tables_are_scored_at_the_published_size_by_the_published_protocol():
+    """256 px, Table IV at its rows' sizes; what the JSON of a run says, tests/long/paper_smoke.py reads."""
+    run = read_profile("paper")
+    assert run.evaluation.size == 256 and run.ablations.sizes == [256, 512, 1024]
+    assert run.diffharmony.size == 512 and run.ablations.resolutions == [512, 1024]  # Tables 2, 5 and 4 infer at
+    notebooks = {path.stem.split("_")[1]: path for path in ROOT.glob("ablations/table_*.ipynb")}
+    notebooks |= {"3": notebooks.pop("human"), "9": ROOT / "notebooks/09_evaluation.ipynb"}
+    code = {table: notebook_code(path) for table, path in notebooks.items()}
+    for table, text in code.items():
+        assert ("A.sizes" in text or "ablations.sizes" in text) == (table == "IV"), table
+        assert "evaluation.size" in text or "run.evaluation\n" in text or table == "IV", table
+        if PROTOCOLS.get(table) is not None:
+            assert f'protocols("{table}")' in text, table
+    assert 'TABLES = ("1", "3", "III")' in code["9"] and "protocols(*TABLES)" in code["9"]

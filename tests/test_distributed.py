@@ -63,8 +63,22 @@ def test_processes_share_out_what_is_encoded_into_the_cache(root):
     group = forks.start_group(trainers.encode_cache, root, "shared", world=2)
     assert forks.codes([single, *group]) == [0, 0, 0]
     assert [int((root / f"{name}.txt").read_text()) for name in ("alone-0", "shared-0", "shared-1")] == [28, 16, 12]
-    (one,) = (root / "alone").glob("*.npy")
-    assert (root / "shared" / one.name).read_bytes() == one.read_bytes()
+    (one,), (two,) = ([*(root / name).glob("*.npy")] for name in ("alone", "shared"))
+    assert one.name == two.name and one.read_bytes() == two.read_bytes()
+
+
+def test_processes_share_out_what_is_scored(root):
+    """Six composites: half in each process, the same table in all; and nothing is scored again."""
+    single = forks.start(trainers.score_set, root, "own")
+    group = forks.start_group(trainers.score_set, root, "halves")
+    assert forks.codes([single, *group]) == [0, 0, 0]
+    assert [int((root / f"{name}.txt").read_text()) for name in ("own-0", "halves-0", "halves-1")] == [6, 3, 3]
+    one, *others = ((root / f"{name}.csv").read_text() for name in ("own-0", "halves-0", "halves-1"))
+    assert others == [one, one]
+    for name in ("own", "halves"):
+        (root / f"{name}-0.txt").unlink()
+    assert forks.codes([forks.start(trainers.score_set, root, "halves")]) == [0]
+    assert (root / "halves-0.csv").read_text() == one and not (root / "halves-0.txt").exists()
 
 
 def test_a_step_draws_the_same_whatever_the_number_of_processes():

@@ -6,7 +6,11 @@ import pytest
 from imports import MODULES, ROOT, imported, notebook_code, reached
 from ruamel.yaml import YAML
 
-FOLDERS = {"data": "data.path", "human_harmony": "human_harmony.path", "evaluation": "evaluation.composites[0]"}
+FOLDERS = {
+    "data": ["data.path"],
+    "human_harmony": ["human_harmony.path"],
+    "evaluation": ["evaluation.composites[0]", "evaluation.composites[-1]"],
+}
 MADE = ("data/", "artifacts/", "reports/", "${")  # by other stages, or named by the settings
 SECTIONS = set(YAML(typ="safe").load(ROOT / "params.yaml"))
 
@@ -135,5 +139,6 @@ def test_a_stage_depends_on_the_settings_that_its_notebook_reads(notebooks, deps
     assert not (missing := {r for r in read if not any(below(r, p, ".") for p in params)}), f"add {missing}"
     idle = [p for p in params if not any(below(r, p, ".") or below(p, r, ".") for r in read)]
     assert not idle, f"remove {idle}"
-    for section, folder in FOLDERS.items():
-        assert (f"${{{folder}}}" in deps[0]) == (section in read), f"${{{folder}}}"
+    for section, folders in FOLDERS.items():
+        for folder in folders:
+            assert (f"${{{folder}}}" in deps[0]) == (section in read), f"${{{folder}}}"

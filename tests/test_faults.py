@@ -244,7 +244,7 @@ def test_killed_generation(set_root):
     next((set_root / "killed").rglob("composite_images")).joinpath(".f2_1_g0.half.png").touch()  # being written
     assert finished_later(set_root, "killed")
     dies = functools.partial(stopped, *DRAW, 1, rank="1")
-    assert forks.codes(forks.start_group(dies, generated, set_root, "rank")) == [0, -signal.SIGKILL]
+    assert forks.codes(forks.start_group(dies, generated, set_root, "rank")) == [1, -signal.SIGKILL]
     assert finished_later(set_root, "rank")  # whatever the number of processes
 
 

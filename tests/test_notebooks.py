@@ -133,13 +133,20 @@ def test_a_killed_run_leaves_nothing(root):
 
 def test_a_notebook_as_a_program(root):
     later = "def later():\n    train()"
-    write(root / "a.ipynb", PARAMETERS, later, "train = [task, rate].copy\ndone = train()", "done += 1")
+    works = "train = [task, rate].copy\ndone = train()"
+    write(root / "a.ipynb", PARAMETERS, works, "done += train()", "done += 1")
     space = {}
-    exec(notebooks.program("a.ipynb", {"task": "inverse", "rate": 2.0}, until=("train",)), space)
-    assert space["done"] == ["inverse", 2.0] and "done += 1" in notebooks.program("a.ipynb")
-    write(root / "a.ipynb", PARAMETERS, later, "done = run_variants")
+    exec(notebooks.program("a.ipynb", {"task": "inverse", "rate": 2.0}), space)
+    assert space["done"] == 2 * ["inverse", 2.0]  # as far as the last
+    write(root / "a.ipynb", PARAMETERS, works, later, "run_variants = dir\nfound = run_variants()", "train()")
+    assert notebooks.program("a.ipynb").endswith(works)
+    assert notebooks.program("a.ipynb", calls=notebooks.APART).endswith("found = run_variants()")
+    write(root / "a.ipynb", PARAMETERS, "done = run_variants")
     with pytest.raises(HarmonyError, match="a.ipynb: no cell calls train or train_base .* itself"):
-        notebooks.program("a.ipynb", until=notebooks.TOGETHER)
+        notebooks.program("a.ipynb")
+    write(root / "a.ipynb", PARAMETERS, later, "later()")
+    with pytest.raises(HarmonyError, match="a.ipynb: calls train in a function; call it in a cell, or through run_var"):
+        notebooks.share_out("a.ipynb", [], 2)
     assert command("train", "a.ipynb", "-p", "tusk=x") == 1
 
 
@@ -233,10 +240,17 @@ def test_a_stage_by_two_processes(root, monkeypatch, name, words):
 
 
 def test_which_notebooks_many_processes_share():
-    """The trainings and the drawing of candidates, and every ablation; none is shared out in vain."""
-    calls = {path.stem: set().union(*map(notebooks.called, notebooks.read_notebook(path).cells))
-             for folder in ("notebooks", "ablations") for path in (REPOSITORY / folder).glob("*.ipynb")}  # fmt: skip
-    together = {name[:2] for name, found in calls.items() if found & set(notebooks.TOGETHER)}
-    assert together == {"02", "03", "04", "06", "07", "08", "ta"}
-    apart = {name for name, found in calls.items() if found & set(notebooks.APART)}
-    assert apart == {name for name in calls if name.startswith("table")} - {"table_human_harmony"}
+    """What trains, draws, extracts, cleans or scores; none is shared out in vain, none trains where it would not be."""
+    shared = {}
+    for path in (path for folder in ("notebooks", "ablations") for path in (REPOSITORY / folder).glob("*.ipynb")):
+        notebook = notebooks.read_notebook(path)
+        kinds = {
+            name: notebooks.shared_cells(path, notebook, getattr(notebooks, name)) for name in ("TOGETHER", "APART")
+        }
+        shared[path.stem] = {name for name, cells in kinds.items() if cells}
+    assert {name for name, kinds in shared.items() if not kinds} == {"00_tour", "01_data", "10_report"}
+    assert {name for name, kinds in shared.items() if "APART" in kinds} == {
+        name for name in shared if name.startswith("table") and name != "table_human_harmony"
+    }
+    both = {"table_4_resolutions", "table_5_initialisation"}  # latents by all, then each its own trainings
+    assert {name for name, kinds in shared.items() if len(kinds) == 2} == both

@@ -60,12 +60,34 @@ def test_half_downloaded_weights_and_their_folder(paper, tmp_path):
     assert "restore the folder" in said
 
 
+def test_a_half_downloaded_hub_folder_and_one_without_a_revision(paper, tmp_path, monkeypatch):
+    """Timm's weights come at the hub's newest commit unless the setting names one: it is told, and which is here."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    name, _, commit = paper.base.path.partition("@")
+    for repo, at, files in (
+        (name, commit, ["unet/config.json"]),
+        ("timm/resnet50.tv_in1k", "0" * 40, ["model.safetensors"]),
+    ):
+        root = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+        for file in files:
+            path = root / "snapshots" / at / file
+            path.parent.mkdir(parents=True)
+            path.write_text("{}")
+        (root / "refs").mkdir()
+        (root / "refs/main").write_text(at)
+    found = preflight.preflight(paper)
+    assert any(f"base: {paper.base.path} is half-downloaded (unet/diffusion" in line for line in found.missing)
+    assert f"classifier: timm/resnet50.tv_in1k is on disk (commit {'0' * 40})" in found.lines
+    assert any("write timm/resnet50.tv_in1k@COMMIT to pin it" in note for note in found.notes)
+    assert not any("stable-diffusion" in note for note in found.notes)
+
+
 def test_a_bound_that_is_too_small_and_a_disk_that_would_fill(paper, monkeypatch):
     assert "cache: " not in missing(paper)
     assert "for the largest entry (DiffHarmony: masks, 512 px)" in missing(paper.model_copy(update={"cache_gb": 3.0}))
     usage = type("Usage", (), {"free": 20e9})
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
-    assert "are needed, 20 are free; make room" in missing(paper)
+    assert "are needed, 20 are there; make room" in missing(paper)
 
 
 def test_a_resized_copy_and_masks_that_vanish_are_told_of(paper, tmp_path):

@@ -11,6 +11,7 @@ from skimage import data
 from harmonylib.augmentation import sets
 from harmonylib.augmentation.candidates import Pair, pairs_of
 from harmonylib.augmentation.sets import build_human_harmony, clean_photos, human_photos, mix, mix_count, photo_pairs_of
+from harmonylib.core import cache
 from harmonylib.core.errors import HarmonyError
 from harmonylib.core.images import paste, resize_image, write_image
 from harmonylib.core.json_files import write_json
@@ -26,6 +27,11 @@ def photo(words, height=40, width=48):
     mask = np.zeros((height, width), bool)
     mask[8:30, 8:28] = True
     return rng(words).integers(0, 256, (height, width, 3), dtype=np.uint8), mask
+
+
+@pytest.fixture(autouse=True)
+def cache_root(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "ROOT", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

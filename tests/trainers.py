@@ -14,6 +14,7 @@ from harmonylib.core.images import write_image
 from harmonylib.core.seeds import rng
 from harmonylib.data.batches import TripleSet
 from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
+from harmonylib.evaluation.methods import Method, evaluate, identity_method
 from harmonylib.models import refinement
 from harmonylib.models.base import build_autoencoder, build_unet, open_base, train_base
 from harmonylib.models.contrastive import ResUNetLoss, resunet_batches
@@ -116,6 +117,23 @@ def encode_cache(root, name: str, batch_size: int = 4) -> None:
 
     vae.encode, cache.ROOT = noted, Path(name)
     cache.moments(vae, noise_pictures(root), "cpu", batch_size)
+
+
+def score_set(root, name: str) -> None:
+    """Score the set in `root` into the cache `root`/`name`, and note what each process had to harmonize."""
+    os.chdir(root)
+    cache.ROOT, rank, seen = Path(name), os.environ.get("RANK", 0), []
+
+    def darker(composite, mask, names):
+        seen.extend(names)
+        Path(f"{name}-{rank}.txt").write_text(str(len(seen)))
+        while len(list(Path().glob(f"{name}-*.txt"))) < int(os.environ.get("WORLD_SIZE", 1)):
+            time.sleep(0.01)
+        return composite / 2
+
+    methods = [identity_method(), Method("darker", darker, ["darker"])]
+    table = evaluate(methods, TripleSet(read_triples("set", "train"), SIZE), 1, ("standard", "diffharmony"))
+    table.to_csv(f"{name}-{rank}.csv")
 
 
 def noise_pictures(root, count: int = 14) -> cache.Squares:

@@ -21,9 +21,9 @@ import pandas as pd
 import torch
 from skimage.color import rgb2lab
 
-from ..core.cache import file_digest, settings_of, weights_digest
+from ..core.cache import file_digest, pipeline_digest
 from ..core.devices import actual_precision, autocast
-from ..core.distributed import rank_and_world
+from ..core.distributed import all_here, rank_and_world
 from ..core.errors import HarmonyError
 from ..core.files import inside, only_one
 from ..core.images import read_image, read_mask, read_pair, resize_image, resize_mask, to_tensor, to_uint8
@@ -101,12 +101,6 @@ def visible_pairs(pairs: list[Pair], size: int | None, factor: int) -> list[Pair
     return [pair for pair in shown if has_latent_foreground(read_mask(pair.mask, pair.mask_from), factor, size)]
 
 
-def model_digest(pipeline: DiffHarmonyPipeline) -> str:
-    """Hash of everything in a pipeline that decides its output: weights and configs of all parts."""
-    weights = [weights_digest(getattr(pipeline, name)) for name in ("vae", "unet", "prompt")]
-    return _digest([weights, [settings_of(getattr(pipeline, name).config) for name in ("vae", "unet", "scheduler")]])
-
-
 def generate_candidates(pipeline: DiffHarmonyPipeline, pairs: list[Pair], root_out, k: int, seed: int,
                         size: int | None = None, steps: int = 5, temperature: float = 1.0,
                         suffix: str = ".png", precision: str = "auto") -> dict | None:  # fmt: skip
@@ -114,9 +108,9 @@ def generate_candidates(pipeline: DiffHarmonyPipeline, pairs: list[Pair], root_o
 
     size: longest side the pair is resized to (None: its own). suffix: ".png" is exact, ".jpg" lossy. A pair is
     conditioned once and its candidates are one batch. Finished pairs of the same weights, files and settings are kept,
-    so a killed run continues; candidates of other settings are removed. Under torchrun each process takes its share,
-    and those that finish before the others return None. Files are equal byte for byte whatever the number of processes
-    if each has the same number of threads.
+    so a killed run continues; candidates of other settings are removed. Under torchrun each process takes its share and
+    returns when all have; with a RANK and WORLD_SIZE alone, those that finish before the others return None. Files are
+    equal byte for byte whatever the number of processes if each has the same number of threads.
     The manifest holds "settings" (with the weights' hash) and "candidates", each with its status: "ok", "nan" or
     "equal" (to the real); only "ok" ones have a file and count. Raises HarmonyError for k, steps, temperature or suffix
     out of bounds, no pairs, a mask that is empty on the latent grid, or another run that writes to the same root.
@@ -128,8 +122,8 @@ def generate_candidates(pipeline: DiffHarmonyPipeline, pairs: list[Pair], root_o
     pairs = sorted(dict.fromkeys(pairs), key=lambda pair: pair.key)
     if not pairs:
         raise HarmonyError("no (real, mask) pairs to generate from; the training list is empty")
-    settings = {"k": k, "seed": seed, "size": size, "steps": steps, "temperature": temperature, "suffix": suffix,
-                "precision": actual_precision(pipeline.device, precision), "model": model_digest(pipeline)}  # fmt: skip
+    settings = {"k": k, "seed": seed, "size": size, "steps": steps, "temperature": temperature, "suffix": suffix}
+    settings |= {"precision": actual_precision(pipeline.device, precision), "model": pipeline_digest(pipeline)}
     root = Path(root_out)
     folder = root / f"settings-{_digest(settings)}"
     rank, world = rank_and_world()
@@ -147,6 +141,7 @@ def generate_candidates(pipeline: DiffHarmonyPipeline, pairs: list[Pair], root_o
                 saving.popleft().result()
         for job in saving:
             job.result()
+        all_here(pipeline.device)
         finished = [_finished(folder, pair) for pair in pairs]
         if None in finished:
             return None  # other processes are at work

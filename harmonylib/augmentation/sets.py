@@ -20,6 +20,7 @@ from PIL import Image
 from skimage.data import lbp_frontal_face_cascade_filename
 from skimage.feature import Cascade
 
+from ..core.cache import file_digest, shared_array
 from ..core.errors import HarmonyError
 from ..core.images import paste, read_image, resize_image, shrink_pair, write_image
 from ..core.json_files import write_json
@@ -163,10 +164,16 @@ def clean_photos(pairs: list[Pair], size: int | None = None, factor: int = 8, fo
     finds none: product shots, which the paper removed by means it does not tell, and people who turn away).
     Raises HarmonyError when no photo is left.
     """
-    reason_of = partial(_reason, size=size, factor=factor, foreground=foreground, min_side=min_side, faces=faces)
+    options = {"size": size, "factor": factor, "foreground": foreground, "min_side": min_side, "faces": faces}
+    key = {"cleaning": [pair.digest() for pair in pairs], **options, "code": file_digest(__file__)}
     groups = {"kept": [], "small": [], "foreground": [], "no face": []}
-    for pair, reason in zip(pairs, parallel_map(reason_of, pairs, "cleaning", "photo"), strict=True):
-        groups[reason].append(pair)
+
+    def fill(array, first, last):
+        reasons = parallel_map(partial(_reason, **options), pairs[first:last], "cleaning", "photo")
+        array[:] = [list(groups).index(reason) for reason in reasons]
+
+    for pair, number in zip(pairs, shared_array(key, (len(pairs),), np.uint8, fill), strict=True):
+        list(groups.values())[number].append(pair)
     kept = groups.pop("kept")
     dropped = {reason: [pair.name for pair in group] for reason, group in groups.items()}
     if not kept:

@@ -1,8 +1,8 @@
 """Memory-mapped caches of what never changes: resized pixels and posterior moments of the frozen autoencoder.
 
 An entry is one .npy file named after the hash of what went into it. Killed runs leave nothing half-made. Of several
-processes one makes it and the others wait. All stay below `cache_gb` of params.yaml (it changes no result): those not
-used for longest make room.
+processes one makes it and the others wait, or under torchrun each makes a share (`shared_array`). All stay below
+`cache_gb` of params.yaml (it changes no result): those not used for longest make room.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,6 +48,13 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def pipeline_digest(pipeline) -> str:
+    """Hash of all in a DiffHarmonyPipeline that decides its output: weights and configs of its parts."""
+    weights = [weights_digest(getattr(pipeline, name)) for name in ("vae", "unet", "prompt")]
+    configs = [settings_of(getattr(pipeline, name).config) for name in ("vae", "unet", "scheduler")]
+    return _digest(json.dumps([weights, configs], sort_keys=True).encode())
+
+
 def settings_of(config) -> dict:
     """What a diffusers config says, without the entries that tell where and by what it was written."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
@@ -77,6 +84,35 @@ def cached_array(key: dict, shape, dtype, fill) -> np.ndarray:
             fill(array)
             del array
         return np.load(path, mmap_mode="r")
+
+
+def shared_array(key: dict, shape, dtype, fill, rows: int = 1, axis: int = 0) -> np.ndarray:
+    """`cached_array` whose part from `first` to `last` along an axis fill(array, first, last) makes.
+
+    Under torchrun each process makes a share, of whole blocks of `rows` so that their number changes no rounding, and
+    one of them puts the shares together.
+    """
+    (rank, world), count = rank_and_world(), shape[axis]
+    if world == 1:
+        return cached_array(key, shape, dtype, lambda array: fill(array, 0, count))
+    blocks = -(-count // rows)
+    bounds = list(pairwise(min(count, blocks * n // world * rows) for n in range(world + 1)))
+
+    def share(first, last):
+        part = (*shape[:axis], last - first, *shape[axis + 1 :])
+        return key | {"share": [first, last]}, part, dtype, lambda array: fill(array, first, last)
+
+    def join(array):
+        for first, last in bounds:
+            made = cached_array(*share(first, last))  # waits where its process is at work
+            np.moveaxis(array, axis, 0)[first:last] = np.moveaxis(made, axis, 0)
+
+    if not _path(key).is_file():
+        cached_array(*share(*bounds[rank]))
+    joined = cached_array(key, shape, dtype, join)
+    for bound in bounds:
+        _path(share(*bound)[0]).unlink(missing_ok=True)
+    return joined
 
 
 def _stored(path: Path) -> np.ndarray | None:
@@ -130,10 +166,9 @@ class Squares:
     def digests(self) -> list[str]:
         return [file_digest(path) for path in self.paths]
 
-    def key(self, first: int = 0, last: int | None = None) -> dict:
-        """What decides the pixels of some of them."""
-        files = self.digests[first:last]
-        return {"files": files, "size": self.size, "geometry": self.geometry, "mask": self.mask}
+    def key(self) -> dict:
+        """What decides their pixels."""
+        return {"files": self.digests, "size": self.size, "geometry": self.geometry, "mask": self.mask}
 
     def _read(self, number: int) -> np.ndarray:
         path = self.paths[number]
@@ -147,27 +182,26 @@ class Squares:
             return np.array(list(pool.map(self._read, chosen.tolist()))).reshape(-1, *self.shape[1:])
 
     def stored(self) -> np.ndarray:
-        def fill(array):
+        def fill(array, first, last):
             name = "caching masks" if self.mask else "caching images"
-            for start in progress(range(0, len(self), 32), desc=name, unit="32 files"):
-                array[start : start + 32] = self[start : start + 32]
+            for start in progress(range(first, last, 32), desc=name, unit="32 files"):
+                array[start - first : start - first + 32] = self[start : min(start + 32, last)]
 
-        return cached_array(self.key(), self.shape, bool if self.mask else np.uint8, fill)
+        return shared_array(self.key(), self.shape, bool if self.mask else np.uint8, fill, 32)
 
 
 def moments(vae, images: Squares, device, batch_size: int = 32) -> np.ndarray:
     """Posterior moments of images and of their mirror images: 2 x N x 2C x h x w float16.
 
     The autoencoder's encoder is frozen in every stage, so this is computed once per image (Sec. 3.2), of files that are
-    decoded on the way. Under torchrun each process encodes its share, and one of them puts the shares together.
+    decoded on the way.
     """
     batch_size = min(batch_size, rows_at_once(images.size**2))
     side = images.size // 2 ** (len(vae.config.block_out_channels) - 1)
     weights = [weights_digest(part) for part in (vae.encoder, vae.quant_conv)]
-    rank, world = rank_and_world()
 
     @torch.inference_mode()
-    def encode(first, last, array):
+    def encode(array, first, last):
         for start in progress(range(first, last, batch_size), desc="encoding", unit="batch"):
             batch = torch.from_numpy(images[start : min(start + batch_size, last)]).permute(0, 3, 1, 2)
             batch = batch.to(device).float().div(127.5).sub(1.0)
@@ -175,24 +209,9 @@ def moments(vae, images: Squares, device, batch_size: int = 32) -> np.ndarray:
                 values = vae.encode(tensor).latent_dist.parameters
                 array[mirrored, start - first : start - first + len(tensor)] = values.float().cpu().numpy()
 
-    def key(first, last):
-        return {"images": images.key(first, last), "weights": weights, "kind": "moments"}
-
-    def entry(first, last, fill=None):
-        shape = (2, last - first, 2 * vae.config.latent_channels, side, side)
-        return cached_array(key(first, last), shape, np.float16, fill or partial(encode, first, last))
-
-    def join(array):
-        for first, last in pairwise(bounds):
-            array[:, first:last] = entry(first, last)  # waits where its process is at work
-
-    if world == 1:
-        return entry(0, len(images))
-    batches = -(-len(images) // batch_size)  # shares are of whole batches, so that their number changes no rounding
-    bounds = [min(len(images), batches * n // world * batch_size) for n in range(world + 1)]
-    if not _path(key(0, len(images))).is_file():
-        entry(*bounds[rank : rank + 2])
-    return entry(0, len(images), join)
+    key = {"images": images.key(), "weights": weights, "kind": "moments"}
+    shape = (2, len(images), 2 * vae.config.latent_channels, side, side)
+    return shared_array(key, shape, np.float16, encode, batch_size, axis=1)
 
 
 def clear() -> int:

@@ -1,6 +1,7 @@
 """The processes that torchrun starts: who is who, and noise that does not depend on how many there are."""
 
 import os
+from datetime import timedelta
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -19,7 +20,8 @@ def join_group(device: torch.device):
     """accelerate's PartialState; on its first call this process joins the others (NCCL on CUDA, else gloo)."""
     from accelerate import PartialState
 
-    return PartialState(cpu=device.type == "cpu")
+    # one that has done its share may wait for days; of a process that dies torchrun ends the others
+    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=30))
 
 
 def share_of(jobs: list) -> list:
@@ -28,13 +30,17 @@ def share_of(jobs: list) -> list:
     return jobs[number::count]
 
 
+def all_here(device="auto") -> None:
+    """Return when every process has come here; at once where no address is given to meet at."""
+    if rank_and_world()[1] > 1 and "MASTER_ADDR" in os.environ:
+        join_group(pick_device(device)).wait_for_everyone()
+
+
 def by_first(write, device="auto") -> None:
     """Call `write` in the first process; all return when it has."""
-    rank, world = rank_and_world()
-    if rank == 0:
+    if rank_and_world()[0] == 0:
         write()
-    if world > 1:
-        join_group(pick_device(device)).wait_for_everyone()
+    all_here(device)
 
 
 class ShareOfDraws(TorchFunctionMode):

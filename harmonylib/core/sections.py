@@ -173,7 +173,7 @@ class Evaluation(Section):
     diffusion_size: Pixels
     strict: bool
     batch_size: Positive
-    composites: Annotated[list[Text], Field(min_length=1)]
+    composites: Annotated[list[Text], Field(min_length=1, max_length=2)]  # DVC watches the first and the last
 
 
 class Ablations(Section):

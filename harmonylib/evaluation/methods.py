@@ -1,6 +1,7 @@
 """Run every method over a test set and score it: one row per method and image."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..core.devices import autocast
+from ..core.cache import file_digest, pipeline_digest, settings_of, shared_array, weights_digest
+from ..core.checkpoints import code_hash
+from ..core.devices import actual_precision, autocast
 from ..core.errors import HarmonyError
 from ..core.images import paste, resize, resize_image, to_tensor, to_uint8
 from ..core.progress import progress
@@ -17,21 +20,25 @@ from ..data.batches import TripleSet
 from ..data.transfers import harmonize_classically
 from ..training import TrainingDiverged
 from .folder import find_predictions, read_prediction
-from .metrics import score
+from .metrics import METRICS, score
 
 CLASSICAL = ("mean-std", "reinhard", "histogram")
 
 
 class Method(NamedTuple):
-    """A named harmonizer: call(composite Bx3xSxS in [-1, 1], mask Bx1xSxS, names) -> Bx3xSxS on any device."""
+    """A named harmonizer: call(composite Bx3xSxS in [-1, 1], mask Bx1xSxS, names) -> Bx3xSxS on any device.
+
+    key: what decides its outputs, as JSON takes it; by it `evaluate` keeps its scores. None: they are not kept.
+    """
 
     name: str
     call: Callable
+    key: list | None = None
 
 
 def identity_method() -> Method:
     """The composite itself: what every method has to beat."""
-    return Method("composite", lambda composite, mask, names: composite)
+    return Method("composite", lambda composite, mask, names: composite, ["composite"])
 
 
 def classical_method(transfer: str) -> Method:
@@ -41,7 +48,7 @@ def classical_method(transfer: str) -> Method:
         pairs = zip(to_uint8(composite), mask[:, 0].numpy() > 0.5, strict=True)
         return torch.stack([to_tensor(harmonize_classically(image, region, transfer)) for image, region in pairs])
 
-    return Method(transfer, call)
+    return Method(transfer, call, [transfer])
 
 
 def resunet_method(model, name: str = "contrastive-resunet", size: int | None = None, precision="auto") -> Method:
@@ -54,7 +61,8 @@ def resunet_method(model, name: str = "contrastive-resunet", size: int | None = 
             output = model(*resize_pair(composite.to(device), mask.to(device), size))
         return resize(output.float(), composite.shape[-1])
 
-    return Method(name, call)
+    actual = actual_precision(next(model.parameters()).device, precision)
+    return Method(name, call, [weights_digest(model), settings_of(model.config), size, actual])
 
 
 def diffusion_method(pipeline, name: str, seed: int, size: int | None = None, steps: int = 5, larger=(),
@@ -82,7 +90,8 @@ def diffusion_method(pipeline, name: str, seed: int, size: int | None = None, st
             output[seen] = made.float().to(output.device) * 2 - 1
         return resize(output, composite.shape[-1])
 
-    return Method(name, call)
+    decisive = [pipeline_digest(pipeline), seed, size, steps, [data.key() for data in larger]]
+    return Method(name, call, [*decisive, actual_precision(pipeline.device, precision)])
 
 
 def external_method(name: str, folder, triples) -> Method:
@@ -96,7 +105,7 @@ def external_method(name: str, folder, triples) -> Method:
         images = (np.clip(np.rint(read_prediction(files[name])), 0, 255).astype(np.uint8) for name in names)
         return torch.stack([to_tensor(resize_image(image, composite.shape[2:])) for image in images])
 
-    return Method(name, call)
+    return Method(name, call, [file_digest(path) for path in files.values()])
 
 
 def stored_method(name: str, images: np.ndarray) -> Method:
@@ -119,10 +128,11 @@ def _key(triple) -> str:
     return f"{triple.subset}/{triple.name}"
 
 
-def _run(method: Method, data: TripleSet, batch_size: int):
+def _run(method: Method, data: TripleSet, batch_size: int, first: int = 0, last: int | None = None):
     """Yield (triple, composite, mask, real, output), the output as the method gave it: HxWx3 float32 in 0..255."""
-    for start in progress(range(0, len(data), batch_size), desc=method.name, unit="batch"):
-        triples = data.triples[start : start + batch_size]
+    last = len(data) if last is None else last
+    for start in progress(range(first, last, batch_size), desc=method.name, unit="batch"):
+        triples = data.triples[start : min(start + batch_size, last)]
         batch = data.batch(range(start, start + len(triples)))
         composite, mask = batch["composite"], batch["mask"]
         output = method.call(composite, mask, [_key(triple) for triple in triples]).float().cpu()
@@ -146,16 +156,37 @@ def evaluate(methods: list[Method], data: TripleSet, batch_size: int = 16, proto
 
     Each method runs once, and its output is scored under every protocol (names in `metrics.PROTOCOLS`): "standard" with
     the composite's background pasted, the others as their code has it; a protocol with a size of its own resizes what
-    is not of that size. Masks are hard. Raises HarmonyError for an output of another size or with NaN.
+    is not of that size. Masks are hard. Scores of a method with a key are kept in the cache; under torchrun each
+    process makes its share of them. Raises HarmonyError for an output of another size or with NaN.
     """
     rows = []
     for method in methods:
-        for triple, composite, mask, real, output in _run(method, data, batch_size):
+        for triple, (ratio, *values) in zip(data.triples, _scores(method, data, batch_size, protocols), strict=True):
             about = {"model": method.name, "subset": triple.subset, "name": triple.name, "photo": triple.photo}
+            for number, name in enumerate(protocols):
+                choice = {"protocol": name, "scored_at": data.size, "foreground_ratio": ratio}
+                found = values[number * len(METRICS) : (number + 1) * len(METRICS)]
+                rows.append(about | choice | dict(zip(METRICS, found, strict=True)))
+    return pd.DataFrame(rows)
+
+
+def _scores(method: Method, data: TripleSet, batch_size: int, protocols) -> list[list[float]]:
+    """Of every triple the foreground's share of the picture, and the metrics of each protocol after one another."""
+
+    def fill(array, first, last):
+        for row, (_, composite, mask, real, output) in zip(
+            array, _run(method, data, batch_size, first, last), strict=True
+        ):
             if output.max() <= 1:  # a black picture, which `score` would take for one in 0..1
                 output = output.round().astype(np.uint8)
-            for name in protocols:
-                choice = {"protocol": name, "scored_at": data.size, "foreground_ratio": float(mask.mean())}
-                pasted = composite if name == "standard" else None
-                rows.append(about | choice | score(output, real, mask, name, pasted))
-    return pd.DataFrame(rows)
+            row[0] = mask.mean()
+            scored = (score(output, real, mask, p, composite if p == "standard" else None) for p in protocols)
+            row[1:] = [values[metric] for values in scored for metric in METRICS]
+
+    shape = (len(data), 1 + len(protocols) * len(METRICS))
+    if method.key is None:
+        fill(table := np.empty(shape), 0, len(data))
+        return table.tolist()
+    code = [code_hash(), *map(file_digest, sorted(Path(__file__).parent.glob("*.py")))]
+    key = {"scores": method.key, "data": data.key(), "batch": batch_size, "protocols": list(protocols), "code": code}
+    return shared_array(key, shape, np.float64, fill, batch_size).tolist()

@@ -21,7 +21,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from ..core.cache import cached_array, file_digest, weights_digest
+from ..core.cache import file_digest, shared_array, weights_digest
 from ..core.errors import HarmonyError
 from ..core.images import read_image, read_pair, resize, to_tensor
 from ..core.progress import progress
@@ -102,20 +102,21 @@ class HarmonyClassifier(ModelMixin, ConfigMixin):
         key = {"files": digests, "kind": kind, "quality": JPEG_QUALITY, "size": self.config.size}
 
         @torch.inference_mode()
-        def fill(array):
-            for some in progress(torch.arange(len(files)).split(batch_size), desc="classifier features", unit="batch"):
-                images, masks = zip(*(load(*files[i]) for i in some), strict=True)
+        def fill(array, first, last):
+            for start in progress(range(first, last, batch_size), desc="classifier features", unit="batch"):
+                some = files[start : min(start + batch_size, last)]
+                images, masks = zip(*(load(*group) for group in some), strict=True)
                 images = (to_tensor(round_trip_codec(image))[None] for image in images)
                 batch = [torch.cat([resize(image, self.config.size) for image in images]).to(self.device)]
                 if kind == "regions":
                     side = (self.config.size, self.config.size)
                     masks = (nn.functional.interpolate(to_tensor(mask)[None], side, mode="area") for mask in masks)
                     batch.append(torch.cat(list(masks)).to(self.device))
-                array[some] = self.features(*batch).float().cpu().numpy()
+                array[start - first : start - first + len(some)] = self.features(*batch).float().cpu().numpy()
 
         key |= {"weights": weights_digest(self.network)}
         width = self.network.num_features * (2 if kind == "regions" else 1)
-        return cached_array(key, (len(files), width), np.float32, fill)
+        return shared_array(key, (len(files), width), np.float32, fill, batch_size)
 
     @torch.inference_mode()
     def predict(self, features: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UNetMidBlock2D, U
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.cache import cached_array, weights_digest
+from ..core.cache import shared_array, weights_digest
 from ..core.devices import actual_precision, autocast
 from ..core.images import resize
 from ..core.progress import progress
@@ -75,15 +75,15 @@ def sample_latents(pipeline: DiffHarmonyPipeline, data: TripleSet, seed: int, st
     key = {"latents": data.key(), "weights": parts, "scheduler": dict(pipeline.scheduler.config)}
     side = -(-data.size // pipeline.factor)
 
-    def fill(array):
-        for chosen, batch in _batches(data, batch_size, "sampling"):
+    def fill(array, first, last):
+        for chosen, batch in _batches(data, batch_size, "sampling", first, last):
             noise = [generator(seed, "stage one", data.triples[i].name) for i in chosen]
             with autocast(pipeline.device, precision):
                 output = pipeline(batch["composite"], batch["mask"], steps, generator=noise, output_type="latent")
-            array[chosen] = output.images.float().cpu().numpy()
+            array[chosen.start - first : chosen.stop - first] = output.images.float().cpu().numpy()
 
     shape = (len(data), pipeline.vae.config.latent_channels, side, side)
-    return cached_array(key | {"draws": [seed, steps, precision]}, shape, np.float32, fill)
+    return shared_array(key | {"draws": [seed, steps, precision]}, shape, np.float32, fill, batch_size)
 
 
 def decode_latents(vae, latents: np.ndarray, data: TripleSet, size: int, seed: int, batch_size=16,
@@ -97,21 +97,23 @@ def decode_latents(vae, latents: np.ndarray, data: TripleSet, size: int, seed: i
     key |= {"draws": [seed, precision]}
 
     @torch.inference_mode()
-    def fill(array):
-        for chosen, batch in _batches(data, batch_size, "decoding"):
+    def fill(array, first, last):
+        for chosen, batch in _batches(data, batch_size, "decoding", first, last):
             z = unscale_latents(torch.from_numpy(latents[chosen]).to(vae.device), vae)
             noise = [generator(seed, "decode", data.triples[i].name) for i in chosen]
             with autocast(vae.device, precision):
                 output = decode(vae, z, batch["composite"].to(z), batch["mask"].to(z), noise)
-            array[chosen] = resize(output.float().clamp(-1, 1), size).cpu().numpy()
+            array[chosen.start - first : chosen.stop - first] = resize(output.float().clamp(-1, 1), size).cpu().numpy()
 
-    return cached_array(key, (len(data), 3, size, size), np.float16, fill)
+    return shared_array(key, (len(data), 3, size, size), np.float16, fill, batch_size)
 
 
-def _batches(data, batch_size, name):
-    """Yield (indices, batch) of all of `data`, in order."""
-    for chosen in progress(torch.arange(len(data)).split(batch_size), desc=name, unit="batch"):
-        yield chosen.tolist(), data.batch(chosen.tolist())
+def _batches(data, batch_size, name, first=0, last=None):
+    """Yield (indices, batch) of `data` from `first` to `last`, in order."""
+    last = len(data) if last is None else last
+    for start in progress(range(first, last, batch_size), desc=name, unit="batch"):
+        chosen = range(start, min(start + batch_size, last))
+        yield chosen, data.batch(chosen)
 
 
 def refinement_loss(model: RefinementUNet, batch: dict, generator=None) -> dict[str, torch.Tensor]:

@@ -48,7 +48,7 @@ def preflight(
 @app.command()
 def repro(
     targets: list[str] = typer.Argument(None, metavar="[TARGET...]", help="as of `dvc repro`; all stages unless given"),
-    gpus: int = typer.Option(1, "--gpus", min=1, help="processes that share trainings and candidates, one a GPU"),
+    gpus: int = typer.Option(1, "--gpus", min=1, help="processes that share the work, one a GPU"),
 ) -> None:
     """Run the pipeline (`dvc repro`) on several GPUs."""
     import subprocess

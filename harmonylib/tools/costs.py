@@ -275,10 +275,15 @@ def work(run) -> dict[str, tuple[float, int, str]]:
         "ResUNet": (resunet.steps * resunet.batch_size * one["resunet"], resunet.batch_size, "bf16"),
         "candidates of the small subsets": (SMALL_PAIRS * drawn, ALL, "bf16"),
         "candidates of Human Harmony": (HUMAN_PAIRS * drawn, ALL, "bf16"),
-        "evaluation, DiffHarmony and DiffHarmony++": (TEST * (sample(size) + sample(size, "plain decode")), 1, "bf16"),
+        "evaluation, DiffHarmony": (TEST * sample(size, "plain decode"), ALL, "bf16"),
+        "evaluation, DiffHarmony++": (TEST * sample(size), ALL, "bf16"),
         "Table 2": (
             4 * A.seeds * A.augmentation_steps * unet.batch_size * one["diffharmony"], 2 * A.seeds, "bf16"),
-        "Table 4": (table_4 + refiners * one["table_4"], 4 * len(A.resolutions) * A.seeds, "bf16"),
+        "Table 3, trained on Human Harmony, too": (
+            vae.steps * vae.batch_size * one["harmony_vae"] + unet.steps * unet.batch_size * one["diffharmony"]
+            + resunet.steps * resunet.batch_size * one["resunet"], unet.batch_size, "bf16"),
+        "Table 4, stage 1": (table_4, ALL, "bf16"),
+        "Table 4, refiners": (refiners * one["table_4"], 2 * len(A.resolutions) * A.seeds, "bf16"),
         "Table 5": (4 * A.seeds * A.harmony_vae_steps * vae.batch_size * one["harmony_vae"], 4 * A.seeds, "bf16"),
         "Tables VI, VII, IV, styles, readings": (
             sum(runs.values()) * A.seeds * A.resunet_steps * resunet.batch_size * one["resunet"],

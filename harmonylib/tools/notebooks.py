@@ -37,7 +37,11 @@ from .terminal import run as run_application
 
 EXECUTED = Path("reports/notebooks")
 PROCESSES = "HARMONYLIB_GPUS"  # how many processes a stage may use: `harmonylib repro --gpus N`
-TOGETHER = ("train", "train_base", "generate_candidates")  # calls whose work the processes of a group share,
+TRAINING = ("train", "train_base")
+TOGETHER = (  # calls whose work the processes of a group share,
+    *TRAINING, "clean_photos", "decode_latents", "evaluate", "extract", "extract_regions", "extract_undone",
+    "generate_candidates", "sample_latents", "select",
+)  # fmt: skip
 APART = ("run_variants",)  # and that whose runs are trained in a process each
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
@@ -218,8 +222,8 @@ def _kernel_environment(root: Path, folder: str) -> dict[str, str]:
     }
 
 
-def called(cell) -> set[str]:
-    """Names of the functions that a code cell calls as it runs, not in functions that it defines."""
+def called(cell, later: bool = False) -> set[str]:
+    """Names of the functions that a code cell calls as it runs, and with `later` in functions that it defines, too."""
     found, todo = set(), []
     if cell.cell_type == "code":
         with contextlib.suppress(SyntaxError):  # commands that only notebooks know
@@ -228,29 +232,39 @@ def called(cell) -> set[str]:
         node = todo.pop()
         if isinstance(node, ast.Call):
             found.add(getattr(node.func, "attr", getattr(node.func, "id", "")))
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
+        if later or not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
             todo += ast.iter_child_nodes(node)
     return found
 
 
-def program(path, parameters: dict | None = None, until=()) -> str:
-    """A notebook's code cells as a plain program with these parameters, up to the first that calls one of `until`.
+def shared_cells(path, notebook, calls) -> list:
+    """A notebook's code cells up to the last that several processes have work in, [] where none has.
 
-    Raises HarmonyError where none does.
+    calls: TOGETHER, before the first cell that calls one of APART; or APART. Raises HarmonyError for a notebook that
+    trains where neither would find it: its training would run in one process.
     """
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    apart = next((place for place, cell in enumerate(cells) if called(cell) & set(APART)), len(cells))
+    hidden = set().union(*(called(cell, later=True) - called(cell) for cell in cells)) & set(TRAINING)
+    if hidden and apart == len(cells):
+        raise HarmonyError(f"{path}: calls {hidden.pop()} in a function; call it in a cell, or through run_variants")
+    if calls is APART:
+        return cells[: apart + 1] if apart < len(cells) else []
+    last = max((place for place, cell in enumerate(cells[:apart]) if called(cell) & set(TOGETHER)), default=-1)
+    return cells[: last + 1]
+
+
+def program(path, parameters: dict | None = None, calls=TOGETHER) -> str:
+    """What `shared_cells` gives as a plain program with these parameters. Raises HarmonyError where that is nothing."""
     notebook, parameters = read_notebook(path), parameters or {}
     check_parameters(path, notebook, parameters)
     cells = []
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cells.append(cell.source)
-            if "parameters" in cell.metadata.get("tags", []):
-                cells += [f"{name} = {value!r}" for name, value in parameters.items()]
-            if called(cell) & set(until):
-                break
-    else:
-        if until:
-            raise HarmonyError(f"{path}: no cell calls {' or '.join(until)} itself; there is nothing to share out")
+    for cell in shared_cells(path, notebook, calls):
+        cells.append(cell.source)
+        if "parameters" in cell.metadata.get("tags", []):
+            cells += [f"{name} = {value!r}" for name, value in parameters.items()]
+    if not cells:
+        raise HarmonyError(f"{path}: no cell calls {' or '.join(calls)} itself; there is nothing to share out")
     return "\n\n".join(cells)
 
 
@@ -261,26 +275,26 @@ PARAMETERS = typer.Option([], "-p", "--parameter", help="NAME=VALUE, may be give
 def share_out(path, parameters: list[str], processes: int) -> None:
     """Run what a notebook can share in several processes, one a GPU; its own run then takes up what they have made.
 
-    Trainings and candidates are shared by a group (torchrun); of an ablation each process takes some whole runs.
-    Raises HarmonyError where one fails.
+    Most is shared by a group (torchrun); then, of an ablation, each process takes some whole runs. Raises HarmonyError
+    where one fails, and as `shared_cells`.
     """
-    calls = set().union(*map(called, read_notebook(path).cells))
+    notebook, threads = read_notebook(path), str(max(1, (os.cpu_count() or 1) // processes))
     command = ["-m", "harmonylib.tools.notebooks", "train", str(path), *(f"-p{text}" for text in parameters)]
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MPLBACKEND": "agg", PLAIN_BARS: "1"}
-    if calls & set(APART):
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "LOKY_MAX_CPU_COUNT": threads, "MPLBACKEND": "agg"}
+    environment[PLAIN_BARS] = "1"
+    if shared_cells(path, notebook, TOGETHER):
+        group = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        _run_all(path, group + command, [environment])
+    if shared_cells(path, notebook, APART):
         places = [{SHARE: f"{n}/{processes}", "CUDA_VISIBLE_DEVICES": str(n)} for n in range(processes)]
-    elif calls & set(TOGETHER):
-        places = [{}]
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
-    else:
-        return
-    started = [
-        subprocess.Popen([sys.executable, *command], env=environment | place, stdout=sys.stderr) for place in places
-    ]
+        _run_all(path, command, [environment | place for place in places])
+
+
+def _run_all(path, command: list[str], environments: list[dict]) -> None:
+    started = [subprocess.Popen([sys.executable, *command], env=some, stdout=sys.stderr) for some in environments]
     try:
         if any([process.wait() for process in started]):
-            raise HarmonyError(f"{path}: one of {processes} processes failed; what it said stands above")
+            raise HarmonyError(f"{path}: one of several processes failed; what it said stands above")
     finally:
         for process in started:
             process.terminate()
@@ -306,9 +320,9 @@ def run_command(
 
 @app.command("train")
 def train_command(notebook: Path, parameter: list[str] = PARAMETERS) -> None:
-    """Run a notebook as far as its training or drawing, in every process of a torchrun; its stage takes up the result.
+    """Run a notebook as far as its shared work goes, in every process of a torchrun; its stage takes up the result.
 
-    Refused for notebooks without such a cell, and for ablations, whose runs are shared out by `harmonylib repro`.
+    Refused for notebooks without any, or that train where they would not share; `harmonylib repro` starts it.
     """
     source = program(notebook, parse_parameters(parameter), APART if os.environ.get(SHARE) else TOGETHER)
     os.chdir(find_root())

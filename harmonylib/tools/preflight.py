@@ -1,5 +1,6 @@
 """What a run needs against what there is (`harmonylib preflight`): everything that is missing, before anything runs."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -148,15 +149,18 @@ def _weights(stage: str, source: str, files: dict, found: Findings) -> None:
     """Whether a folder or hub id has `files`: {folder/: (all of these, one of these weights)}."""
     name, revision = at_revision(source)
     folder = Path(name) if Path(name).is_dir() else None
-    lost, whole = [], 0
+    lost, whole = [], []
     for part, (needed, weights) in files.items():
         ends = [f"{weight}{end}" for weight in weights for end in (".safetensors", ".bin")]
         for options in [[file] for file in needed] + ([ends] if ends else []):
-            there = any(_is_there(folder, name, part + file, revision) for file in options)
-            whole += there
+            there = list(filter(None, (_place(folder, name, part + file, revision) for file in options)))
+            whole += there[:1]
             lost += [] if there else [part + options[0]]
+    if not folder and not revision:
+        found.notes.append(f"{stage}: {source} is what the hub has today; write {source}@COMMIT to pin it")
     if not lost:
-        found.lines.append(f"{stage}: {source} is on disk")
+        commit = "" if folder or revision else f" (commit {whole[0].split('/snapshots/')[-1].partition('/')[0]})"
+        found.lines.append(f"{stage}: {source} is on disk{commit}")
     elif folder:
         found.missing.append(f"{stage}: {source} lacks {', '.join(lost)}; restore the folder")
     else:
@@ -168,15 +172,16 @@ def _weights(stage: str, source: str, files: dict, found: Findings) -> None:
             found.missing.append(f"{stage}: {source} {state} and there is no network; {mend}")
 
 
-def _is_there(folder: Path | None, name: str, file: str, revision: dict) -> bool:
+def _place(folder: Path | None, name: str, file: str, revision: dict) -> str | None:
+    """Where a file of a folder or hub id lies, if it does."""
     if folder:
-        return (folder / file).is_file()
+        return str(folder / file) if (folder / file).is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return isinstance(try_to_load_from_cache(name, file, **revision), str)
-    except ValueError:  # no hub id
-        return False
+    with contextlib.suppress(ValueError):  # no hub id
+        if isinstance(place := try_to_load_from_cache(name, file, **revision), str):
+            return Path(place).as_posix()
+    return None
 
 
 def _network() -> bool:
@@ -212,7 +217,7 @@ def _machine(run, found: Findings, composites: int, reals: int, gpus: int) -> No
         needed, least = sum(stored.values()), 16 * UNET + 2e9  # a resume point is read as a whole
         found.lines += [f"disk: {name}: {size / 1e9:.0f} GB" for name, size in stored.items()]
         card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-        spent = sum(costs.hours(run, gpus).values())
+        spent = costs.hours(run, gpus)
         for stage, peak in costs.largest_calls(run).items():
             there = f"{card / 1e9:.0f} GB there" if card else "no GPU here"
             found.lines.append(f"{stage}: {peak / 1e9:.1f} GB of GPU memory at once; {there}")
@@ -223,21 +228,23 @@ def _machine(run, found: Findings, composites: int, reals: int, gpus: int) -> No
                     f"{stage}: {peak / 1e9:.1f} GB of GPU memory needed, {card / 1e9:.0f} there; {mend}"
                 )
         rate = costs.RATES["bf16"] / 1e12
-        found.lines.append(f"time: {spent:.0f} hours with {gpus} GPU at {rate:.0f} TFLOP/s in bf16 (assumed)")
+        found.lines += [f"time: {name}: {count:.1f} hours" for name, count in spent.items()]
+        total = sum(spent.values())
+        found.lines.append(f"time: {total:.0f} hours with {gpus} GPU at {rate:.0f} TFLOP/s in bf16 (assumed)")
         if not card:
             found.missing.append(
                 "device: no CUDA GPU here, and networks of this size are out of reach of a CPU; use one"
             )
         _bound(run, found, cache_entries(run, composites, reals))
-    if needed > free:
-        mend = "make room, or link data/ and artifacts/ to another disk"
-        found.missing.append(f"disk: {needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} are free; {mend}")
-    else:
-        found.lines.append(f"disk: {needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} are free")
-    if least > memory:
-        found.missing.append(
-            f"memory: {least / 1e9:.0f} GB are needed, there are {memory / 1e9:.0f}; use a larger machine"
-        )
+    for name, want, there, mend in (
+        ("disk", needed, free, "make room, or link data/ and artifacts/ to another disk"),
+        ("memory", least, memory, "use a larger machine"),
+    ):
+        line = f"{name}: {want / 1e9:.0f} GB are needed, {there / 1e9:.0f} are there"
+        if want > there:
+            found.missing.append(f"{line}; {mend}")
+        else:
+            found.lines.append(line)
 
 
 def _bound(run, found: Findings, entries: dict[str, int]) -> None:

@@ -18,6 +18,7 @@ from harmonylib.core.seeds import rng
 from harmonylib.data.embedded_photos import load_photos, random_crop
 from harmonylib.data.layout import SUBSETS, write_composite, write_list, write_pair
 from harmonylib.data.recipes import make_composite
+from harmonylib.evaluation.published import PROTOCOLS
 from harmonylib.models.base import build_autoencoder, build_unet
 from harmonylib.models.diffusion import base_scheduler
 
@@ -116,7 +117,7 @@ def write_all(root: Path) -> None:
 
 
 def test_the_paper_profile_in_miniature(tmp_path):
-    """The chain and every ablation by two processes, from the data sets as they come to the report."""
+    """The chain, and ablations of every kind, by two processes, from the data sets as they come to the report."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", ROOT, clone], check=True)
     write_all(clone / WHERE)
@@ -127,9 +128,22 @@ def test_the_paper_profile_in_miniature(tmp_path):
 
     command("profile", "paper-smoke")
     command("repro", "--gpus", "2")
-    command("repro", "--gpus", "2", "ablations/dvc.yaml")
-    tables = {path.stem: json.loads(path.read_text()) for path in clone.glob("reports/metrics/table_*.json")}
-    assert len(tables) == 8 and all(table["protocol"] and table["n"] for table in tables.values())
+    shared = ("table_4", "table_5", "table_VI", "human_harmony")
+    command("repro", "--gpus", "2", *(f"ablations/dvc.yaml:{name}" for name in shared))
+    command("repro", "ablations/dvc.yaml")
+
+    def read(name):
+        return json.loads((clone / f"reports/metrics/{name}.json").read_text())
+
+    tables = {name: read(f"table_{name}") for name in ("2", "3", "4", "5", "IV", "VI", "VII", "style", "readings")}
+    tables |= {name: read("evaluation_details") for name in ("1", "III")}
+    for name, table in tables.items():
+        assert table["n"] and table["protocol"] == "standard, composite background pasted", name
+        assert table["scored_at"] == ([32, 64] if name == "IV" else 32), name  # evaluation.size, ablations.sizes
+        assert table["as_published"][name]["protocol"] == PROTOCOLS.get(name, "standard"), name
+    for row in tables["IV"]["rows"].values():
+        assert {size: part["scored_at"] for size, part in row.items()} == {"32px": 32, "64px": 64}
+    assert read("evaluation")["scored_at"] == read("resunet")["scored_at"] == 32
 
 
 if __name__ == "__main__":
