@@ -254,3 +254,11 @@ def test_which_notebooks_many_processes_share():
     }
     both = {"table_4_resolutions", "table_5_initialisation"}  # latents by all, then each its own trainings
     assert {name for name, kinds in shared.items() if len(kinds) == 2} == both
+
+
+def test_threads_are_the_idle_cores_or_what_the_user_says(monkeypatch):
+    monkeypatch.setattr(notebooks, "idle_cores", lambda: 3)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert notebooks._kernel_environment(REPOSITORY, "")["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert notebooks._kernel_environment(REPOSITORY, "")["OMP_NUM_THREADS"] == "1"

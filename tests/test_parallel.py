@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from harmonylib.core.devices import idle_cores
 from harmonylib.core.errors import HarmonyError, HarmonyWarning, note
 from harmonylib.core.parallel import parallel_map
 
@@ -62,3 +63,11 @@ def test_a_script_needs_no_guard(tmp_path):
     ran = subprocess.run([sys.executable, tmp_path / "mine.py"], cwd=Path(__file__).parents[1], env=os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True)  # fmt: skip
     assert ran.stdout == "[-1, -2]\n" and "Traceback" not in ran.stderr, ran.stderr
+
+
+@pytest.mark.parametrize(("allowed", "busy", "cores"), [(2, 0, 2), (2, 50, 1), (1, 0, 1), (2, 100, 1), (2, 20, 2)])
+def test_a_stage_takes_what_other_programs_leave(monkeypatch, allowed, busy, cores):
+    monkeypatch.setattr("psutil.cpu_count", lambda: 2)
+    monkeypatch.setattr("psutil.cpu_percent", lambda seconds: busy)
+    monkeypatch.setattr("joblib.cpu_count", lambda: allowed)
+    assert idle_cores() == cores

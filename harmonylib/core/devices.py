@@ -25,6 +25,20 @@ def pick_device(name: str | None = "auto") -> torch.device:
         raise HarmonyError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try device: auto") from None
 
 
+def idle_cores(seconds: float = 0.5) -> int:
+    """How many CPU cores a stage should use, at least 1: those that this process may use (its affinity, its container's
+    share) and that other programs, watched for so long, leave idle.
+
+    Threads of one operation wait for the slowest: two beside a busy program take 3 times as long as one. The number
+    changes the last digits of results. OMP_NUM_THREADS in the environment goes before it.
+    """
+    import joblib
+    import psutil
+
+    cores = psutil.cpu_count() or 1
+    return max(1, min(joblib.cpu_count(), round(cores * (1 - psutil.cpu_percent(seconds) / 100))))
+
+
 def has_bf16(device: torch.device) -> bool:
     """True on CUDA with bf16 units and on CPUs with AVX512-bf16 or AMX, where bf16 autocast is 1.3-1.7x faster."""
     if device.type == "cuda":

@@ -28,6 +28,7 @@ import nbformat
 import typer
 
 from ..core.checkpoints import RESUME_POINTS, discard_finished
+from ..core.devices import idle_cores
 from ..core.distributed import SHARE
 from ..core.errors import HarmonyError
 from ..core.files import atomic_path
@@ -218,6 +219,7 @@ def _kernel_environment(root: Path, folder: str) -> dict[str, str]:
         "IPYTHONDIR": f"{folder}/ipython",  # nor does the user's kernel
         "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not one of the same name in the home folder
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(idle_cores()),
         "NO_ALBUMENTATIONS_UPDATE": "1",
     }
 
@@ -278,7 +280,7 @@ def share_out(path, parameters: list[str], processes: int) -> None:
     Most is shared by a group (torchrun); then, of an ablation, each process takes some whole runs. Raises HarmonyError
     where one fails, and as `shared_cells`.
     """
-    notebook, threads = read_notebook(path), str(max(1, (os.cpu_count() or 1) // processes))
+    notebook, threads = read_notebook(path), str(max(1, idle_cores() // processes))
     command = ["-m", "harmonylib.tools.notebooks", "train", str(path), *(f"-p{text}" for text in parameters)]
     environment = os.environ | {"OMP_NUM_THREADS": threads, "LOKY_MAX_CPU_COUNT": threads, "MPLBACKEND": "agg"}
     environment[PLAIN_BARS] = "1"
