@@ -248,7 +248,7 @@ def test_which_notebooks_many_processes_share():
             name: notebooks.shared_cells(path, notebook, getattr(notebooks, name)) for name in ("TOGETHER", "APART")
         }
         shared[path.stem] = {name for name, cells in kinds.items() if cells}
-    assert {name for name, kinds in shared.items() if not kinds} == {"00_tour", "01_data", "10_report"}
+    assert {name for name, kinds in shared.items() if not kinds} == {"00_tour", "01_data", "10_report", "candidates"}
     assert {name for name, kinds in shared.items() if "APART" in kinds} == {
         name for name in shared if name.startswith("table") and name != "table_human_harmony"
     }
