@@ -21,7 +21,7 @@ from ..core.json_files import read_json
 from ..core.seeds import rng
 from ..data.embedded_photos import CATALOGUE, load_photos
 from ..data.readers import detect, read_examples
-from .statistics import ENDS, REPEATS
+from .statistics import LEVEL, REPEATS
 
 
 def read_composites(folder=None, size: int = 256) -> list[tuple[str, np.ndarray, np.ndarray]]:
@@ -163,7 +163,8 @@ def count_votes(votes: pd.DataFrame) -> dict:
     about = {"n": len(votes), "photos": len(images[1])}
 
     def interval(values):
-        return [float("nan")] * 2 if counts[..., 0].size == 1 else np.nanquantile(values, ENDS).tolist()
+        ends = LEVEL / 2, 1 - LEVEL / 2
+        return [float("nan")] * 2 if counts[..., 0].size == 1 else np.nanquantile(values, ends).tolist()
 
     models, paired = {}, {}
     for k, method in enumerate(methods):
