@@ -1,9 +1,11 @@
 """The rooms of the library: no import cycles, and what may import what."""
 
+import ast
+import importlib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from imports import EMPTY, FILES, MODULES, ROOT, graph, reached
+from imports import EMPTY, FILES, MODULES, PACKAGES, ROOT, graph, notebook_code, reached
 
 from harmonylib.core.checkpoints import training_sources
 
@@ -48,3 +50,14 @@ def test_the_resume_key_covers_what_training_runs_through_and_no_tools():
     assert needed <= covered
     others = covered - {Path(name).as_posix() for name in needed}
     assert not [name for name in others if name.split("/")[1] not in ("core", "data", "models")]
+
+
+def test_what_notebooks_import_is_there():
+    paths = [*ROOT.glob("notebooks/**/*.ipynb"), *ROOT.glob("ablations/*.ipynb")]
+    for path in paths:
+        for node in ast.walk(ast.parse(notebook_code(path))):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in PACKAGES:
+                for name in [alias.name for alias in node.names]:
+                    there = f"{node.module}.{name}" in FILES or hasattr(importlib.import_module(node.module), name)
+                    assert there, f"{path.name}: {node.module} has no {name}"
+    assert len(paths) > 20
