@@ -44,8 +44,7 @@ def hub_folder(name: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:  # of the network, of names, of access
-        why = f"neither in the hub's cache nor to be had ({first_line(error)})"
-        raise HarmonyError(f"{name}@{revision}: {why}; check the name, the revision and the network") from None
+        raise HarmonyError(f"{name}@{revision} {mend(name, error, MEND)}") from None
 
 
 def first_line(error: Exception) -> str:
@@ -70,7 +69,7 @@ def mend(name: str, error: Exception, otherwise: str) -> str:
         cause = cause.__cause__ or cause.__context__
     if kinds & OFFLINE:
         return "is not, or not wholly, on disk and there is no network; go online once, or name a folder that has it"
-    return f"is no folder here, and not on the hub either ({first_line(error)}); mend the name"
+    return f"is no folder here, and not on the hub either ({first_line(error)}); mend the name or the revision"
 
 
 def at_revision(name) -> tuple[str, dict]:
