@@ -126,7 +126,8 @@ def claims(found: list[dict]) -> str:
 def headline(sets: dict, models: dict, details: dict, found: list[dict]) -> str:
     """README's few lines."""
     lines, model = [], "contrastive-resunet"
-    for name, words in {"unseen": "of unseen photos", "other": "of photo sets that no training saw"}.items():
+    judged = {"unseen": "of unseen photos", "other": "of photo sets that no training saw"}
+    for name, words in (judged | {"whole": "of whole objects in unseen photos"}).items():
         part = sets[name]["against_composite"][model]["all"]
         (gain, low, high), less = part["psnr"], part["reduction"][0]
         lines.append(f"**{model}**, as shipped, on {part['n']} composites {words} ({part['photos']}): {gain:+.1f} dB "
