@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -115,10 +116,26 @@ def test_the_next_batch_is_made_in_one_thread_and_the_trainings_precision():
     def batches(step):
         return {"x": a @ torch.eye(2), "threads": torch.tensor(torch.get_num_threads())}
 
-    for precision, kept in (("fp32", True), ("bf16", False)):
+    torch.set_num_threads(2)
+    for precision, kept in (("fp32", True), ("fp16", True), ("bf16", False)):
         ((step, batch),) = prefetched(batches, range(3, 4), device, precision)
-        assert step == 3 and batch["threads"] == 1 and torch.get_num_threads() == threads
+        assert step == 3 and batch["threads"] == 1 and torch.get_num_threads() == 2
         assert (batch["x"].float().max() > 1) == kept
+    with ThreadPoolExecutor(1) as pool:  # a thread that starts later is as before
+        assert pool.submit(torch.get_num_threads).result() == 2
+    torch.set_num_threads(threads)
+
+
+def test_prefetching_leaves_a_steps_cast_weights_alone():
+    weight, x = torch.nn.Parameter(torch.ones(2, 2)), torch.ones(2, 2)
+
+    def cast(y):
+        return next(node for node, _ in y.grad_fn.next_functions if node)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        first = x @ weight
+        list(prefetched(lambda step: {"x": x @ weight.detach()}, range(2), torch.device("cpu"), "bf16"))
+        assert cast(x @ weight) is cast(first)
 
 
 def test_latent_crops_are_aligned(data, tiny_vae):

@@ -44,14 +44,22 @@ def prefetched(batches, steps: range, device: torch.device, precision: str = "fp
 
     Networks that batches call run in `precision` (in fp32 where that is fp16, which overflows in autoencoders).
     """
+    threads = torch.get_num_threads()
+    mixed = autocast(device, "fp32" if precision == "fp16" else precision)
+
+    def settle():
+        torch.get_num_threads()  # a new thread takes the common number with its first operation, and would do so later
+        torch.set_num_threads(1)  # else a second team of threads would start beside the caller's
+        mixed.__enter__()  # for good: leaving it would drop the cast weights that the caller's own step goes on using
+        torch.set_autocast_cache_enabled(False)  # nor does the caller get weights that were cast without gradients
 
     def prepare(step):
-        with autocast(device, "fp32" if precision == "fp16" else precision):
-            batch = batches(step)
+        batch = batches(step)
         return {name: value.pin_memory() for name, value in batch.items()} if device.type == "cuda" else batch
 
-    # torch's operations in this thread would start a second team of threads beside the caller's
-    with ThreadPoolExecutor(1, "prefetch", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(1, "prefetch") as pool:
+        pool.submit(settle).result()
+        torch.set_num_threads(threads)  # the common number, which the thread has changed, too
         ahead = pool.submit(prepare, steps[0]) if steps else None
         for step in steps:
             batch = ahead.result()
