@@ -99,9 +99,13 @@ def load_part(load, folder, **options):
 
 
 def load_strict(load, folder, **options):
-    """`load_part` of a model (.safetensors, or .bin without code). HarmonyError also names keys that are missing or
-    foreign, where diffusers would warn and fill in random weights."""
+    """`load_part` of a model (.safetensors, or .bin without code) that forgets its folder, which would be saved along.
+
+    HarmonyError also names keys that are missing or foreign, where diffusers would warn and fill in random weights.
+    """
     model, info = load_part(load, folder, output_loading_info=True, **options)
+    if "_name_or_path" in (config := getattr(model, "_internal_dict", ())):  # diffusers', which cannot be changed
+        model._internal_dict = type(config)({key: config[key] for key in config if key != "_name_or_path"})
     _check_keys(model, _place(folder, options), info["missing_keys"], info["unexpected_keys"])
     return model
 
