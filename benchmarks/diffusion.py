@@ -201,8 +201,8 @@ def measure() -> Iterator[dict]:
 
             return ours, plain
 
-        yield from in_precisions(f"5-step inference {size} px: ours / plain", kind, device, inference, 5)
         if large or size == 256:  # minutes on a CPU
+            yield from in_precisions(f"5-step inference {size} px: ours / plain", kind, device, inference, 5)
             name = f"5-step inference {size} px, four candidates sharing the condition"
             yield {"name": f"{name} ({kind})", **paired(*inference("fp32", candidates=4), repeats=3)}
         if has_bf16(device):

@@ -31,17 +31,18 @@ def paired(ours: Callable[[], object], baseline: Callable[[], object], repeats: 
     is faster), "spread": its quartiles [25 %, 75 %], "unit": "s"}. A benchmark's row is {"name": ..., **paired(...)}.
     """
     ours(), baseline()
-    times = []
+    return compared(lambda: seconds(ours), lambda: seconds(baseline), repeats, "s")
+
+
+def compared(ours: Callable[[], float], baseline: Callable[[], float], repeats: int, unit: str) -> dict:
+    """As `paired`, of what both return, less being better; they are called `repeats` times and not to warm up."""
+    pairs = []
     for turn in range(repeats):
         if turn % 2:
-            second, first = seconds(baseline), seconds(ours)
+            second, first = baseline(), ours()
         else:
-            first, second = seconds(ours), seconds(baseline)
-        times.append((first, second))
-    return _summary(times, "s")
-
-
-def _summary(pairs, unit: str) -> dict:
+            first, second = ours(), baseline()
+        pairs.append((first, second))
     mine, plain = np.array(pairs).T
     low, middle, high = np.quantile(plain / mine, (0.25, 0.5, 0.75)).tolist()
     return {
@@ -79,5 +80,6 @@ def peak_megabytes(work) -> float | None:
 
 def paired_memory(ours: Callable[[], object], baseline: Callable[[], object], repeats: int = 3) -> dict | None:
     """As `paired`, of `peak_megabytes` (MiB) and without warming up; None where it cannot be read."""
-    pairs = [(peak_megabytes(ours), peak_megabytes(baseline)) for _ in range(repeats)]
-    return None if None in pairs[0] else _summary(pairs, "MiB")
+    if peak_megabytes(lambda: None) is None:
+        return None
+    return compared(lambda: peak_megabytes(ours), lambda: peak_megabytes(baseline), repeats, "MiB")

@@ -1,7 +1,8 @@
 """`python -m benchmarks.run [MODULE ...]`: every module here that has `rows()`, in a process of its own, in one table.
 
 A row is {"name", "ours", "baseline", "ratio", "unit", "spread"}; a ratio above 1 is in our favour. All rows go to
-benchmarks/results.json with each module's machine and peak memory; rows of modules that were not asked for stay.
+benchmarks/results.json with each module's machine, seconds and peak memory; rows of modules that were not asked for
+stay. What got slower since the committed table is named at the end.
 """
 
 import importlib
@@ -10,7 +11,9 @@ import multiprocessing
 import os
 import platform
 import resource
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -73,24 +76,49 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
+def committed() -> dict:
+    """The table of the last commit, empty outside of a clone."""
+    words = ["git", "-C", str(FOLDER), "show", "HEAD:./results.json"]
+    found = subprocess.run(words, capture_output=True, text=True)
+    return json.loads(found.stdout) if found.returncode == 0 else {"rows": [], "machines": {}}
+
+
+def slower(now: dict, before: dict) -> list[str]:
+    """Rows of both tables whose ratio fell (the upper quartile lies below the lower one of before), and on an equal
+    machine those that take a third longer."""
+    known, found = {row["name"]: row for row in before["rows"]}, []
+    for row in (row for row in now["rows"] if row["name"] in known):
+        old, module = known[row["name"]], row["module"]
+        if row["spread"][1] < old["spread"][0]:
+            found.append(f"{row['name']}: ratio {old['ratio']:.2f}, now {row['ratio']:.2f}")
+        elif now["machines"].get(module) == before["machines"].get(module):
+            more = old["ours"] / row["ours"] if "/s" in row["unit"] else row["ours"] / old["ours"]
+            if more > 4 / 3:
+                found.append(f"{row['name']}: {old['ours']:.3g} {row['unit']}, now {row['ours']:.3g}")
+    return found
+
+
 def main() -> None:
     found = sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef rows(" in path.read_text(encoding="utf-8"))
     names = sys.argv[1:] or found
     if unknown := set(names) - set(found):
         sys.exit(f"error: no benchmark {', '.join(sorted(unknown))}; there are {', '.join(found)}")
-    before = read_json(RESULTS) if RESULTS.is_file() else {"rows": [], "memory": {}}
-    rows = [row for row in before["rows"] if row["module"] not in names]
-    memory = {name: peak for name, peak in before["memory"].items() if name not in names}
-    machines = {name: about for name, about in before.get("machines", {}).items() if name not in names}
+    now = {"machines": {}, "rows": [], "memory": {}, "seconds": {}}
+    if RESULTS.is_file():
+        now |= read_json(RESULTS)
+    now["rows"] = [row for row in now["rows"] if row["module"] not in names]
     for name in names:
-        machines[name] = machine()
-        new, peak = measure(name)
-        rows += new
-        memory[name] = peak
-    print(table(rows))
-    for name, peak in memory.items():
-        print(f"{name}: peak memory " + ", ".join(f"{value:.2f} {unit}" for unit, value in peak.items() if value))
-    write_json(RESULTS, {"machines": machines, "rows": rows, "memory": memory})
+        started, now["machines"][name] = time.monotonic(), machine()
+        rows, now["memory"][name] = measure(name)
+        now["rows"] += rows
+        now["seconds"][name] = round(time.monotonic() - started)
+        write_json(RESULTS, now)  # module by module: what was measured is kept whatever happens to the next
+    print(table(now["rows"]))
+    for name in names:
+        peak = ", ".join(f"{value:.2f} {unit}" for unit, value in now["memory"][name].items() if value)
+        print(f"{name}: {now['seconds'][name]} s, peak memory {peak}")
+    fell = slower(now, committed())
+    print("slower than in the committed table:", *(fell or ["nothing"]), sep="\n  ")
 
 
 if __name__ == "__main__":

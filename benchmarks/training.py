@@ -64,7 +64,7 @@ def prefetching(device) -> dict:
 
         def in_line():
             ahead = training.prefetched
-            training.prefetched = lambda batches, steps, pinned: ((step, batches(step)) for step in steps)
+            training.prefetched = lambda batches, steps, **options: ((step, batches(step)) for step in steps)
             train()
             training.prefetched = ahead
 

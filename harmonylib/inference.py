@@ -29,7 +29,6 @@ MODELS = ("contrastive-resunet", "diffharmony++", "diffharmony")
 BLOCK = 1_000_000  # pixels that are recoloured at a time
 SMALL_FOREGROUND = 0.01  # share of the picture below which a model is shown a window instead of everything
 RIDGE = 3e-3  # of `colour_map`, a pixel
-EDGE_SIZE = 256  # long side in pixels at which an `EdgePrompt` reads the mask's edge: its head's own
 Picture = str | Path | Image.Image | np.ndarray
 
 
@@ -111,7 +110,8 @@ def find_change(scene: Scene, model=MODELS[0], seed: int = 0, device=None, draws
         raise HarmonyError("the foreground is too thin for the model's working size; thicken the mask")
     if isinstance(loaded, ContrastiveResUNet) and loaded.config.head == "colour":
         return predicted_map(loaded, small, small_region), None
-    edge = shrink_pair(scene.view[window], region[window], EDGE_SIZE)
+    edge_size = getattr(getattr(loaded, "prompt", None), "edge_size", None)  # of an EdgePrompt, which is not imported
+    edge = shrink_pair(scene.view[window], region[window], edge_size) if edge_size else None
     found, rest = carry_over(small, run_model(loaded, small, small_region, seed, draws, edge), small_region)
     if region[window].shape == region.shape:
         return found, rest

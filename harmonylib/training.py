@@ -242,13 +242,10 @@ def train(model, loss, batches, settings: TrainSettings, *, name: str, seed: int
     Raises TrainingDiverged when loss or gradient is not finite (the batch lies with the checkpoints), and HarmonyError
     when another process trains the same.
     """
-    run = _Run(model, loss, settings, pick_device(device))
-    key = (
-        _key(run.modules, loss, batches, settings, name, seed) | {"observed": observe is not None}
-        if checkpoints
-        else {}
-    )
-    store = Checkpoints(checkpoints, key) if checkpoints else None
+    run, store = _Run(model, loss, settings, pick_device(device)), None
+    if checkpoints:
+        key = _key(run.modules, loss, batches, settings, name, seed)
+        store = Checkpoints(checkpoints, key | {"observed": observe is not None})
     with only_one(store.folder) if store and run.rank == 0 else contextlib.nullcontext():
         show = functools.partial(_write_curve, curve) if curve and run.rank == 0 else lambda history: None
         history = _loop(run, batches, name, seed, observe, store, show)
@@ -284,7 +281,8 @@ def _loop(run: _Run, batches, name: str, seed: int, observe, store, show) -> lis
     last_save, save_seconds = began, 0.0
     bar = progress(total=steps, desc=name, unit="step")
     bar.update(began_at)
-    ahead = prefetched(batches, range(began_at, steps), run.device.type == "cuda")
+    made = functools.partial(prefetched, batches, device=run.device, precision=run.settings.precision)
+    ahead = made(range(began_at, steps))
     with stop_signals() as caught, bar, contextlib.closing(ahead):
         for step, batch in ahead:
             terms, health = run.step(step, batch, generator(seed, name, "step", step))
@@ -297,7 +295,7 @@ def _loop(run: _Run, batches, name: str, seed: int, observe, store, show) -> lis
 
             # No entry and no resume point may hold what a NaN has touched.
             if (look or last or caught or done % window == 0) and first_bad.isfinite():
-                raise TrainingDiverged(_diverged(int(first_bad), batches, name, seed, store))
+                raise TrainingDiverged(_diverged(int(first_bad), made, name, seed, store))
 
             if done % window == 0 or last:
                 means = torch.stack(list(state["sums"].values())) / (done % window or window)
@@ -332,14 +330,15 @@ def _loop(run: _Run, batches, name: str, seed: int, observe, store, show) -> lis
     return state["history"]
 
 
-def _diverged(step: int, batches, name: str, seed: int, store) -> str:
+def _diverged(step: int, made, name: str, seed: int, store) -> str:
     """What to tell of a loss that is not finite; the step's batch is made again and saved with the checkpoints."""
     where = ""
     if store:
         path = store.folder / f"diverged-{step:08d}.safetensors"
         with atomic_path(path) as temporary:
-            batch = {key: value.contiguous() for key, value in batches(step).items()}
-            save_file(batch, temporary, {"name": name, "seed": str(seed), "step": str(step)})
+            ((_, batch),) = made(range(step, step + 1))
+            tensors = {key: value.contiguous() for key, value in batch.items()}
+            save_file(tensors, temporary, {"name": name, "seed": str(seed), "step": str(step)})
         where = f"; its batch is in {path}"
     return f"{name}: loss or gradient is not finite at step {step + 1}{where}; lower learning_rate"
 

@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ from harmonylib.core import cache
 from harmonylib.core.errors import HarmonyError
 from harmonylib.core.images import read_image, write_image
 from harmonylib.data import batches
-from harmonylib.data.batches import LatentBatches, PhotoBatches, PixelBatches, TripleSet, load_pairs
+from harmonylib.data.batches import LatentBatches, PhotoBatches, PixelBatches, TripleSet, load_pairs, prefetched
 from harmonylib.data.layout import read_triples, write_composite, write_list, write_pair
 from harmonylib.data.readers import photo_pairs
 from harmonylib.data.recipes import RecipeSettings
@@ -81,7 +82,7 @@ def test_moments_of_mirror_images(data, tiny_vae):
 
 
 @pytest.mark.parametrize("task", ["harmonize", "inverse"])
-@pytest.mark.parametrize(("recolor", "crop", "tolerance"), [(0.0, 0, 5e-3), (1.0, 16, 1e-5)])
+@pytest.mark.parametrize(("recolor", "crop", "tolerance"), [(0.0, 0, 5e-3), (1.0, 0, 5e-3), (1.0, 16, 1e-5)])
 def test_latent_batches_keep_pixels_and_moments_together(data, tiny_vae, task, recolor, crop, tolerance):
     """Encoding a batch's own pixels gives its moments, mirrored or not; target and condition swap with the task."""
     options = {"batch_size": 8, "seed": "test", "crop": crop}
@@ -98,6 +99,43 @@ def test_latent_batches_keep_pixels_and_moments_together(data, tiny_vae, task, r
     assert recolor or (batch["target"] - batch["condition"]).abs()[inside].mean() > 0.1
     bare = LatentBatches(TripleSet(data, 32), tiny_vae, task, pixels=False, recolor=recolor, **options)(3)
     assert set(bare) == {"mask", "moments", "condition_moments"} and torch.equal(bare["moments"], batch["moments"])
+
+
+def test_whole_real_images_are_encoded_once(data, tiny_vae, monkeypatch):
+    batches = LatentBatches(TripleSet(data, 32), tiny_vae, "harmonize", 2, "test", recolor=1.0)
+    seen, encode = [], tiny_vae.encode
+    monkeypatch.setattr(tiny_vae, "encode", lambda images: seen.append(images) or encode(images))
+    batch = batches(0)
+    assert len(seen) == 1 and torch.equal(seen[0], batch["condition"])
+
+
+def test_the_next_batch_is_made_in_one_thread_and_the_trainings_precision():
+    threads, device = torch.get_num_threads(), torch.device("cpu")
+    a = torch.full((2, 2), 1 + 2**-12)  # 1 in bf16
+
+    def batches(step):
+        return {"x": a @ torch.eye(2), "threads": torch.tensor(torch.get_num_threads())}
+
+    torch.set_num_threads(2)
+    for precision, kept in (("fp32", True), ("fp16", True), ("bf16", False)):
+        ((step, batch),) = prefetched(batches, range(3, 4), device, precision)
+        assert step == 3 and batch["threads"] == 1 and torch.get_num_threads() == 2
+        assert (batch["x"].float().max() > 1) == kept
+    with ThreadPoolExecutor(1) as pool:  # a thread that starts later is as before
+        assert pool.submit(torch.get_num_threads).result() == 2
+    torch.set_num_threads(threads)
+
+
+def test_prefetching_leaves_a_steps_cast_weights_alone():
+    weight, x = torch.nn.Parameter(torch.ones(2, 2)), torch.ones(2, 2)
+
+    def cast(y):
+        return next(node for node, _ in y.grad_fn.next_functions if node)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        first = x @ weight
+        list(prefetched(lambda step: {"x": x @ weight.detach()}, range(2), torch.device("cpu"), "bf16"))
+        assert cast(x @ weight) is cast(first)
 
 
 def test_latent_crops_are_aligned(data, tiny_vae):

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 
 from harmonylib.core import images
 from harmonylib.core.errors import HarmonyError, note
 from harmonylib.data import layout
-from harmonylib.tools import cli
+from harmonylib.tools import cli, cli_pictures
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -75,6 +76,20 @@ def test_commands_import_only_what_they_use(tmp_path, work, unwanted):
     program += f"print('there:', *set('{unwanted}'.split()) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["there:"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("models", "said", "threads"),
+    [(["contrastive-resunet"], "", 1), ([], "", 1), (["my/folder"], "", 2), (["diffharmony++"], "2", 2)],
+)
+def test_shipped_models_run_on_one_thread(monkeypatch, models, said, threads):
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    torch.set_num_threads(2)
+    cli_pictures._one_thread(models)
+    found = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert found == threads
 
 
 def commands(work) -> typer.Typer:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from harmonylib.core.errors import HarmonyError
+from harmonylib.models.diffusion import edge_and_first_step
 from harmonylib.models.edge_prompt import EdgePrompt
 from harmonylib.models.pipeline import DiffHarmonyPipeline
 from harmonylib.models.start import initial_prompt
@@ -61,7 +62,7 @@ def test_a_pipeline_reads_it_and_keeps_it(edge_pipeline, pair, tmp_path):
 
 def test_where_a_training_starts(edge_pipeline, tiny_pipeline, tmp_path):
     edge_pipeline.save_pretrained(tmp_path / "saved")
-    on, off = SimpleNamespace(edge=True), SimpleNamespace(edge=False)
+    on, off = (SimpleNamespace(edge=edge, first_step=0.8) for edge in (True, False))
     assert initial_prompt(off, None, tiny_pipeline, "harmonize") is tiny_pipeline.prompt
     assert initial_prompt(on, None, tiny_pipeline, "inverse") is tiny_pipeline.prompt
     new = initial_prompt(on, None, tiny_pipeline, "harmonize")
@@ -70,3 +71,9 @@ def test_where_a_training_starts(edge_pipeline, tiny_pipeline, tmp_path):
     assert torch.equal(found.found.weight, edge_pipeline.prompt.found.weight)
     with pytest.raises(HarmonyError, match="diffharmony.edge is False, but not in .*saved"):
         initial_prompt(off, tmp_path / "saved", tiny_pipeline, "harmonize")
+
+
+def test_what_is_the_harmonizers_alone():
+    section = SimpleNamespace(edge=True, first_step=0.8)
+    assert edge_and_first_step(section, "harmonize") == (True, 0.8)
+    assert edge_and_first_step(section, "inverse") == (False, 0.0)

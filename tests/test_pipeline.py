@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_vae import legacy
@@ -23,7 +24,7 @@ from harmonylib.models.diffusion import (
     latent_mask,
     sampling_scheduler,
 )
-from harmonylib.models.pipeline import DiffHarmonyPipeline, PromptEmbedding, read_inputs
+from harmonylib.models.pipeline import DiffHarmonyPipeline, PromptEmbedding, open_autoencoder, read_inputs
 from harmonylib.models.vae import HarmonyVAE
 
 
@@ -249,6 +250,20 @@ def test_a_folder_that_names_modules_as_they_were_once(tiny_pipeline, tmp_path):
     assert torch.allclose(first, second, atol=1e-5)
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again/model_index.json").read_text()) == written
+
+
+def test_saved_configs_do_not_tell_where_the_parts_were(tiny_pipeline, tiny_vae, tmp_path):
+    """Else the hashes of artifacts would differ between folders."""
+    tiny_pipeline.save_pretrained(tmp_path / "first")
+    tiny_vae.save_pretrained(tmp_path / "plain")
+    AutoencoderKL.from_pretrained(tmp_path / "plain").save_pretrained(tmp_path / "plain")  # diffusers names the folder
+    assert str(tmp_path) in (tmp_path / "plain/config.json").read_text()
+    for vae in (None, open_autoencoder(tmp_path / "plain")):
+        loaded = DiffHarmonyPipeline.from_pretrained(tmp_path / "first", vae, device="cpu")
+        loaded.save_pretrained(tmp_path / "again")
+        HarmonyVAE.from_vae(loaded.vae).save_pretrained(tmp_path / "again/condition_vae")
+        texts = [path.read_text() for path in (tmp_path / "again").rglob("*.json")]
+        assert len(texts) == 6 and not any("_name_or_path" in text or str(tmp_path) in text for text in texts)
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def test_training_a_refiner(data, tiny_pipeline):  # noqa: F811
 def test_latent_models_train_on_crops(data, tiny_pipeline, tiny_vae):  # noqa: F811
     triples, seen = TripleSet(data, 32), []
     section = SimpleNamespace(batch_size=2, crop=16, mask_start="zero", mask_init="zero", train_decoder=False,
-                              edge=False)  # fmt: skip
+                              edge=False, first_step=0.0)  # fmt: skip
     tiny_pipeline.vae, loop = tiny_vae, {"name": "test", "seed": 0, "device": "cpu"}
     unet = initial_unet(section, None, tiny_pipeline)
     assert not unet.conv_in.weight[:, 4].any()

@@ -58,7 +58,7 @@ def trained(trainer: str, root, steps: int = 5, checkpoints=None, options=None) 
                               base_channels=8, depth=4, residual_convs=1, style="style-fusion", head="colour",
                               encoder=None, view=32, recolor=0.5, restyle=0.5, jitter=0.5,
                               affine="constant", flip=True)  # fmt: skip
-    fixed = SimpleNamespace(**vars(section) | {"recolor": 0.0, "edge": True})
+    fixed = SimpleNamespace(**vars(section) | {"recolor": 0.0, "edge": True, "first_step": 0.5})
     if trainer == "harmony_vae":
         torch.manual_seed(0)
         model = initial_harmony_vae(fixed, None, build_autoencoder((8, 16), size=SIZE), 0)
@@ -67,7 +67,7 @@ def trained(trainer: str, root, steps: int = 5, checkpoints=None, options=None) 
         pipeline = inverse_pipeline()
         torch.manual_seed(0)
         prompt = initial_prompt(fixed, None, pipeline, "harmonize")
-        model, loss = initial_unet(fixed, None, pipeline), DiffHarmonyLoss(pipeline, prompt, first=0.5)
+        model, loss = initial_unet(fixed, None, pipeline), DiffHarmonyLoss(pipeline, prompt, first=fixed.first_step)
         batches = diffharmony_batches(pipeline.vae, data, "harmonize", fixed, 0)
     elif trainer == "contrastive_resunet":
         model, loss = initial_resunet(section, None, 0), ResUNetLoss(patches=8)

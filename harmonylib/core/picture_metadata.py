@@ -124,6 +124,8 @@ def write_picture(image: Image.Image, target, kind: str, name="the picture") -> 
         options |= {key: info[key] for key in JPEG if key in info} or {"quality": 95, "subsampling": 0}
     elif kind == "WEBP":
         options |= {"lossless": True, "exact": True}
+    elif kind == "PNG":
+        options["compress_level"] = 4  # of Pillow's 6 takes 2.4 times as long for 1 % less
     for dropped in ((), ("dpi",), ("exif",), METADATA):  # Pillow raises many kinds for what a format does not know
         lost += [key for key in dropped if options.pop(key, None)]
         if hasattr(target, "truncate"):

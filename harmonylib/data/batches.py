@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..core import cache
+from ..core.devices import autocast
 from ..core.errors import HarmonyError
 from ..core.images import read_pair, shrink_pair, to_tensor
 from ..core.progress import progress
@@ -38,14 +39,27 @@ def batch_indices(step: int, count: int, batch_size: int, seed) -> list[int]:
     return indices
 
 
-def prefetched(batches, steps: range, pinned: bool):
-    """(step, batch) in order; a thread makes the next batch, in pinned memory if asked, while the caller uses this."""
+def prefetched(batches, steps: range, device: torch.device, precision: str = "fp32"):
+    """(step, batch) in order; one thread makes the next batch while the caller uses this.
+
+    Networks that batches call run in `precision` (in fp32 where that is fp16, which overflows in autoencoders).
+    """
+    threads = torch.get_num_threads()
+    mixed = autocast(device, "fp32" if precision == "fp16" else precision)
+
+    def settle():
+        torch.get_num_threads()  # a new thread takes the common number with its first operation, and would do so later
+        torch.set_num_threads(1)  # else a second team of threads would start beside the caller's
+        mixed.__enter__()  # for good: leaving it would drop the cast weights that the caller's own step goes on using
+        torch.set_autocast_cache_enabled(False)  # nor does the caller get weights that were cast without gradients
 
     def prepare(step):
         batch = batches(step)
-        return {name: value.pin_memory() for name, value in batch.items()} if pinned else batch
+        return {name: value.pin_memory() for name, value in batch.items()} if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1, "prefetch") as pool:
+        pool.submit(settle).result()
+        torch.set_num_threads(threads)  # the common number, which the thread has changed, too
         ahead = pool.submit(prepare, steps[0]) if steps else None
         for step in steps:
             batch = ahead.result()
@@ -269,8 +283,9 @@ class LatentBatches(PixelBatches):
 
     task "harmonize": target real, condition composite; "inverse": the other way (Sec. 4.1). Batches hold "target",
     "condition" (Bx3xSxS), "mask", "moments" and "condition_moments" (Bx2Cxhxw). Windows lie on the latent grid. Moments
-    are cached for all images and their mirror images; with `recolor` they are made in every step. augmentation: options
-    of `PixelBatches`.
+    are cached for all images and their mirror images. With `recolor` those of composites are made in every step, and
+    those of real images where these are restyled or cut (a network must not tell the two apart by how they were made).
+    augmentation: options of `PixelBatches`.
     """
 
     def __init__(self, data: TripleSet, vae, task: str, batch_size: int, seed, pixels: bool = True, **augmentation):
@@ -280,22 +295,26 @@ class LatentBatches(PixelBatches):
         super().__init__(data, batch_size, seed, grid=factor, images=images, **augmentation)
         self.vae, self.pixels = vae, pixels
         self.names = ("real", "composite") if task == "harmonize" else ("composite", "real")
-        if not self.recolor:
-            self.moments = {name: cache.moments(vae, data.files[name], vae.device) for name in self.names}
+        kept = self.names if not self.recolor else () if self.restyle or self.crop else ("real",)
+        self.moments = {name: cache.moments(vae, data.files[name], vae.device) for name in kept}
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         batch = super().__call__(step, images=self.pixels or self.recolor > 0)
-        moments = self._encoded(batch) if self.recolor else self._cached(*self.drawn(step))
+        moments = self._cached(*self.drawn(step)) | self._encoded(batch)
         target, condition = self.names
         out = {"mask": batch["mask"], "moments": moments[target], "condition_moments": moments[condition]}
         return out | ({"target": batch[target], "condition": batch[condition]} if self.pixels else {})
 
     @torch.no_grad()
     def _encoded(self, batch) -> dict[str, torch.Tensor]:
-        images = torch.cat([batch[name] for name in self.names]).to(self.vae.device)
-        return dict(zip(self.names, self.vae.encode(images).latent_dist.parameters.cpu().chunk(2), strict=True))
+        names = [name for name in self.names if name not in self.moments]
+        if not names:
+            return {}
+        images = torch.cat([batch[name] for name in names]).to(self.vae.device)
+        moments = self.vae.encode(images).latent_dist.parameters.float().cpu()
+        return dict(zip(names, moments.chunk(len(names)), strict=True))
 
     def _cached(self, indices, mirrored, corners) -> dict[str, torch.Tensor]:
         rows = {"composite": indices, "real": self.data.real_of[indices]}
-        batch = {name: torch.from_numpy(self.moments[name][mirrored, rows[name]]).float() for name in rows}
+        batch = {name: torch.from_numpy(kept[mirrored, rows[name]]).float() for name, kept in self.moments.items()}
         return windows(batch, corners, self.crop // self.grid) if self.crop else batch

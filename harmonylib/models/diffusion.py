@@ -125,12 +125,20 @@ def base_scheduler(prediction_type: str) -> DDPMScheduler:
 # ---- training ----
 
 
+def edge_and_first_step(section, task: str) -> tuple[bool, float]:
+    """Whether the prompt reads the mask's edge, and the share of training at the sampler's first step (both ours).
+
+    By the section `diffharmony` for "harmonize"; neither for "inverse", whose outputs should differ.
+    """
+    return (section.edge, section.first_step) if task == "harmonize" else (False, 0.0)
+
+
 def diffharmony_batches(vae, data, task: str, section, seed: int, recipes=None):
     """The `LatentBatches` that `DiffHarmonyLoss` takes, for "harmonize" or "inverse", by the section `diffharmony`."""
     from ..data.batches import DEFAULTS, LatentBatches, augmentation  # which a finished model does without
 
     options = {"seed": (seed, "diffharmony", task), "recipes": recipes or DEFAULTS, **augmentation(section)}
-    return LatentBatches(data, vae, task, pixels=section.edge and task == "harmonize", **options)
+    return LatentBatches(data, vae, task, pixels=edge_and_first_step(section, task)[0], **options)
 
 
 class DiffHarmonyLoss(nn.Module):

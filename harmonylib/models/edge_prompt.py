@@ -23,6 +23,8 @@ class EdgePrompt(ModelMixin, ConfigMixin):
     it was trained with the ResUNet. Zeros at the start: a UNet that had the small base's prompt goes on as it was.
     """
 
+    edge_size = 256  # long side in pixels at which it reads the edge: its head's own
+
     @register_to_config
     def __init__(self, dim: int = 32, width: int = 96, layers: int = 2, strips: int = 128, rounds: int = 2):
         super().__init__()

@@ -185,19 +185,18 @@ class DiffHarmonyPipeline(DiffusionPipeline):
         Raises HarmonyError naming the part that is missing or damaged.
         """
         dtype = {"torch_dtype": torch_dtype}
-        prompt = load_prompt(folder, **dtype)
+        config = _config(cls, folder, default={"prompt": ["", "PromptEmbedding"]})
+        prompt = _load_prompt(folder, config, **dtype)
         vae = vae or open_autoencoder(folder, subfolder="vae", **dtype)
         unet = _open_unet(folder, **dtype)
         scheduler = load_part(DDPMScheduler.from_pretrained, folder, subfolder="scheduler")
-        steps = dict(_config(cls, folder)).get("steps", 5)
         for network in (vae, unet):
             network.to(memory_format=torch.channels_last)  # else convolutions copy what they read: 1.2x the peak memory
-        return cls(vae, unet, scheduler, prompt, steps).to(pick_device(device))
+        return cls(vae, unet, scheduler, prompt, config.get("steps", 5)).to(pick_device(device))
 
 
-def load_prompt(folder, **options) -> PromptEmbedding | EdgePrompt:
-    """The prompt of a pipeline's folder; of Stable Diffusion's the empty caption."""
-    config = _config(DiffHarmonyPipeline, folder, default={"prompt": ["", "PromptEmbedding"]})
+def _load_prompt(folder, config: dict, **options) -> PromptEmbedding | EdgePrompt:
+    """The prompt of a pipeline's folder, whose index is `config`; of Stable Diffusion's the empty caption."""
     if "prompt" not in config:
         return _empty_caption(folder)
     if config["prompt"][1] == "EdgePrompt":

@@ -7,8 +7,8 @@ from diffusers import UNet2DConditionModel
 
 from ..core.errors import HarmonyError
 from ..core.json_files import read_json
+from .diffusion import edge_and_first_step
 from .edge_prompt import EdgePrompt
-from .pipeline import load_prompt
 from .resunet import ContrastiveResUNet, build
 from .vae import HarmonyVAE
 from .weights import load_strict, shipped_folder
@@ -106,13 +106,13 @@ def initial_prompt(section, folder: Path | None, base, task: str):
     edge (ours, of the harmonizer): that of a pipeline's `folder`, or a new one with the head of the shipped ResUNet.
     Raises HarmonyError where the folder's is of the other kind.
     """
-    edge, config = section.edge and task == "harmonize", folder and folder / "prompt/config.json"
+    edge, config = edge_and_first_step(section, task)[0], folder and folder / "prompt/config.json"
     if folder and edge != (config.is_file() and read_json(config).get("_class_name") == "EdgePrompt"):
         raise HarmonyError(f"params.yaml: diffharmony.edge is {section.edge}, but not in {folder}; change that")
     if not edge:
         return base.prompt
     if folder:
-        return load_prompt(folder).to(base.device)
+        return load_strict(EdgePrompt.from_pretrained, folder, subfolder="prompt").to(base.device)
     prompt = EdgePrompt(base.unet.config.cross_attention_dim)
     resunet = ContrastiveResUNet.from_pretrained(shipped_folder(FOLDERS["resunet"]))
     prompt.head.load_state_dict(resunet.colour_head.state_dict(), strict=False)  # without what the encoder says

@@ -44,8 +44,7 @@ def hub_folder(name: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:  # of the network, of names, of access
-        why = f"neither in the hub's cache nor to be had ({first_line(error)})"
-        raise HarmonyError(f"{name}@{revision}: {why}; check the name, the revision and the network") from None
+        raise HarmonyError(f"{name}@{revision} {mend(name, error, MEND)}") from None
 
 
 def first_line(error: Exception) -> str:
@@ -70,7 +69,7 @@ def mend(name: str, error: Exception, otherwise: str) -> str:
         cause = cause.__cause__ or cause.__context__
     if kinds & OFFLINE:
         return "is not, or not wholly, on disk and there is no network; go online once, or name a folder that has it"
-    return f"is no folder here, and not on the hub either ({first_line(error)}); mend the name"
+    return f"is no folder here, and not on the hub either ({first_line(error)}); mend the name or the revision"
 
 
 def at_revision(name) -> tuple[str, dict]:
@@ -100,9 +99,13 @@ def load_part(load, folder, **options):
 
 
 def load_strict(load, folder, **options):
-    """`load_part` of a model (.safetensors, or .bin without code). HarmonyError also names keys that are missing or
-    foreign, where diffusers would warn and fill in random weights."""
+    """`load_part` of a model (.safetensors, or .bin without code) that forgets its folder, which would be saved along.
+
+    HarmonyError also names keys that are missing or foreign, where diffusers would warn and fill in random weights.
+    """
     model, info = load_part(load, folder, output_loading_info=True, **options)
+    if "_name_or_path" in (config := getattr(model, "_internal_dict", ())):  # diffusers', which cannot be changed
+        model._internal_dict = type(config)({key: config[key] for key in config if key != "_name_or_path"})
     _check_keys(model, _place(folder, options), info["missing_keys"], info["unexpected_keys"])
     return model
 

@@ -18,7 +18,7 @@ from ..data.layout import read_triples
 from ..data.recipes import RecipeSettings
 from ..models.base import open_base, train_base
 from ..models.contrastive import resunet_batches, resunet_loss
-from ..models.diffusion import DiffHarmonyLoss, diffharmony_batches
+from ..models.diffusion import DiffHarmonyLoss, diffharmony_batches, edge_and_first_step
 from ..models.pipeline import DiffHarmonyPipeline
 from ..models.start import initial_harmony_vae, initial_prompt, initial_resunet, initial_unet, start_folder
 from ..models.vae import HarmonyVAE, harmony_vae_batches, harmony_vae_loss, skip_norms
@@ -51,8 +51,8 @@ def diffharmony(run, task):
     start = start_folder(section.start, task)
     unet, prompt = initial_unet(section, start, pipeline), initial_prompt(section, start, pipeline, task)
     batches = diffharmony_batches(pipeline.vae, data, task, section, run.seed, recipes(run))
-    first = section.first_step if task == "harmonize" else 0.0
-    loss = DiffHarmonyLoss(pipeline, prompt, section.foreground_loss, first)
+    first_step = edge_and_first_step(section, task)[1]
+    loss = DiffHarmonyLoss(pipeline, prompt, section.foreground_loss, first_step)
     settings = TrainSettings.of(run, "diffharmony", task)
     folder = f"artifacts/diffharmony/{task}"
     train(unet, loss, batches, settings, name=f"diffharmony {task}", **loop(run, folder))
