@@ -37,7 +37,7 @@ def test_root_is_found_from_below(root, monkeypatch):
 
 
 def test_values_are_typed_as_dvc_types_them(root):
-    (root / "params.yaml").write_text(MINI.replace("3e-05", "1e-4").replace("gamma: 1.0", "gamma: 1"), encoding="utf-8")
+    (root / "params.yaml").write_text(MINI.replace("1e-05", "1e-4").replace("gamma: 1.0", "gamma: 1"), encoding="utf-8")
     run = settings.settings()
     assert (run.diffharmony.learning_rate, run.augmentation.gamma) == (1e-4, 1)  # YAML 1.2; an int for a float
     assert run.base.vae is None and run.base.unet_channels == [64, 128] and vars(run.resunet)["style"] == "style-fusion"
