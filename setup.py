@@ -7,7 +7,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 CARRIED = ("*.safetensors", "*.json", "*.md", "LICENSE")
-LEFT_OUT = ("training.json", "scores.json")  # how they were made and what they reached: the model cards say it
+LEFT_OUT = ("training.json", "scores.json", "gpu")  # how they were made and what they reached: the model cards say it
 
 
 class BuildWithWeights(build_py):
@@ -16,7 +16,7 @@ class BuildWithWeights(build_py):
         if self.editable_mode:  # the clone's own are found
             return
         for path in (path for kind in CARRIED for path in Path("pretrained").rglob(kind)):
-            if path.name not in LEFT_OUT:
+            if path.name not in LEFT_OUT and path.parent.name not in LEFT_OUT:
                 target = Path(self.build_lib, "harmonylib", path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)

@@ -15,12 +15,24 @@ QUANTILES, QUANTILE_PIXELS = 16, 256
 STATISTICS = 2 * (3 * QUANTILES + 3 + 9) + 1
 
 
+def nth_pixels(region: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:
+    """BxK flat indices of the pixels where region (BxHxW or BxP, bool) is set that have these ranks (BxK, from 0).
+
+    The whole batch at once, without waiting for a GPU. A region without such a pixel gives 0.
+    """
+    passed = region.flatten(1).cumsum(1, dtype=torch.int32)
+    found = torch.searchsorted(passed, ranks.int() + 1)
+    return torch.where(ranks < passed[:, -1:], found, 0)
+
+
 def draw_pixels(region: torch.Tensor, count: int, generator=None) -> torch.Tensor:
     """BxK flat indices of pixels where region (BxHxW bool) is set, spread evenly in reading order.
 
     With a generator each is drawn inside its own K-th of the list, without one it is the middle. Repeated where a
     region has fewer, 0 where it is empty.
     """
+    if region.is_cuda:
+        return _draw_at_once(region, count, generator)
     out = torch.zeros(len(region), count, dtype=torch.long, device=region.device)
     steps = torch.arange(count, device=region.device)
     for row, pixels in zip(out, region.flatten(1), strict=True):
@@ -31,6 +43,16 @@ def draw_pixels(region: torch.Tensor, count: int, generator=None) -> torch.Tenso
         elif len(found):
             row.copy_(found[steps % len(found)])
     return out
+
+
+def _draw_at_once(region: torch.Tensor, count: int, generator=None) -> torch.Tensor:
+    """`draw_pixels` for a GPU, which would be waited for at each row; draws are made for rows with few pixels, too."""
+    total, shift = region.flatten(1).sum(1, keepdim=True), 0.5
+    if generator is not None:
+        shift = torch.rand(len(region), count, generator=generator, device=generator.device).to(region.device)
+    steps = torch.arange(count, device=region.device)
+    spread = ((steps + shift) * (total / count)).long().minimum(total - 1)
+    return nth_pixels(region, torch.where(total >= count, spread, steps % total.clamp_min(1)))
 
 
 def edge_pixels(inside: torch.Tensor) -> torch.Tensor:
