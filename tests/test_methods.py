@@ -13,6 +13,7 @@ from harmonylib.data.batches import TripleSet
 from harmonylib.evaluation import methods as evaluate
 from harmonylib.evaluation.methods import Method
 from harmonylib.evaluation.metrics import METRICS, score
+from harmonylib.models.diffusion import latent_mask
 from harmonylib.models.resunet import ContrastiveResUNet
 from harmonylib.training import TrainingDiverged
 
@@ -101,6 +102,27 @@ def test_every_method_covers_every_image_once(data, tiny_pipeline, resunet):
     gains = table[table["name"] != "a-1_1_1"].groupby("model", sort=False)["fmse"].mean()
     assert gains.nunique() == len(methods)
     assert table["bmse"].eq(0).all()  # the composites differ from the real images in the foreground only
+
+
+def test_masks_that_vanish_on_the_latent_grid_are_left_out_of_the_standard_rows_of_every_method(data, tiny_pipeline):
+    factor = tiny_pipeline.factor
+    for size in (SIZE, SIZE // 2, 12):  # 12: the grid's last cell is cut
+        mask = evaluate.resize_pair(*(data.batch(range(6))[part] for part in ("real", "mask")), size)[1]
+        side = -(-size // factor)
+        padded = torch.nn.functional.pad(mask, [0, side * factor - size] * 2)
+        expected = latent_mask(padded, (side, side)).flatten(1).any(1).tolist()
+        assert evaluate.visible(data, tiny_pipeline.vae, size).tolist() == expected
+        assert evaluate.on_latent_grid(mask, factor).tolist() == expected
+    larger = [TripleSet(data.triples[:1], 64), TripleSet(data.triples, 64)]
+    assert evaluate.visible(data, tiny_pipeline.vae, 64, larger).all()
+    seen = np.arange(6) != 1
+    methods = [evaluate.identity_method(), evaluate.classical_method("reinhard")]
+    table = evaluate.evaluate(methods, data, protocols=("standard", "diffharmony"), seen=seen)
+    names = [triple.name for triple in data.triples]
+    for (_, protocol), rows in table.groupby(["model", "protocol"]):
+        assert list(rows["name"]) == (names if protocol == "diffharmony" else names[:1] + names[2:]), protocol
+    with pytest.raises(HarmonyError, match="all 6 masks vanish on the latent grid; run at a larger size"):
+        evaluate.evaluate(methods, data, seen=np.zeros(6, bool))
 
 
 def test_diffusion_noise_belongs_to_the_image_not_to_the_batch(data, tiny_pipeline):

@@ -90,17 +90,28 @@ def test_a_bound_that_is_too_small_and_a_disk_that_would_fill(paper, monkeypatch
     assert "are needed, 20 are there; make room" in missing(paper)
 
 
-def test_a_resized_copy_and_masks_that_vanish_are_told_of(paper, tmp_path):
+def test_a_resized_copy_and_masks_that_vanish_are_told_of_before_anything_runs(paper, tmp_path):
     root, lines = tmp_path / "data/iHarmony4", []
-    for photo, side in (("a1", 60), ("a2", 1)):
+    for photo, side in (("a1", 60), ("a2", 2)):
         mask = np.zeros((200, 256), bool)
         mask[101 : 101 + side, 101 : 101 + side] = True
         pair = write_pair(root, "HFlickr", photo, 1, np.full((200, 256, 3), 90, np.uint8), mask)
         lines.append(write_composite(root, "HFlickr", pair, 1, np.full((200, 256, 3), 90, np.uint8)))
     write_list(root, "train", lines[:1])
     write_list(root, "test", lines)
-    small = paper.evaluation.model_copy(update={"diffusion_size": 256})
-    found = preflight.preflight(paper.model_copy(update={"evaluation": small}))
+
+    def check(vanished):
+        small = paper.evaluation.model_copy(update={"diffusion_size": 256, "vanished": vanished})
+        return preflight.preflight(paper.model_copy(update={"evaluation": small}))
+
+    found = check("left-out")
     assert "data: 1 training and 2 test composites in data/iHarmony4" in found.lines
     assert any("longer than 256 pixels: a resized copy" in note for note in found.notes)
-    assert any("1 of 2 test masks vanish on the latent grid at 256 pixels" in note for note in found.notes)
+    told = "evaluation: 1 of 2 test composites have a mask that vanishes on the latent grid at 256 pixels (the first: "
+    (note,) = [note for note in found.notes if note.startswith(told)]
+    assert "a2_1.png" in note and note.endswith(", and are left out of the standard tables")
+    assert any("evaluation: 0 of 2" in line and "at 1024 pixels, and" in line for line in found.lines)  # of Table 4
+    assert any(note.startswith(told) and note.endswith("scored as the others") for note in check("scored").notes)
+    write_list(root, "test", lines[1:])
+    assert any("none would be left; raise the size" in line for line in check("left-out").missing)
+    assert not any("vanishes" in line for line in check("scored").missing)

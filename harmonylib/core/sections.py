@@ -172,6 +172,7 @@ class Evaluation(Section):
     size: Pixels
     diffusion_size: Pixels
     strict: bool
+    vanished: Literal["left-out", "scored"]
     batch_size: Positive
     composites: Annotated[list[Text], Field(min_length=1, max_length=2)]  # DVC watches the first and the last
 

@@ -119,9 +119,33 @@ def stored_method(name: str, images: np.ndarray) -> Method:
     return Method(name, lambda composite, mask, names: torch.from_numpy(np.stack([next(rest) for _ in names])))
 
 
+def visible(data: TripleSet, vae, size: int | None = None, larger=()) -> np.ndarray:
+    """Which masks keep a cell on the latent grid of this autoencoder: N bools.
+
+    size and larger as of `diffusion_method`, whose UNet does not see where the foreground of the others is.
+    """
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    data = next((other for other in larger if other.triples == data.triples), data)
+    found = [np.empty(0, bool)]
+    for start in range(0, len(data), 64):
+        mask = data.batch(range(start, min(start + 64, len(data))), images=False)["mask"]
+        found.append(on_latent_grid(resize_mask(mask, size), factor).numpy())
+    return np.concatenate(found)
+
+
+def on_latent_grid(mask: torch.Tensor, factor: int = 8) -> torch.Tensor:
+    """Which of Bx1xHxW masks keep a cell of `factor` pixels (`latent_mask`: its top left one counts)."""
+    return (mask[..., ::factor, ::factor] >= 0.5).flatten(1).any(1)
+
+
+def resize_mask(mask, size):
+    """Nearest: what `diffusion_method` gives its model."""
+    return mask if size is None else F.interpolate(mask, size=(size, size), mode="nearest")
+
+
 def resize_pair(image, mask, size):
     """Image bilinear, mask nearest."""
-    return resize(image, size), mask if size is None else F.interpolate(mask, size=(size, size), mode="nearest")
+    return resize(image, size), resize_mask(mask, size)
 
 
 def _key(triple) -> str:
@@ -150,23 +174,32 @@ def predict(method: Method, data: TripleSet, batch_size: int = 16):
         yield triple, composite, mask, real, paste(output.round().astype(np.uint8), composite, mask)
 
 
-def evaluate(methods: list[Method], data: TripleSet, batch_size: int = 16, protocols=("standard",)) -> pd.DataFrame:
+def evaluate(methods: list[Method], data: TripleSet, batch_size: int = 16, protocols=("standard",),
+             seen=None) -> pd.DataFrame:  # fmt: skip
     """Scores of every method on every triple: columns model, subset, name, photo, protocol, scored_at (pixels of the
     square), foreground_ratio and the metrics.
 
     Each method runs once, and its output is scored under every protocol (names in `metrics.PROTOCOLS`): "standard" with
     the composite's background pasted, the others as their code has it; a protocol with a size of its own resizes what
     is not of that size. Masks are hard. Scores of a method with a key are kept in the cache; under torchrun each
-    process makes its share of them. Raises HarmonyError for an output of another size or with NaN.
+    process makes its share of them. seen: N bools (`visible`); of the other composites no method has a "standard" row,
+    whereas published protocols score what their code scores: all. Raises HarmonyError for an output of another size or
+    with NaN, and where none is seen.
     """
+    seen = np.ones(len(data), bool) if seen is None else seen
+    if not np.any(seen):
+        message = f"all {len(data)} masks vanish on the latent grid"
+        raise HarmonyError(f"evaluation: {message}; run at a larger size or set evaluation.vanished to scored")
     rows = []
     for method in methods:
-        for triple, (ratio, *values) in zip(data.triples, _scores(method, data, batch_size, protocols), strict=True):
+        scores = _scores(method, data, batch_size, protocols)
+        for triple, there, (ratio, *values) in zip(data.triples, seen, scores, strict=True):
             about = {"model": method.name, "subset": triple.subset, "name": triple.name, "photo": triple.photo}
             for number, name in enumerate(protocols):
                 choice = {"protocol": name, "scored_at": data.size, "foreground_ratio": ratio}
                 found = values[number * len(METRICS) : (number + 1) * len(METRICS)]
-                rows.append(about | choice | dict(zip(METRICS, found, strict=True)))
+                if there or name != "standard":
+                    rows.append(about | choice | dict(zip(METRICS, found, strict=True)))
     return pd.DataFrame(rows)
 
 

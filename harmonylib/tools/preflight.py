@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from ..augmentation.candidates import has_latent_foreground
 from ..core.devices import pick_device
 from ..core.errors import HarmonyError
-from ..core.images import open_image, read_mask, resize_mask
+from ..core.images import open_image, read_mask, resize_mask, to_tensor
 from ..core.json_files import read_json
 from ..core.parallel import parallel_map
 from ..data.layout import read_triples
 from ..data.readers import detect
+from ..evaluation.methods import on_latent_grid
 from ..models.encoder import PACKAGED
 from ..models.start import start_folder
 from ..models.weights import at_revision
@@ -90,18 +90,26 @@ def _pictures(run, found: Findings, test: list) -> None:
             f"data: no picture of {run.data.path} is longer than {max(sides)} pixels: a resized copy; "
             f"DiffHarmony is trained at {run.diffharmony.size}, so get the originals"
         )
-    size, masks = run.evaluation.diffusion_size, sorted({triple.mask for triple in test})
-    seen = parallel_map(partial(_is_visible, size), masks, "preflight: test masks", "mask")
-    gone = [mask for mask, visible in zip(masks, seen, strict=True) if not visible]
-    if gone:
-        found.notes.append(
-            f"evaluation: {len(gone)} of {len(masks)} test masks vanish on the latent grid at {size} pixels "
-            f"(the first: {gone[0]}); the diffusion models leave their composites as they are"
-        )
+    sizes = sorted({run.evaluation.diffusion_size, run.diffharmony.size, *run.ablations.resolutions})  # of some table
+    masks = sorted({triple.mask for triple in test})
+    seen = list(parallel_map(partial(_visible, sizes), masks, "preflight: test masks", "mask"))
+    for number, size in enumerate(sizes):
+        gone = {mask for mask, at in zip(masks, seen, strict=True) if not at[number]}
+        count = sum(triple.mask in gone for triple in test)
+        line = f"evaluation: {count} of {len(test)} test composites have a mask that vanishes on the latent grid"
+        line += f" at {size} pixels" + (f" (the first: {min(gone)})" if gone else "")
+        left_out = run.evaluation.vanished == "left-out"
+        if left_out and count == len(test):
+            found.missing.append(f"{line}: none would be left; raise the size or set evaluation.vanished to scored")
+        else:
+            said = f"{line}, and are {'left out of the standard tables' if left_out else 'scored as the others'}"
+            (found.notes if gone else found.lines).append(said)
 
 
-def _is_visible(size: int, mask: Path) -> bool:
-    return has_latent_foreground(resize_mask(read_mask(mask), (size, size)), 8)
+def _visible(sizes: list[int], mask: Path) -> list[bool]:
+    """Whether a mask keeps a cell on the grids of these sizes; Stable Diffusion's cells are 8 pixels."""
+    whole = read_mask(mask)
+    return [bool(on_latent_grid(to_tensor(resize_mask(whole, (size, size)))[None])) for size in sizes]
 
 
 # ---- weights and packages ----

@@ -24,6 +24,7 @@ from harmonylib.models.diffusion import base_scheduler
 
 ROOT = Path(__file__).parents[2]
 WHERE = Path("data/paper-smoke")
+VANISHED = ("HFlickr", 5)  # subset and photo of a test mask
 
 
 def crops(*words):
@@ -37,12 +38,16 @@ def crops(*words):
 
 
 def write_iharmony4(root: Path) -> None:
-    """Six photos a subset, two composites each; the last two photos are for testing."""
+    """Six photos a subset, two composites each; the last two photos are for testing. One test mask is a bar between the
+    cells of the diffusion models' latent grid, and nothing of it is left there."""
     lists = {"train": [], "test": []}
     for subset in SUBSETS:
         for number, real, mask in crops(subset):
             if number == 6:
                 break
+            if (subset, number) == VANISHED:
+                mask = np.zeros_like(mask)
+                mask[:, round(0.03 * mask.shape[1]) : round(0.065 * mask.shape[1])] = True
             pair = write_pair(root, subset, f"{subset[1]}{number}", 1, real, mask)
             for variant in (1, 2):
                 composite, _ = make_composite(
@@ -141,6 +146,11 @@ def test_the_paper_profile_in_miniature(tmp_path):
         assert table["n"] and table["protocol"] == "standard, composite background pasted", name
         assert table["scored_at"] == ([32, 64] if name == "IV" else 32), name  # evaluation.size, ablations.sizes
         assert table["as_published"][name]["protocol"] == PROTOCOLS.get(name, "standard"), name
+    for name, count in (("1", 14), ("2", 6), ("4", 14), ("5", 14), ("IV", 16), ("VI", 16)):  # without VANISHED's two
+        assert tables[name]["n"] == count, name
+    assert tables["3"]["n"]["benchmark"] == 14 and tables["1"]["left_out"] == 2
+    for name in ("1", "III"):
+        assert {part["all"]["n"] for part in tables[name]["as_published"][name]["models"].values()} == {16}, name
     for row in tables["IV"]["rows"].values():
         assert {size: part["scored_at"] for size, part in row.items()} == {"32px": 32, "64px": 64}
     assert read("evaluation")["scored_at"] == read("resunet")["scored_at"] == 32
