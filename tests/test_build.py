@@ -6,7 +6,7 @@ import pytest
 from harmonylib.core.errors import HarmonyError
 from harmonylib.data.build import BenchmarkSettings, draw_pair, make_benchmark
 from harmonylib.data.embedded_photos import Photo
-from harmonylib.data.genuine import beside
+from harmonylib.data.iharmony4_statistics import beside
 from harmonylib.data.layout import SUBSETS, read_triples
 from harmonylib.data.recipes import EDITS, RecipeSettings, foreground_mse
 

@@ -9,7 +9,7 @@ from PIL import Image
 from harmonylib.core.seeds import rng
 from harmonylib.data import recipes as singles
 from harmonylib.data import transfers
-from harmonylib.data.genuine import GENUINE, LEVELS
+from harmonylib.data.iharmony4_statistics import GENUINE, LEVELS
 from harmonylib.models import edge_features
 from harmonylib.models.pipeline import DiffHarmonyPipeline
 from harmonylib.models.resunet import ContrastiveResUNet

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 from ruamel.yaml import YAML
 
-from harmonylib.core import sections, settings
+from harmonylib.core import settings, settings_schema
 from harmonylib.core.errors import HarmonyError
 from harmonylib.data import layout, transfers
 from harmonylib.models import resunet
@@ -80,11 +80,11 @@ def test_a_stage_begins_with_a_check_of_all_settings(root, capfd):
 
 
 def test_names_are_those_that_the_code_offers():
-    ours = sections.ResUNet.model_fields | sections.Data.model_fields
+    ours = settings_schema.ResUNet.model_fields | settings_schema.Data.model_fields
     for key, offered in (("style", resunet.STYLES), ("transfers", transfers.TRANSFERS)):
         accepted = get_args(ours[key].annotation)
         assert set(accepted) == set(offered) or set(get_args(accepted[0])) == set(offered), key
-    assert layout.SUBSETS == sections.SUBSETS
+    assert layout.SUBSETS == settings_schema.SUBSETS
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((REPOSITORY / "profiles").glob("*.yaml"))])

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from .errors import HarmonyError
 from .files import atomic_path
 from .json_files import write_json
-from .sections import Settings
+from .settings_schema import Settings
 
 PROFILES = ("profiles", "dvc.yaml")  # params.yaml itself may be missing
 COMPLETE = "mini"  # the profile with every key; the others hold what differs from it

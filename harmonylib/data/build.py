@@ -13,7 +13,7 @@ from ..core.images import shrink_pair
 from ..core.parallel import parallel_map
 from ..core.seeds import rng, seed_for
 from .embedded_photos import Photo, foreground_of_share, random_crop
-from .genuine import GENUINE, draw
+from .iharmony4_statistics import GENUINE, draw
 from .layout import SPLITS, SUBSETS, plain_name, write_composite, write_list, write_pair
 from .recipes import EDITS, RecipeSettings, jitter, make_composite, restyle
 
@@ -47,8 +47,9 @@ def make_benchmark(root, photos: list[Photo], settings: BenchmarkSettings, recip
     """Write `<subset>/{composite_images,masks,real_images}/` and the two lists under root, replacing what is there.
 
     Train and test are made of different photos (Photo.split). Foregrounds cover as much of their pictures, and are
-    changed as strongly, as the genuine ones of their subset (`genuine`), as far as the photos allow. The set is built
-    beside `root` and renamed when complete, by `workers` processes (None: one a core) whose number changes no byte.
+    changed as strongly, as the genuine ones of their subset (`iharmony4_statistics`), as far as the photos allow. The
+    set is built beside `root` and renamed when complete, by `workers` processes (None: one a core) whose number changes
+    no byte.
     shares: `mask_shares` of each photo, where they are known. Returns one row per composite: subset, split, name,
     photo, and what `make_composite` says. Raises HarmonyError when a split has fewer than two photos (a recipe needs a
     second one for reference).

@@ -3,7 +3,7 @@
 The foreground is recoloured in place, as if cut from another photo (HCOCO, HFlickr), another retoucher's version
 (HAdobe5k) or another capture condition (Hday2night) of the same scene; the background keeps every byte. A recipe draws
 the direction of the change; how far it goes is set by the foreground, so that composites are as strong as the genuine
-ones of their subset (`genuine`). A filter stands in for the data set's human screening.
+ones of their subset (`iharmony4_statistics`). A filter stands in for the data set's human screening.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from skimage.color import rgb2lab
 
 from ..core.seeds import rng as seeded_rng
-from .genuine import GENUINE, draw
+from .iharmony4_statistics import GENUINE, draw
 from .transfers import TRANSFERS
 
 LUMA = np.float32((0.299, 0.587, 0.114))
@@ -52,7 +52,7 @@ RELIGHT = (0.85, 0.6, 0.2, 0.4)  # stops, stops between red and blue, contrast, 
 @dataclass(frozen=True)
 class RecipeSettings:
     """Which transfers of `transfers.TRANSFERS` HCOCO and HFlickr draw from, and the share of foreground pixels that may
-    newly reach 0 or 255 (`clipped`). How far a recipe goes follows `genuine.GENUINE`."""
+    newly reach 0 or 255 (`clipped`). How far a recipe goes follows `iharmony4_statistics.GENUINE`."""
 
     transfers: Sequence[str] = tuple(TRANSFERS)
     clipped: float = 0.1

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 
-from ..data.genuine import GENUINE, LEVELS
+from ..data.iharmony4_statistics import GENUINE, LEVELS
 
 FOLDER = Path("reports/figures")
 

@@ -289,7 +289,7 @@ def make_data(
     mask_from: str = MASK_FROM,
 ) -> None:
     """Make composites of photos by the four recipes; a tenth of the photos is for testing unless --index says which."""
-    from ..data.genuine import beside
+    from ..data.iharmony4_statistics import beside
     from ..data.recipes import RecipeSettings
     from ..data.sources import make_data as make
     from ..data.transfers import TRANSFERS

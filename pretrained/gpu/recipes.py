@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from harmonylib.core.seeds import rng, seed_for
 from harmonylib.data import transfers as arrays
-from harmonylib.data.genuine import GENUINE, LEVELS, OUTERMOST
+from harmonylib.data.iharmony4_statistics import GENUINE, LEVELS, OUTERMOST
 from harmonylib.data.recipes import CONDITIONS, EXPERTS, GAIN, GAMMA, LUMA, MID_GREY, OWN, RELIGHT, RETOUCH, SAMPLE
 from harmonylib.models.edge_features import nth_pixels
 
@@ -129,7 +129,7 @@ def _rounded(pixels) -> torch.Tensor:
 
 class Composites:
     """batches(step) -> {"composite", "real", "mask"} as `batches.PixelBatches` gives, on a device; a quarter by each
-    recipe, in the order of `genuine.GENUINE`. The seed and the step decide all draws.
+    recipe, in the order of `iharmony4_statistics.GENUINE`. The seed and the step decide all draws.
 
     photos: of `read_photos`. whole: share of the masks that are a photo's own; crop: share of the pictures that are a
     window of the photo; restyle, jitter: as in `PixelBatches`; weak: share of composites far weaker than genuine ones.
@@ -238,7 +238,7 @@ class Composites:
         return sample, places, middle, extent, pixels.take_along_dim(own, 2), reference
 
     def _strengths(self, recipe: str, count: int) -> torch.Tensor:
-        """`genuine.draw` of fMSE, but for the weak ones."""
+        """`iharmony4_statistics.draw` of fMSE, but for the weak ones."""
         scores, logs = constant("levels", self.device), constant("fmse", self.device, recipe)
         at = torch.special.ndtri(self._uniform(count).clamp(*OUTERMOST))
         k = torch.bucketize(at, scores).clamp(1, len(LEVELS) - 1)

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harmonylib.data.genuine import GENUINE, LEVELS, beside, draw
+from harmonylib.data.iharmony4_statistics import GENUINE, LEVELS, beside, draw
 
 
 @pytest.mark.parametrize("subset", GENUINE)
