@@ -176,14 +176,20 @@ def report(table: str, ablation: Ablation, metrics, pairs, subsets=("all",), com
     parts = {
         protocol: _scored(table, ablation.under(protocol), metrics, pairs, subsets)
         | ({} if composite is None else {"composite": _means(composite.query("protocol == @protocol"), metrics)})
+        | _counts(ablation.under(protocol))
         for protocol in protocols(table)
     }
-    images = next(iter(ablation.under("standard").runs.values()), pd.DataFrame(columns=IMAGE))
-    counts = {"seeds": len(ablation.seeds), "n": len(images), "photos": int(images["photo"].nunique())}
     sizes = sorted({row["scored_at"] for row in parts["standard"]["rows"].values()} - {None})
     return {"table": table, "protocol": "standard, composite background pasted",
-            "scored_at": sizes[0] if len(sizes) == 1 else sizes, **about, **counts, **parts["standard"],
+            "scored_at": sizes[0] if len(sizes) == 1 else sizes, **about,
+            "seeds": len(ablation.seeds), **parts["standard"],
             "as_published": {table: {"protocol": own} | (parts[own] if own != "standard" else {})}}  # fmt: skip
+
+
+def _counts(ablation: Ablation) -> dict:
+    """{"n", "photos"}: what was scored."""
+    images = next(iter(ablation.runs.values()), pd.DataFrame(columns=IMAGE))
+    return {"n": len(images), "photos": int(images["photo"].nunique())}
 
 
 def _means(scores: pd.DataFrame, metrics) -> dict:

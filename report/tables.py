@@ -107,7 +107,8 @@ def _our_rows(table: Table, data: dict, wanted: list[str]) -> list[dict]:
 def side_by_side(table: Table, printed: pd.DataFrame, data: dict | None) -> dict:
     """What tables.html needs for one published table, `printed`, with the cells of our metrics file, if any: those that
     the published cells' own protocol scored."""
-    data = data and data | data.get("as_published", {}).get(table.number, {})
+    own = data.get("as_published", {}).get(table.number, {}) if data else {}
+    data = data and data | own
     wanted = list(dict.fromkeys(printed["metric"]))
     texts = [_as_printed(*cell) for cell in zip(printed["value"], printed["metric"], strict=True)]
     rows = printed.assign(source="published", text=texts).to_dict("records")
@@ -132,7 +133,7 @@ def side_by_side(table: Table, printed: pd.DataFrame, data: dict | None) -> dict
         place = ", ".join(METRIC_NAMES.get(part, part) for part in cell if part != "all")
         remarks.setdefault(note, []).append(place)
     about = {key: data.get(key) for key in ("data", "protocol", "scored_at")} if data else {}
-    about |= {"count": _count(data)} if data else {}
+    about |= {"count": _count(data, own)} if data else {}
     return about | {"number": table.number, "title": table.title, "file": table.file, "ours": ours, "remarks": remarks,
                     "grid": html_table(grid.rename_axis(columns=[None] * grid.columns.nlevels))}  # fmt: skip
 
@@ -145,9 +146,15 @@ def _as_printed(value: float, metric: str) -> str:
     return f"{value:.2f}" if round(value, 2) == value else f"{value:g}"
 
 
-def _count(data: dict) -> str:
+def _count(data: dict, own: dict) -> str:
+    """own: the part of it that the published cells' protocol scored, which may be more composites than the standard."""
     if "participants" in data:
         return f"n = {data['n']} votes of {data['participants']} participants on {data['photos']} images"
-    parts = [part for model in data.get("models", {}).values() for part in model.values()]
-    n, photos = (data.get(key) or max((part.get(key) or 0 for part in parts), default=0) for key in ("n", "photos"))
-    return f"n = {n} composites of {photos} photos"
+    scored = own.get("models") or own.get("buckets", {}).get("benchmark")
+    parts = [part for model in (scored or data.get("models", {})).values() for part in model.values()]
+
+    def most(key):
+        found = max((part.get(key) or 0 for part in parts), default=0)
+        return own.get(key) or (found if scored else data.get(key) or found)
+
+    return f"n = {most('n')} composites of {most('photos')} photos"

@@ -116,6 +116,9 @@ def test_published_values_stand_beside_ours_in_our_units():
         12,
     )
     assert from_ablation(data)["as_published"]["VI"]["models"]["1: L1"]["all"]["mse"] == 11
+    gone = scores([1, 2, 3, 4], 1, True).assign(fssim=0.5).query("protocol != 'standard' or name != 'w'")
+    fewer = common.report("VI", common.run_variants({names[0]: lambda s: gone}, [0]), ["psnr"], [])
+    assert (fewer["n"], common.as_published(fewer)["n"]) == (3, 4)  # a composite without a standard row
     assert common.side_by_side(data, ["mse"])["ours", "mse"].tolist() == [11, 11, 12]
     data = common.report("VI", table, ["psnr", "mse", "fssim"], [names[::-1]])
     assert data["rows"]["1: L1"]["published"] == pytest.approx({"psnr": 34.56, "mse": 54.55, "fssim": 0.8568})

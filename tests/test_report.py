@@ -301,6 +301,7 @@ def test_published_columns_get_what_their_own_protocol_scored(run):
     page = read(run, "tables.html")
     first, third = (page.split(f'id="table-{n}"')[1].split("</section>")[0] for n in "13")
     assert "Protocol: diffharmony, at 256 px" in first and "43.21" in first and "HDNet" in first
+    assert "n = 5 composites of 3 photos" in first  # the standard protocol scored 6
     assert "43.21" in third and "HDNet" in third and "44.44" in third and "+ Human Harmony" in third
     assert "43.21" not in page.split('id="table-II"')[1].split("</section>")[0]  # the standard protocol's
 
